@@ -1,0 +1,34 @@
+"What the tests share: a small cohort of synthetic patients, and a way to run a command as a user would."
+import subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A config small enough that a step takes milliseconds; everything else as the demo's.
+SMALL = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=1', 'modalities.cxr.views.random_size=32', 'modalities.cxr.views.focal_size=16',
+         'modalities.ehr.encoder.hidden=16', 'modalities.ehr.encoder.dim=16', 'fusion.dim=24', 'head.hidden=32', 'head.output=16', 'loss.prototypes=8',
+         'optim.batch_size=16', 'optim.epochs=2', 'optim.warmup_epochs=0.5', 'train.log_every=1', 'train.threads=1']
+
+
+def run(*command, code=0, **kwargs):
+    "Run `python -m …`; asserts its exit code; returns the finished process."
+    done = subprocess.run([sys.executable, '-m', *map(str, command)], capture_output=True, text=True, **kwargs)
+    assert done.returncode == code, f'exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}'
+    return done
+
+
+def one_line(done):
+    "The error that a person sees: one line that starts with the project's name, and no traceback."
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert 'Traceback' not in done.stderr and lines and lines[-1].startswith('mmsn: '), done.stderr
+    return lines[-1]
+
+
+@pytest.fixture(scope='session')
+def cohort(tmp_path_factory):
+    "120 synthetic patients as a cohort folder, made by the command."
+    folder = tmp_path_factory.mktemp('cohort')/'synthetic'
+    run('mmsn.prepare', 'synthetic', folder, '--patients', 120, '--seed', 5)
+    return folder
