@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 import mmsn
 from ..config import InputError, _nearest
 
-# %% ../../nbs/10_data.cohort.ipynb #957fbc34
+# %% ../../nbs/10_data.cohort.ipynb #5745ce95
 @dataclass(frozen=True)
 class ModalityInfo:
     "One modality of a cohort: what its columns or pixels mean, and how they are normalised."
@@ -31,31 +31,44 @@ class ModalityInfo:
     info: dict   # the entry of cohort.json
 
     @property
-    def columns(self)->list: "Names of the columns; none for an image."; return self.info.get('columns', [])
+    def columns(self)->list:
+        "Names of the columns; none for an image."
+        return self.info.get('columns', [])
     @property
-    def channels(self)->list: "Channel table of a time series: dictionaries as in cohort.json."; return self.info.get('channels', [])
+    def channels(self)->list:
+        "Channel table of a time series: dictionaries as in cohort.json."
+        return self.info.get('channels', [])
     @property
     def height(self)->int: "Pixels."; return self.info['height']
     @property
-    def width(self)->int: "Number of columns C; for an image its width in pixels."; return self.info['width'] if self.kind == 'image' else len(self.columns)
+    def width(self)->int:
+        "Number of columns C; for an image its width in pixels."
+        return self.info['width'] if self.kind == 'image' else len(self.columns)
     @property
-    def mean(self)->np.ndarray: "(C,) float32 in physical units; (1,) for an image."; return np.atleast_1d(np.asarray(self.info['mean'], np.float32))
+    def mean(self)->np.ndarray:
+        "(C,) float32 in physical units; (1,) for an image."
+        return np.atleast_1d(np.asarray(self.info['mean'], np.float32))
     @property
-    def std(self)->np.ndarray: "(C,) float32, positive; (1,) for an image."; return np.atleast_1d(np.asarray(self.info['std'], np.float32))
+    def std(self)->np.ndarray:
+        "(C,) float32, positive; (1,) for an image."
+        return np.atleast_1d(np.asarray(self.info['std'], np.float32))
 
-    @property
-    def normal(self)->np.ndarray:
-        "(C,) float32: the normal row in normalised units; zeros where a kind has no channels."
-        row = np.zeros(self.width, np.float32) if self.kind != 'image' else np.zeros(1, np.float32)
-        for c in self.channels:
-            i = c['columns'][0]
-            if c['kind'] == 'categorical': row[i + c['categories'].index(c['normal'])] = 1
-            else: row[i] = (c['normal'] - self.mean[i])/self.std[i]
-        return row
-
-    def to_dict(self)->dict: "The entry of cohort.json, ready for JSON."; return dict(self.info, kind=self.kind)
+    def to_dict(self)->dict:
+        "The entry of cohort.json, ready for JSON."
+        return dict(self.info, kind=self.kind)
     @classmethod
     def from_dict(cls, name, d): "The inverse of `to_dict`."; return cls(name, d['kind'], dict(d))
+
+# %% ../../nbs/10_data.cohort.ipynb #3e8a858b
+@patch(as_prop=True)
+def normal(self:ModalityInfo)->np.ndarray:
+    "(C,) float32: the normal row in normalised units; zeros where a kind has no channels."
+    row = np.zeros(len(self.mean), np.float32)
+    for c in self.channels:
+        i = c['columns'][0]
+        if c['kind'] == 'categorical': row[i + c['categories'].index(c['normal'])] = 1
+        else: row[i] = (c['normal'] - self.mean[i])/self.std[i]
+    return row
 
 # %% ../../nbs/10_data.cohort.ipynb #fe5c5d3f
 def offsets(
@@ -158,10 +171,12 @@ def fit_table(
     std = np.sqrt((np.where(known, table - mean, 0)**2).sum(0, dtype=float)/n)
     return mean, np.where(std > 1e-6, std, 1)
 
-# %% ../../nbs/10_data.cohort.ipynb #d0c7bc8b
+# %% ../../nbs/10_data.cohort.ipynb #cf477bc3
 SPLITS = ('train', 'val', 'test')
 
-def _position(name, kind): "Columns that say where a modality's data lie."; return [f'{name}_start', f'{name}_length'] if kind == 'timeseries' else [f'{name}_index']
+def _position(name, kind):
+    "Columns that say where a modality's data lie."
+    return [f'{name}_start', f'{name}_length'] if kind == 'timeseries' else [f'{name}_index']
 
 def check_samples(
     samples,       # the table
@@ -186,10 +201,11 @@ def check_samples(
     for name, (kind, n) in kinds.items():
         first, *length = (samples[c] for c in _position(name, kind))
         count = length[0] if length else (first >= 0).astype(int)
-        if (count < 0).any() or (first[count > 0] < 0).any() or (first[count > 0] + count[count > 0] > n).any() or (not length and (first < -1).any()):
+        here = count > 0
+        if (count < 0).any() or (first[here] < 0).any() or (first[here] + count[here] > n).any() or (not length and (first < -1).any()):
             raise InputError(f'{where} points outside the {n} rows of {name}')
 
-# %% ../../nbs/10_data.cohort.ipynb #9d19654b
+# %% ../../nbs/10_data.cohort.ipynb #ca681bf3
 FORMAT = 1   # of the folder; a reader refuses any other
 
 def _json(d)->str:
@@ -197,13 +213,15 @@ def _json(d)->str:
     flat = lambda m: '[' + re.sub(r',\n\s*', ', ', m[1]) + ']'
     return re.sub(r'\[\n\s*([^\[\]{}]*?)\n\s*\]', flat, json.dumps(d, indent=2, ensure_ascii=False, allow_nan=False)) + '\n'
 
-def _short(x): "Numbers as short decimals of float32's precision."; return [float(f'{v:.7g}') for v in x] if np.ndim(x) else float(f'{x:.7g}')
+def _short(x):
+    "Numbers as short decimals of float32's precision."
+    return [float(f'{v:.7g}') for v in x] if np.ndim(x) else float(f'{x:.7g}')
 
 def sha256(path)->str:
     "Hex digest of a file, read in blocks."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../../nbs/10_data.cohort.ipynb #2008cd64
+# %% ../../nbs/10_data.cohort.ipynb #fca1bf1a
 class CohortWriter:
     "Write a cohort: `add_…` its modalities, append to them, `close` with the table of samples. Use it in a `with` block."
     def __init__(self,
@@ -232,7 +250,8 @@ class CohortWriter:
         self.tmp.cleanup()
 
     def _add(self, name, dtype, shape, info):
-        if name in self.arrays or not re.fullmatch(r'[A-Za-z]\w*', name): raise InputError(f'{name!r} is taken or not a name for a modality (letters, digits, _)')
+        if name in self.arrays or not re.fullmatch(r'[A-Za-z]\w*', name):
+            raise InputError(f'{name!r} is taken or not a name for a modality (letters, digits, _)')
         self.arrays[name] = ArrayWriter(self.part/f'{name}.npy', dtype, shape)
         self.meta['modalities'][name] = dict(kind=info.pop('kind'), file=f'{name}.npy', **info)
         return self.arrays[name]
@@ -302,7 +321,7 @@ def close(self:CohortWriter,
     finally: self.abort()
     return Cohort.open(self.folder)
 
-# %% ../../nbs/10_data.cohort.ipynb #57498be2
+# %% ../../nbs/10_data.cohort.ipynb #fb0ce886
 def _read_meta(folder):
     "cohort.json of `folder`, checked as far as it can be without the arrays."
     path = folder/'cohort.json'
@@ -310,11 +329,13 @@ def _read_meta(folder):
     try: meta = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise InputError(f'{path} is not JSON: {e}')
     version = meta.get('format') if isinstance(meta, dict) else None
-    if version != FORMAT: raise InputError(f'{folder} is a cohort of format {version}, this mmsn reads format {FORMAT}: prepare it again with this version')
+    if version != FORMAT:
+        raise InputError(f'{folder} is a cohort of format {version}, this mmsn reads format {FORMAT}: prepare it again with this version')
     missing = [k for k in ('name', 'provenance', 'modalities', 'labels', 'label_groups', 'files') if k not in meta]
     if missing: raise InputError(f'{path} has no entry {missing[0]!r}: prepare the cohort again')
     for file in [*meta['files'], *(m.get('file', '') for m in meta['modalities'].values())]:
-        if not file or Path(file).name != file or '\\' in file: raise InputError(f'{path} names the file {file!r}, which leaves the cohort folder: refused')
+        if not file or Path(file).name != file or '\\' in file:
+            raise InputError(f'{path} names the file {file!r}, which leaves the cohort folder: refused')
         if file not in meta['files']: raise InputError(f'{path} has no hash for {file}: prepare the cohort again')
     return meta
 
@@ -323,9 +344,10 @@ def _check_sizes(folder, meta):
     for file, known in meta['files'].items():
         path = folder/file
         if not path.is_file(): raise InputError(f'{path} is missing: copy the cohort again')
-        if path.stat().st_size != known['bytes']: raise InputError(f'{path} has {path.stat().st_size} bytes, not {known["bytes"]}: copy the cohort again')
+        if path.stat().st_size != known['bytes']:
+            raise InputError(f'{path} has {path.stat().st_size} bytes, not {known["bytes"]}: copy the cohort again')
 
-# %% ../../nbs/10_data.cohort.ipynb #3de54c4f
+# %% ../../nbs/10_data.cohort.ipynb #115e6dec
 class Cohort:
     "A prepared data set, read lazily: `samples`, `modalities`, `labels`, and `cohort[i]`."
     def __init__(self, folder, meta:dict, samples):
@@ -354,7 +376,8 @@ class Cohort:
         return self._arrays[name]
 
     def _check(self):
-        check_samples(self.samples, {n: (m.kind, len(self.array(n))) for n, m in self.modalities.items()}, self.labels, f'{self.folder.name}/samples.parquet')
+        kinds = {n: (m.kind, len(self.array(n))) for n, m in self.modalities.items()}
+        check_samples(self.samples, kinds, self.labels, f'{self.folder.name}/samples.parquet')
 
     def __len__(self): return len(self.samples)
     def __getstate__(self): return dict(self.__dict__, _arrays={})   # a worker maps the files itself
@@ -362,17 +385,18 @@ class Cohort:
         kinds = ', '.join(f'{n} ({m.kind}: {self.present(n).sum()})' for n, m in self.modalities.items())
         return f'Cohort {self.name!r}: {len(self)} samples of {self.samples.subject_id.nunique()} subjects; {kinds}; labels: {len(self.labels)}'
 
-# %% ../../nbs/10_data.cohort.ipynb #913662b7
+# %% ../../nbs/10_data.cohort.ipynb #f7da6cc9
 @patch
 def verify(self:Cohort):
     "Compare the size and sha256 of every file and check the table of samples; returns the cohort, or raises InputError."
     _check_sizes(self.folder, self.meta)
     for file, known in self.meta['files'].items():
-        if sha256(self.folder/file) != known['sha256']: raise InputError(f'{self.folder/file} was changed since it was written: copy or prepare the cohort again')
+        if sha256(self.folder/file) != known['sha256']:
+            raise InputError(f'{self.folder/file} was changed since it was written: copy or prepare the cohort again')
     self._check()
     return self
 
-# %% ../../nbs/10_data.cohort.ipynb #c7770de4
+# %% ../../nbs/10_data.cohort.ipynb #fb4099ef
 @patch
 def _names(self:Cohort, modalities=None, known=None, what='modality'):
     "`modalities` as a list of known names; all of them by default."
@@ -383,7 +407,9 @@ def _names(self:Cohort, modalities=None, known=None, what='modality'):
     return names
 
 @patch
-def _at(self:Cohort, name): "First rows and lengths (N,) of one modality; length 0 = missing."; return [self.samples[c].to_numpy() for c in _position(name, self.modalities[name].kind)]
+def _at(self:Cohort, name):
+    "First rows and lengths (N,) of one modality; length 0 = missing."
+    return [self.samples[c].to_numpy() for c in _position(name, self.modalities[name].kind)]
 
 @patch
 def present(self:Cohort, name:str)->np.ndarray:
@@ -426,7 +452,7 @@ def label_matrix(self:Cohort, labels=None, rows=None)->np.ndarray:
     table = self.samples[names] if rows is None else self.samples[names].iloc[np.asarray(rows)]
     return np.array(table, np.float32).reshape(len(table), len(names))   # a copy: pandas' own memory is read-only
 
-# %% ../../nbs/10_data.cohort.ipynb #eec36297
+# %% ../../nbs/10_data.cohort.ipynb #f019b58b
 @dataclass
 class Batch:
     "B samples on one device."
@@ -443,9 +469,13 @@ class Batch:
 
     @property
     def size(self)->int: "B"; return len(self.index)
-    def to(self, device): "The batch on `device`, without waiting for pinned memory."; return self._map(lambda t: t.to(device, non_blocking=True))
+    def to(self, device):
+        "The batch on `device`, without waiting for pinned memory."
+        return self._map(lambda t: t.to(device, non_blocking=True))
     def pin_memory(self): "For loaders that feed a GPU."; return self._map(torch.Tensor.pin_memory)
-    def select(self, which): "The samples that `which`, a (B,) mask or (n,) indices, chooses."; return self._map(lambda t: t[which])
+    def select(self, which):
+        "The samples that `which`, a (B,) mask or (n,) indices, chooses."
+        return self._map(lambda t: t[which])
     def __repr__(self):
         data = ', '.join(f'{n} {str(t.dtype)[6:]} {tuple(t.shape)} ({int(self.present[n].sum())} present)' for n, t in self.data.items())
         return f'Batch of {self.size}: {data}; labels: {self.labels.shape[1]}'
@@ -502,7 +532,7 @@ def epoch_order(
     key = _splitmix(_splitmix(np.array([seed % 2**64], np.uint64)) ^ np.array([epoch], np.uint64))
     return np.argsort(_splitmix(np.arange(n, dtype=np.uint64) ^ key), kind='stable')
 
-# %% ../../nbs/10_data.cohort.ipynb #9d307c32
+# %% ../../nbs/10_data.cohort.ipynb #96cc9909
 class GlobalBatches:
     "Sampler that yields this rank's rows (n,) of each global batch, in the global order."
     def __init__(self, rows, batch_size, shuffle=False, seed=0, epoch=0, rank=0, world=1, start=0, drop_last=False):
@@ -518,7 +548,8 @@ class GlobalBatches:
 
 class SampleReader(Dataset):
     "Reads a whole batch of rows at a time."
-    def __init__(self, cohort, modalities=None, labels=None, partner=None): self.cohort, self.modalities, self.labels, self.partner = cohort, modalities, labels, partner
+    def __init__(self, cohort, modalities=None, labels=None, partner=None):
+        self.cohort, self.modalities, self.labels, self.partner = cohort, modalities, labels, partner
     def __len__(self): return len(self.cohort)
     def __getitem__(self, rows)->Batch: return self.cohort.batch(rows, self.modalities, self.labels, self.partner)
 

@@ -30,7 +30,7 @@ def mean_hours(
 
 _POOLS = dict(last=last_hour, mean=mean_hours)
 
-# %% ../../nbs/21_encoders.timeseries.ipynb #0bb9e794
+# %% ../../nbs/21_encoders.timeseries.ipynb #d063fe5f
 class RecurrentEncoder(nn.Module):
     "LSTM or GRU over hours, pooled over the true ones, LayerNorm, linear."
     def __init__(self,
@@ -39,8 +39,9 @@ class RecurrentEncoder(nn.Module):
     ):
         super().__init__()
         self.config, self.dim = config, config.dim
+        dropout = config.dropout if config.layers > 1 else 0.   # torch warns of dropout between one layer and nothing
         self.rnn = dict(lstm=nn.LSTM, gru=nn.GRU)[config.name](width, config.hidden, config.layers, batch_first=True,
-            bidirectional=config.bidirectional, dropout=config.dropout if config.layers > 1 else 0.)   # torch warns of dropout between one layer and nothing
+                                                               dropout=dropout, bidirectional=config.bidirectional)
         out = config.hidden*(1 + config.bidirectional)
         self.norm, self.proj = nn.LayerNorm(out), nn.Linear(out, config.dim)
 
@@ -50,7 +51,8 @@ class RecurrentEncoder(nn.Module):
     ):
         "(N, dim), the same whatever lies beyond the true hours."
         lengths = lengths.clamp(min=1)
-        states = self._packed(x, lengths) if self.config.bidirectional else self.rnn(x)[0]
+        pack = self.config.bidirectional and len(x) > 0   # torch refuses to pack an empty batch
+        states = self._packed(x, lengths) if pack else self.rnn(x)[0]
         pooled = _POOLS[self.config.pool](states, lengths)
         if self.config.bidirectional and self.config.pool == 'last':
             H = self.config.hidden

@@ -17,10 +17,11 @@ from torchvision.ops import StochasticDepth
 
 from ..config import ImageEncoder, InputError
 
-# %% ../../nbs/20_encoders.vit.ipynb #b2299348
+# %% ../../nbs/20_encoders.vit.ipynb #d6c8531f
 def _grid(size, patch):
     "Rows and columns of patches in an image of `size` (H, W) pixels; raises InputError unless they fit exactly."
-    if any(s % patch or s < patch for s in size): raise InputError(f'an image of {size[0]}x{size[1]} pixels is not made of whole patches of {patch}: change the view size or encoder.patch')
+    if any(s % patch or s < patch for s in size):
+        raise InputError(f'an image of {size[0]}x{size[1]} pixels is not made of whole patches of {patch}: change the view size or encoder.patch')
     return tuple(s//patch for s in size)
 
 class PatchEmbed(nn.Module):

@@ -54,23 +54,22 @@ def low_shot_figure(
     axes[0].legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/64_evaluate.figures.ipynb #e9907818
+# %% ../../nbs/64_evaluate.figures.ipynb #fb1b14c1
 def training_figure(
     metrics:pd.DataFrame,    # metrics.csv of a run
     prototypes:int,          # K
 ):
     "Cross entropy per kind of anchor, prototypes used, effective rank, gradient norm and the schedules of a run."
-    kinds = [c.split('/')[0] for c in metrics if c.endswith('/cross_entropy')]
-    panels = [('cross entropy', [f'{k}/cross_entropy' for k in kinds], math.log(prototypes)), ('above its floor H(t)', [f'{k}/above_floor' for k in kinds], None),
-              ('prototypes used', [f'{k}/used' for k in kinds], prototypes), ('effective rank', [c for c in metrics if c.startswith('rank/')], None),
-              ('gradient norm', ['gradient_norm'], None), ('learning rate', ['lr'], None)]
+    of = lambda what: {c.split('/')[0]: metrics[c] for c in metrics if c.endswith(f'/{what}')}
+    above = {k: ce - metrics[f'{k}/floor'] for k, ce in of('cross_entropy').items()}
+    panels = [('cross entropy', of('cross_entropy'), math.log(prototypes)), ('above its floor H(t)', above, None), ('prototypes used', of('used'), prototypes),
+              ('effective rank', of('effective_rank'), None), ('gradient norm', {'': metrics.gradient_norm}, None), ('learning rate', {'': metrics.lr}, None)]
     fig, axes = _panels(len(panels), height=2.2)
-    for ax, (title, columns, level) in zip(axes, panels):
-        for c in columns:
-            if c in metrics: ax.plot(metrics.step, metrics[c], lw=1.2, label=c.removeprefix('rank/').split('/')[0])
+    for ax, (title, lines, level) in zip(axes, panels):
+        for name, values in lines.items(): ax.plot(metrics.step, values, lw=1.2, label=name)
         if level: ax.axhline(level, color='k', lw=.8, ls=':')
         _style(ax, title=title, xlabel='step')
-        if len(columns) > 1: ax.legend(fontsize=7, frameon=False)
+        if len(lines) > 1: ax.legend(fontsize=7, frameon=False)
     return fig
 
 # %% ../../nbs/64_evaluate.figures.ipynb #7212dce1

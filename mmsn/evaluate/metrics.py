@@ -13,7 +13,7 @@ from scipy import sparse
 
 from ..config import InputError
 
-# %% ../../nbs/61_evaluate.metrics.ipynb #94f83e6e
+# %% ../../nbs/61_evaluate.metrics.ipynb #2567b5df
 def _segments(positive, scores):
     "`order` (n,) of falling scores and the segment (n,) of each ordered row: every tied group with a positive is one of its own."
     order = np.argsort(-scores, kind='stable')
@@ -22,6 +22,7 @@ def _segments(positive, scores):
     holds = np.bincount(tie, positive[order]) > 0
     return order, np.cumsum(np.r_[False, holds[1:] | holds[:-1]])[tie]
 
+# %% ../../nbs/61_evaluate.metrics.ipynb #1d981c86
 def weighted_metrics(
     positive,   # (n,) bool, the label of every row
     scores,     # (n,) float, higher is more likely
@@ -40,7 +41,7 @@ def weighted_metrics(
         auprc = np.where(pos > 0, pos*found/seen, 0).sum(0)/P
     return np.where((P > 0) & (N > 0), np.stack([auroc, auprc]), np.nan)
 
-# %% ../../nbs/61_evaluate.metrics.ipynb #f1e91d2b
+# %% ../../nbs/61_evaluate.metrics.ipynb #c5c5e360
 METRICS = ('auroc', 'auprc')
 
 def _check(labels, scores):
@@ -54,6 +55,7 @@ def _check(labels, scores):
     if lost: raise InputError(f'{lost} known labels have no finite score: judge only rows that were scored, and say so')
     return labels, scores
 
+# %% ../../nbs/61_evaluate.metrics.ipynb #e7eb8690
 def metrics(
     labels,         # (N, K) 1, 0, NaN = unknown
     scores,         # (N, K) float
@@ -78,7 +80,7 @@ def macro(values):
     count = (~np.isnan(values)).sum(-1)
     return np.where(count > 0, np.nansum(values, -1)/np.maximum(count, 1), np.nan)
 
-# %% ../../nbs/61_evaluate.metrics.ipynb #7f1c37b3
+# %% ../../nbs/61_evaluate.metrics.ipynb #3a5be082
 _BLOCK = 64   # resamples at a time: 12,000 rows x 64 float32 = 3 MB, about what a core's cache holds
 
 def subject_weights(
@@ -94,6 +96,7 @@ def subject_weights(
         drawn = rng.integers(n, size=(width, n)) + n*np.arange(width)[:, None]
         yield np.bincount(drawn.ravel(), minlength=n*width).reshape(width, n).T[code].astype(np.float32)
 
+# %% ../../nbs/61_evaluate.metrics.ipynb #92e12789
 def bootstrap(
     labels,           # (N, K) 1, 0, NaN = unknown
     scores,           # (N, K) float, or a list of such arrays judged on the same resamples
@@ -117,7 +120,7 @@ def interval(values, level=.95):
     low, high = np.nanpercentile(np.where(empty, 0, values), [50*(1 - level), 50*(1 + level)], axis=0)
     return np.where(empty, np.nan, low), np.where(empty, np.nan, high)
 
-# %% ../../nbs/61_evaluate.metrics.ipynb #7fe9f5e6
+# %% ../../nbs/61_evaluate.metrics.ipynb #92086a18
 def _parts(names, groups):
     "(row name, columns) of a table: every label, the macro mean, every group's mean."
     parts = [(name, [k]) for k, name in enumerate(names)] + [('macro', list(range(len(names))))]
@@ -131,6 +134,7 @@ def _names(labels, names):
     if len(names) != count: raise InputError(f'{len(names)} label names for {count} labels')
     return names
 
+# %% ../../nbs/61_evaluate.metrics.ipynb #4d1a1648
 def metric_table(
     labels,           # (N, K) 1, 0, NaN = unknown
     scores,           # (N, K) float
@@ -153,7 +157,7 @@ def metric_table(
                             labels=len(ks), rows=int(known[:, ks].any(1).sum()), positives=int((labels[:, ks] == 1).sum())))
     return pd.DataFrame(out)
 
-# %% ../../nbs/61_evaluate.metrics.ipynb #722a1c16
+# %% ../../nbs/61_evaluate.metrics.ipynb #827faafa
 def difference_table(
     labels,           # (N, K) 1, 0, NaN = unknown
     first,            # (N, K) scores of one encoder
@@ -174,5 +178,6 @@ def difference_table(
             va, vb, gaps = macro(a[m][0, ks]), macro(b[m][0, ks]), macro(drawn_a[m][:, ks]) - macro(drawn_b[m][:, ks])
             low, high = interval(gaps)
             ahead = np.nan if np.isnan(va) else np.nanmean(np.where(np.isnan(gaps), np.nan, gaps > 0))
-            out.append(dict(label=label, metric=m, first=float(va), second=float(vb), difference=float(va - vb), low=float(low), high=float(high), better=float(ahead)))
+            row = dict(first=va, second=vb, difference=va - vb, low=low, high=high, better=ahead)
+            out.append(dict(label=label, metric=m, **{k: float(v) for k, v in row.items()}))
     return pd.DataFrame(out)

@@ -73,7 +73,7 @@ def report_notebook(
     for i, cell in enumerate(cells): cell['id'] = f'report-{i:02d}'
     return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
 
-# %% ../../nbs/65_evaluate.report.ipynb #3f912c6c
+# %% ../../nbs/65_evaluate.report.ipynb #29ad2f49
 def write_report(
     folder,            # the report's folder
 )->Path:
@@ -81,7 +81,7 @@ def write_report(
     folder = Path(folder)
     nb = report_notebook(folder)
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')   # a warning of the debugger, of no use to anyone here
-    NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(folder)))).execute()
+    NotebookClient(nb, timeout=600, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=40'], resources=dict(metadata=dict(path=str(folder)))).execute()
     exporter = HTMLExporter(template_name='lab', exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
     exporter.require_js_url = exporter.jquery_url = exporter.mathjax_url = exporter.mermaid_js_url = ''
     html, _ = exporter.from_notebook_node(nb)

@@ -11,18 +11,19 @@ from zlib import crc32
 
 import torch
 
-# %% ../../nbs/29_views.random.ipynb #bc7f3ad4
+# %% ../../nbs/29_views.random.ipynb #d010897a
 MASK = 2**32 - 1
 GOLDEN = 0x9E3779B9 - 2**32   # 2^32 over the golden ratio, as a negative number: spreads a counter over the words
 
 def mix(
-    x,  # words in [0, 2^32): int64 tensor of any shape, or an int; not changed
+    x,      # words in [0, 2^32): int64 tensor of any shape, or an int; not changed
+    key=0,  # a second word, joined half-way; broadcasts with `x`
 ):
-    "A well scrambled bijection of 32-bit words (Wellons' lowbias32)."
+    "A well scrambled bijection of 32-bit words (Wellons' lowbias32), a different one for each `key`."
     x = x ^ (x >> 16)
     x *= 0x7FEB352D
     x &= MASK
-    x ^= x >> 15
+    x ^= (x >> 15) ^ key
     x *= 0x846CA68B - 2**32
     x &= MASK
     x ^= x >> 16
@@ -54,16 +55,14 @@ def make_key(
     for identifier in (seed, epoch, stream, view, index): key = fold_in(key, identifier)
     return key
 
-# %% ../../nbs/29_views.random.ipynb #5d92e250
+# %% ../../nbs/29_views.random.ipynb #7666247f
 def bits(
     key,    # (...) int64
     n:int,  # how many for each key
 ):
     "`(..., n)` int64 words, uniform in [0, 2^32); word i does not depend on n."
     counter = torch.arange(n, device=key.device) * GOLDEN
-    x = mix(((key & MASK)[..., None] + counter) & MASK)
-    x ^= (key >> 32)[..., None]
-    return mix(x)
+    return mix(((key & MASK)[..., None] + counter) & MASK, (key >> 32)[..., None])
 
 def uniform(
     key,             # (...) int64
@@ -74,7 +73,7 @@ def uniform(
     "`(..., n)` float32, uniform in [low, high)."
     return (bits(key, n) >> 8).float().mul_((high - low) * 2**-24).add_(low)
 
-# %% ../../nbs/29_views.random.ipynb #bc429a23
+# %% ../../nbs/29_views.random.ipynb #f5e653ff
 def normal(
     key,    # (...) int64
     n:int,  # how many for each key
@@ -83,7 +82,9 @@ def normal(
     words = bits(key, (n + 1)//2)
     radius = (words >> 16).float().add_(0.5).mul_(2**-16).log_().mul_(-2).sqrt_()
     angle = (words & 0xFFFF).float().mul_(2*math.pi * 2**-16)
-    pairs = torch.stack([angle.cos().mul_(radius), angle.sin_().mul_(radius)], -1)
+    pairs = radius.new_empty(*radius.shape, 2)
+    torch.mul(radius, angle.cos(), out=pairs[..., 0])
+    torch.mul(radius, angle.sin_(), out=pairs[..., 1])
     return pairs.flatten(-2)[..., :n]
 
 # %% ../../nbs/29_views.random.ipynb #9fb653d1
