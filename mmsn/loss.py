@@ -31,12 +31,13 @@ def sharpen_log(
     "Log of `p**(1/T)`, normalised again (MSN, section 3)."
     return (logp/sharpen).log_softmax(1)
 
-# %% ../nbs/40_loss.ipynb #606a05b9
+# %% ../nbs/40_loss.ipynb #fddd240f
 def ranks():
     "(rank, number of ranks) of this process; (0, 1) when torch.distributed is not in use."
     on = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
 
+# %% ../nbs/40_loss.ipynb #ea89b658
 def gather(x):
     "The tensor `x` of every rank, stacked: (ranks, *x.shape). No gradient. Works with gloo and nccl."
     if ranks()[1] == 1: return x.detach()[None].clone()
@@ -102,7 +103,7 @@ def me_max(
     prior = prior.to(log_mean)
     return torch.xlogy(prior, prior).sum() - (prior*log_mean).sum()
 
-# %% ../nbs/40_loss.ipynb #6a33bf6a
+# %% ../nbs/40_loss.ipynb #23423ad5
 class MSNTerms(NamedTuple):
     "The loss and what explains it; scalars over all ranks, of which `loss` to `entropy` carry gradients."
     loss: torch.Tensor             # cross entropy + w·me-max + w'·entropy
@@ -115,6 +116,7 @@ class MSNTerms(NamedTuple):
     confidence: torch.Tensor       # mean of the targets' largest probability
     count: torch.Tensor            # anchors, over all ranks
 
+# %% ../nbs/40_loss.ipynb #9eb20d1e
 def _summary(logp, t):
     "This rank's row: log of summed p (K,), first choices (K,), and six sums."
     views = logp.view(-1, *t.shape).sum(0) if len(t) else logp       # (B, K), summed over the views of a sample
@@ -144,7 +146,7 @@ def msn_terms(
     watch = floor, (rows[:, k:2*k].sum(0) > 0).sum(), spread, confidence/samples.clamp_min(1), count
     return MSNTerms(loss, ce, memax, entropy, *(w.detach() for w in watch))
 
-# %% ../nbs/40_loss.ipynb #422932ba
+# %% ../nbs/40_loss.ipynb #c13ab8c5
 def _check(anchors, targets, prototypes, temperature, sharpen, sinkhorn_iterations, prior):
     "Raise ValueError, in one line, for arguments that cannot be meant."
     for name, x in dict(anchors=anchors, targets=targets, prototypes=prototypes).items():
@@ -158,7 +160,7 @@ def _check(anchors, targets, prototypes, temperature, sharpen, sinkhorn_iteratio
     if sinkhorn_iterations != int(sinkhorn_iterations) or sinkhorn_iterations < 0:
         raise ValueError(f'sinkhorn_iterations should be a whole number, 0 or more, not {sinkhorn_iterations}')
     if torch.is_tensor(prior) and (prior.shape != prototypes.shape[:1] or (prior < 0).any() or abs(float(prior.sum()) - 1) > 1e-4):
-        raise ValueError(f'prior should hold {len(prototypes)} probabilities that sum to 1, not shape {tuple(prior.shape)} with sum {float(prior.sum()):.4g}')
+        raise ValueError(f'prior should hold {len(prototypes)} probabilities that sum to 1, not {tuple(prior.shape)} with sum {float(prior.sum()):.4g}')
 
 # %% ../nbs/40_loss.ipynb #35968c7a
 def msn_loss(

@@ -27,13 +27,14 @@ from .views.images import patch_keep
 from .views.patient import PatientViews, Views
 from .views.random import make_key
 
-# %% ../nbs/41_model.ipynb #df18cd41
+# %% ../nbs/41_model.ipynb #2a6f9006
 class BatchNorm(nn.BatchNorm1d):
     "Batch normalisation that falls back on its running statistics for fewer than two rows."
     def forward(self, x):
-        if self.training and len(x) < 2: return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
+        if not self.training or len(x) > 1: return super().forward(x)
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
+# %% ../nbs/41_model.ipynb #7f0e6dc6
 _NORMS = dict(batch=BatchNorm, layer=nn.LayerNorm, none=lambda width: nn.Identity())
 
 class Head(nn.Sequential):
@@ -49,7 +50,7 @@ class Head(nn.Sequential):
             width = config.hidden
         super().__init__(*layers, nn.Linear(width, config.output))
 
-# %% ../nbs/41_model.ipynb #81096082
+# %% ../nbs/41_model.ipynb #e10168e3
 def _encode_rows(encoder, args, present):
     "Embeddings (N, d) of the rows where `present` (N,) is true, zeros elsewhere."
     if present.all(): return encoder(*args)
@@ -57,6 +58,7 @@ def _encode_rows(encoder, args, present):
     h = encoder(*(a if a is None else a[rows] for a in args))
     return h.new_zeros(len(present), h.shape[1]).index_copy(0, rows, h)
 
+# %% ../nbs/41_model.ipynb #5367b2b9
 def embed(
     encoder:JointEncoder,  # online or target
     name:str,              # of the modality
@@ -89,12 +91,13 @@ def effective_rank(
     p = s/s.sum().clamp_min(1e-12)
     return torch.special.entr(p).sum().exp()
 
-# %% ../nbs/41_model.ipynb #eb3fd90d
+# %% ../nbs/41_model.ipynb #6133eeb1
 class Output(NamedTuple):
     "What one step computes."
     loss: torch.Tensor   # scalar, to call backward on
     metrics: dict        # name -> detached scalar tensor; per group of anchors 'joint/cross_entropy', …
 
+# %% ../nbs/41_model.ipynb #62c3544f
 class MMSN(nn.Module):
     "Multi-modal masked siamese network."
     def __init__(self,
@@ -146,15 +149,14 @@ def _fused(self:MMSN, encoder, embeddings, present, group, chosen):
     seen = {name: (p if name in names else torch.zeros_like(p))[rows].repeat(len(chosen)) for name, p in present.items()}
     return encoder.fuse({name: pick(embeddings[name]) for name in names}, seen), rows
 
-# %% ../nbs/41_model.ipynb #225fcc49
+# %% ../nbs/41_model.ipynb #50750c6d
 @patch
 @torch.no_grad()
 def _aims(self:MMSN, views:PatientViews, present, names):
     "Target assignments (rows, K) of each group, and the target embedding (B, d) of each modality."
     whole = {name: embed(self.target, name, [views.targets[name]], present[name]) for name in self.infos}
     fused, rows = zip(*(self._fused(self.target, whole, present, g, [0]) for g in names))
-    c = self.config.loss
-    out = self.target_head(torch.cat(fused)).split([len(f) for f in fused])
+    c, out = self.config.loss, self.target_head(torch.cat(fused)).split([len(f) for f in fused])
     t = {g: assign(o, self.prototypes, c.temperature, c.sharpen, c.sinkhorn_iterations) for g, o in zip(names, out)}
     full = t['joint'].new_zeros(len(rows[0]), t['joint'].shape[1])
     full[rows[0]] = t['joint']
@@ -162,6 +164,7 @@ def _aims(self:MMSN, views:PatientViews, present, names):
     aims = {g: t[g] if g == 'joint' else mix(t[g], full[r]) for g, r in zip(names, rows)}
     return aims, whole, fused[0]
 
+# %% ../nbs/41_model.ipynb #65740e48
 @patch
 def forward(self:MMSN, views:PatientViews)->Output:
     "Loss and metrics of one step; every trainable parameter takes part, whatever the batch lacks."
@@ -201,7 +204,7 @@ def update_target(self:MMSN,
     for online, target in pairs:
         for b, a in zip(target.buffers(), online.buffers()): b.copy_(a)
 
-# %% ../nbs/41_model.ipynb #3f7d65d1
+# %% ../nbs/41_model.ipynb #8ec84948
 @patch
 @torch.no_grad()
 def encode(self:MMSN,
@@ -226,13 +229,14 @@ def encode(self:MMSN,
     if len(h) == 1: joint = joint.masked_fill(*none.values(), math.nan)
     return {name: x.masked_fill(none[name], math.nan).float() for name, x in h.items()} | dict(joint=joint.float())
 
+# %% ../nbs/41_model.ipynb #b8d7f3c3
 @patch
 def _visible(self:MMSN, name, view, index, patches, seed):
     "(B, k) numbers of the patches that stay, a function of seed and sample."
     n = math.prod(s//self.config.modalities[name].encoder.patch for s in view.x.shape[-2:])
     return patch_keep(make_key(seed, 0, index, 0, f'hidden patches of {name}'), n, patches, False)
 
-# %% ../nbs/41_model.ipynb #1677e0c9
+# %% ../nbs/41_model.ipynb #968e05b8
 def collapsed(
     metrics:dict,  # of one step, tensors or floats; other keys are ignored
 ):
@@ -242,12 +246,13 @@ def collapsed(
         group = key.removesuffix('/used')
         used, entropy = float(metrics[key]), float(metrics[f'{group}/entropy'])
         if used <= 1 and float(metrics[f'{group}/entropy_of_mean']) < .1*chance:
-            return f'collapse: all {group} anchors and targets choose one prototype; raise loss.me_max_weight or loss.sinkhorn_iterations, or lower optim.lr'
+            return f'collapse: all {group} anchors and targets choose one prototype; raise loss.me_max_weight or lower optim.lr'
         if entropy > .98*chance:
-            return f'collapse: {group} anchors find all prototypes alike (entropy {entropy:.2f} of {chance:.2f}); lower optim.lr or loss.temperature, or raise fusion.drop'
+            return (f'collapse: {group} anchors find all prototypes alike (entropy {entropy:.2f} of {chance:.2f}); '
+                    'lower optim.lr or loss.temperature, or raise fusion.drop')
     return None
 
-# %% ../nbs/41_model.ipynb #2456039e
+# %% ../nbs/41_model.ipynb #6c52f413
 _FORMAT = 'mmsn-encoder'
 
 def _is_ours(folder):
@@ -255,6 +260,7 @@ def _is_ours(folder):
     try: return json.loads((Path(folder)/'config.json').read_text(encoding='utf-8')).get('format') == _FORMAT
     except (OSError, ValueError, AttributeError): return False
 
+# %% ../nbs/41_model.ipynb #a26c47a6
 @patch
 def save_pretrained(self:MMSN,
     folder,  # made, or replaced if it holds an encoder
@@ -268,8 +274,10 @@ def save_pretrained(self:MMSN,
     for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     new.mkdir()
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(('online.', 'head.'))}, new/'model.safetensors', dict(format='pt'))
-        about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), modalities={name: info.to_dict() for name, info in self.infos.items()})
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(('online.', 'head.'))}
+        save_file(state, new/'model.safetensors', dict(format='pt'))
+        infos = {name: info.to_dict() for name, info in self.infos.items()}
+        about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), modalities=infos)
         (new/'config.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
         if folder.exists(): folder.rename(old)
         new.rename(folder)
@@ -277,27 +285,37 @@ def save_pretrained(self:MMSN,
         for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     return folder
 
-# %% ../nbs/41_model.ipynb #88a1de1b
+# %% ../nbs/41_model.ipynb #9e174147
 def _folder(source):
     "The local folder of an encoder: `source` itself, or a snapshot of the hub."
     if Path(source).is_dir(): return Path(source)
-    if Path(source).exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)): raise InputError(f'no encoder at {source}: give its folder, or owner/name of the hub')
+    if Path(source).exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
+        raise InputError(f'no encoder at {source}: give its folder, or owner/name of the hub')
     try: return Path(snapshot_download(str(source), allow_patterns=['config.json', 'model.safetensors']))
     except Exception as e: raise InputError(f'no folder {source}, and the hub could not give it: {str(e).splitlines()[0]}')
 
+# %% ../nbs/41_model.ipynb #2ebf30a2
+def _read(source):
+    "(config, infos, weights) of an exported encoder; raises InputError for anything else."
+    folder = _folder(source)
+    if not _is_ours(folder):
+        raise InputError(f'{source} is no encoder of mmsn: it should hold config.json and model.safetensors from save_pretrained')
+    about = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    try: infos = {name: ModalityInfo.from_dict(name, d) for name, d in about['modalities'].items()}
+    except (KeyError, TypeError, AttributeError) as e: raise InputError(f'{source}/config.json is damaged ({e!r}): export the encoder again')
+    try: state = load_file(folder/'model.safetensors')
+    except (OSError, SafetensorError) as e:
+        raise InputError(f'{source}/model.safetensors cannot be read ({e}): copy or export the encoder again')
+    return check(build(Config, about.get('config'))), infos, state
+
+# %% ../nbs/41_model.ipynb #cbea3f47
 @patch(cls_method=True)
 def from_pretrained(cls:MMSN,
     source,  # folder, or owner/name on the Hugging Face hub
 ):
     "The model that `save_pretrained` wrote, in evaluation mode; raises InputError for anything else."
-    folder = _folder(source)
-    if not _is_ours(folder): raise InputError(f'{source} is no encoder of mmsn: it should hold config.json and model.safetensors from save_pretrained')
-    about = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    try: infos = {name: ModalityInfo.from_dict(name, d) for name, d in about['modalities'].items()}
-    except (KeyError, TypeError, AttributeError) as e: raise InputError(f'{source}/config.json is damaged ({e!r}): export the encoder again')
-    model = cls(check(build(Config, about.get('config'))), infos)
-    try: state = load_file(folder/'model.safetensors')
-    except (OSError, SafetensorError) as e: raise InputError(f'{source}/model.safetensors cannot be read ({e}): copy or export the encoder again')
+    config, infos, state = _read(source)
+    model = cls(config, infos)
     state |= {k.replace(a, b, 1): v for k, v in state.items() for a, b in (('target.', 'online.'), ('target_head.', 'head.')) if k.startswith(a)}
     try: model.load_state_dict(state)
     except RuntimeError as e: raise InputError(f'the weights in {source} do not fit its config.json: {" ".join(str(e).split())[:200]}')

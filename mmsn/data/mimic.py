@@ -97,7 +97,7 @@ def connect(
     if threads: con.execute(f'set threads={int(threads)}')
     return con
 
-# %% ../../nbs/14_data.mimic.ipynb #3fbeb219
+# %% ../../nbs/14_data.mimic.ipynb #e978c126
 def run(
     con,          # DuckDB connection
     sql:str,      # one statement
@@ -107,11 +107,12 @@ def run(
     for name, table in tables.items(): con.register(name, table)
     try: return con.execute(sql)
     except (duckdb.IOException, duckdb.InvalidInputException) as e:
-        raise InputError(f'a table cannot be read to its end, download it again: {str(e).splitlines()[0]}')
+        where = re.search(r'file = (\S.*)', str(e))                # DuckDB names it at the end of a long message
+        raise InputError(f'a table cannot be read to its end, download it again: {str(e).splitlines()[0]}' + (f' of {where[1]}' if where else ''))
     except duckdb.OutOfMemoryException as e:
         raise InputError(f'DuckDB needs more memory, raise the limit: {str(e).splitlines()[0]}')
 
-# %% ../../nbs/14_data.mimic.ipynb #eb15864b
+# %% ../../nbs/14_data.mimic.ipynb #3690ae80
 def load_stays(con, mimic_iv):
     "Make the table `stays` of all ICU stays with age, sex, length in seconds, outcome; raises InputError for conflicting stay ids."
     open_table(con, mimic_iv, 'icustays', 'subject_id bigint, hadm_id bigint, stay_id bigint, first_careunit varchar, '
@@ -121,7 +122,7 @@ def load_stays(con, mimic_iv):
     open_table(con, mimic_iv, 'patients', 'subject_id bigint, gender varchar, anchor_age integer, anchor_year integer')
     run(con, '''create or replace table stays as
         select s.subject_id, s.hadm_id, s.stay_id, s.intime, s.outtime, s.first_careunit, a.race,
-               p.anchor_age + year(a.admittime) - p.anchor_year as age,
+               least(p.anchor_age + year(a.admittime) - p.anchor_year, 91) as age,
                case p.gender when 'M' then 1 when 'F' then 0 end as male,
                (epoch(s.outtime) - epoch(s.intime))::bigint as seconds,
                (coalesce(a.hospital_expire_flag = 1, false) or
@@ -445,21 +446,23 @@ def _check_options(tasks, samples, mimic_cxr, hours):
     if 'mortality' in tasks and not hours: raise InputError('mortality is predicted from the first hours of a stay: give hours, such as 48')
     return tasks
 
-# %% ../../nbs/14_data.mimic.ipynb #a9ca331c
+# %% ../../nbs/14_data.mimic.ipynb #10cddbbd
 def make_labels(con, tasks, mimic_iv, mimic_cxr=None, images=None)->tuple:
-    "(stays, K) table of the labels of `tasks` for the chosen stays, and the group of each."
-    parts, groups = [], {}
+    "(stays, K) table of the labels of `tasks` for the chosen stays, the group of each, and rows (what, count)."
+    parts, groups, counts = [], {}, []
     if 'mortality' in tasks:
         parts.append(con.execute(f'select died::float as "{MORTALITY}" from chosen order by stay').df())
         groups[MORTALITY] = 'outcome'
     if 'phenotyping' in tasks:
-        parts.append(phenotypes(con, mimic_iv))
+        y = phenotypes(con, mimic_iv)
+        parts.append(y.fillna(0))
+        counts.append(('without any diagnosis code: no phenotype', int(y.isna().any(axis=1).sum())))
         groups |= {name: group for _, name, group in PHENOTYPES}
     if 'radiology' in tasks:
         y = findings(con, mimic_cxr, images, con.execute('select count(*) from chosen').fetchall()[0][0])
         parts.append(y.rename(columns=lambda c: f'{c} (X-ray)' if c in groups else c))
         groups |= {c: 'finding' for c in parts[-1]}
-    return (pd.concat(parts, axis=1) if parts else pd.DataFrame()), groups
+    return (pd.concat(parts, axis=1) if parts else pd.DataFrame()), groups, counts
 
 def pick_labels(table, names=None):
     "The columns `names` of a table of labels, all by default; raises InputError for an unknown one."
@@ -508,7 +511,7 @@ def store_pairs(con, writer, mimic_cxr, size, workers=4)->tuple:
     good = images[images.cxr_index >= 0].reset_index(drop=True)
     return good, counts + [('dropped: not readable', len(images) - len(good)), ('stored', len(good))]
 
-# %% ../../nbs/14_data.mimic.ipynb #1acd6bd3
+# %% ../../nbs/14_data.mimic.ipynb #7945288a
 def prepare_mimic(
     mimic_iv,                      # folder of MIMIC-IV: hosp/ and icu/ (version 1.0: core/ and icu/)
     out,                           # the cohort folder to make
@@ -537,11 +540,11 @@ def prepare_mimic(
         load_events(con, mimic_iv)
         lengths = write_series(con, writer.add_timeseries('ehr', *layout(CHANNELS)))
         writer.add_tabular('demographics', con.execute('select age, male from chosen order by stay').df())
-        y, groups = make_labels(con, tasks, mimic_iv, mimic_cxr, images)
+        y, groups, uncoded = make_labels(con, tasks, mimic_iv, mimic_cxr, images)
         kept = pick_labels(y, labels)
         writer.meta.update(labels=list(kept), label_groups={c: groups[c] for c in kept})
         table = make_samples(con, lengths, images, seed)
-        summary = summarise(con, stays, shots, kept, table)
+        summary = summarise(con, stays + uncoded, shots, kept, table)
         summary.to_csv(writer.part/'summary.csv', index=False)
         con.close()
         writer.close(pd.concat([table, kept], axis=1))

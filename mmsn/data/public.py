@@ -397,7 +397,7 @@ def image_names(ids, folder)->list:
     there = {e: sum((Path(folder)/(i + e)).is_file() for i in ids[:100]) for e in ('', '.jpg', '.jpeg', '.png')}
     return [i + max(there, key=there.get) for i in ids]
 
-# %% ../../nbs/15_data.public.ipynb #b3798013
+# %% ../../nbs/15_data.public.ipynb #d0f82fc4
 def image_cohort(
     table,                # DataFrame of text, one row an image
     where,                # what to call it in messages
@@ -417,8 +417,8 @@ def image_cohort(
     provenance:dict=None, # goes to cohort.json
 )->pd.DataFrame:
     "The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises InputError."
-    _check_images(table, where, images, size, id_column)
-    subject = np.arange(len(table)) if subject_column is None else (_need(table, subject_column, where), subject_numbers(table[subject_column], where))[1]
+    _check_images(table, where, images, size, id_column, subject_column)
+    subject = np.arange(len(table)) if subject_column is None else subject_numbers(table[subject_column], where)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
     split = split_of(subject, seed) if split_column is None else given_split(table, split_column, where)
     samples = pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split, image=table[id_column].to_numpy()))
@@ -433,10 +433,10 @@ def image_cohort(
         rows += [('images', f'used, but {n}', k) for n, k in stored.noted.note.value_counts().items()]
         return publish(writer, samples, rows + [('subjects', 'with an image', samples.subject_id.nunique())])
 
-# %% ../../nbs/15_data.public.ipynb #f85c071d
-def _check_images(table, where, images, size, id_column):
+# %% ../../nbs/15_data.public.ipynb #370ea120
+def _check_images(table, where, images, size, id_column, subject_column=None):
     "Raise InputError unless there are rows, ids that are there once, a folder and a size."
-    _need(table, id_column, where)
+    for c in filter(None, (id_column, subject_column)): _need(table, c, where)
     if not len(table): raise InputError(f'{where} holds no rows')
     if table[id_column].isna().any(): raise InputError(f'column {id_column!r} of {where} is empty in row {int(table[id_column].isna().argmax()) + 1}')
     twice = table[id_column][table[id_column].duplicated()]

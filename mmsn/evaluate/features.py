@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from ..config import InputError
 from ..data.cohort import Cohort, CohortWriter
 
-# %% ../../nbs/60_evaluate.features.ipynb #f2b1b502
+# %% ../../nbs/60_evaluate.features.ipynb #c06db2de
 def _toy_data(n, hours, size, seed):
     "Images (n, size, size), series (n, hours, 5) and labels (n, 3) from two hidden conditions."
     rng = np.random.default_rng(seed)
     heart, lung = rng.random((2, n)) < .4
     spot = np.exp(-((np.indices((size, size)) - (size - 1)/2)**2).sum(0)/(size/4)**2)
-    images = 100 + 30*rng.normal(size=(n, 1, 1)) + 20*rng.normal(size=(n, size, size)) + 60*heart[:, None, None]*spot
+    images = 100 + 30*rng.normal(size=(n, 1, 1)) + 20*rng.normal(size=(n, size, size)) + 25*heart[:, None, None]*spot
     rise = np.linspace(-1, 1, hours)*lung[:, None]
     value = .6*rng.normal(size=(n, 1)) + rise + .6*rng.normal(size=(n, hours))
     state = (rng.random((n, hours)) < .2 + .2*lung[:, None]).astype(float)                       # a two-word categorical channel

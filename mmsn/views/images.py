@@ -82,14 +82,15 @@ def jitter(
     mean = x.mean((1, 2, 3), keepdim=True)*b
     return torch.addcmul(mean*(1 - c), x, b*c).clamp_(0, 1)
 
-# %% ../../nbs/30_views.images.ipynb #5f440fae
-def _blur_rows(x, kernel):
-    "Each image of (N, C, H, W) convolved along its last axis with its own row of `kernel` (N, 2r+1)."
-    N, C, H, W = x.shape
-    r = kernel.shape[1]//2
-    padded = torch.cat([x[..., :r].flip(-1), x, x[..., W-r:].flip(-1)], -1)
-    weight = kernel.repeat_interleave(C, 0)[:, None, None]
-    return F.conv2d(padded.reshape(1, N*C, H, W + 2*r), weight, groups=N*C).view(N, C, H, W)
+# %% ../../nbs/30_views.images.ipynb #b492879b
+def _blur_axis(x, half, d):
+    "Each image of (N, C, H, W) convolved along axis `d` with its own symmetric kernel, given by its half (N, r+1)."
+    r, n = half.shape[1] - 1, x.shape[d]
+    padded = torch.cat([x.narrow(d, 0, r).flip(d), x, x.narrow(d, n - r, r).flip(d)], d)
+    weight = half[..., None, None, None]
+    out = x*weight[:, 0]
+    for j in range(1, r + 1): out.addcmul_(padded.narrow(d, r - j, n) + padded.narrow(d, r + j, n), weight[:, j])
+    return out
 
 def blur(
     x,                  # (N, C, H, W) float32
@@ -101,9 +102,9 @@ def blur(
     u = uniform(key, 2)
     r = max(1, min(math.ceil(3*sigma[1]), *x.shape[2:]))
     width = torch.where(u[:, 0] < p, sigma[0] + (sigma[1] - sigma[0])*u[:, 1], 0.0).clamp(min=1e-3)
-    kernel = (-0.5*(torch.arange(-r, r + 1, device=x.device)/width[:, None])**2).exp()
-    kernel = kernel/kernel.sum(1, keepdim=True)
-    return _blur_rows(_blur_rows(x, kernel).transpose(2, 3), kernel).transpose(2, 3).contiguous()
+    half = (-0.5*(torch.arange(r + 1, device=x.device)/width[:, None])**2).exp()
+    half = half/(2*half.sum(1, keepdim=True) - half[:, :1])
+    return _blur_axis(_blur_axis(x, half, 2), half, 3)
 
 # %% ../../nbs/30_views.images.ipynb #4a21e0e0
 def noise(

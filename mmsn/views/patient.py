@@ -51,12 +51,13 @@ class PatientViews:
     anchors: dict         # name -> list of views, [random, focal]; a group of no views is left out
     n: int                # anchor views a sample, the same for all modalities
 
-# %% ../../nbs/32_views.patient.ipynb #5bbba5ca
+# %% ../../nbs/32_views.patient.ipynb #b82e09a5
 def _range(where, values, least, most):
     "InputError unless `values` is a range within least..most."
     low, high = values
     if not least < low <= high <= most: raise InputError(f'{where} should be a range above {least} and up to {most}, not [{low}, {high}]')
 
+# %% ../../nbs/32_views.patient.ipynb #eb90f0b6
 class ImagePart(nn.Module):
     "Views of one image modality."
     def __init__(self,
@@ -93,14 +94,15 @@ class ImagePart(nn.Module):
         if x.shape[2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True, align_corners=False)
         return ImageView(self.normalise(x), None)
 
-# %% ../../nbs/32_views.patient.ipynb #db2b062b
+# %% ../../nbs/32_views.patient.ipynb #9d9b43f1
 class SeriesPart(nn.Module):
     "Views of one time-series modality."
     def __init__(self, name:str, modality, info):
         super().__init__()
         self.name, self.recipe, self.channels = name, modality.views, len(info.channels)
         _range(f'modalities.{name}.views.focal_window', self.recipe.focal_window, 0, 1)
-        if not self.recipe.downsample or min(self.recipe.downsample) < 1: raise InputError(f'modalities.{name}.views.downsample should list whole numbers from 1 on')
+        if not self.recipe.downsample or min(self.recipe.downsample) < 1:
+            raise InputError(f'modalities.{name}.views.downsample should list whole numbers from 1 on')
         for key in ('mean', 'std', 'normal'): self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32))
         self.register_buffer('owner', column_owners(info), persistent=False)
         self.register_buffer('continuous', continuous_columns(info), persistent=False)
@@ -115,7 +117,8 @@ class SeriesPart(nn.Module):
         target, r, R = self.plain(x, lengths), self.recipe, self.recipe.random
         groups = [(R, key[1:1+R], r.random_masks, None), (r.focal, key[1+R:], r.focal_masks, r.focal_window)]
         columns = (self.channels, self.owner, self.normal, self.continuous)
-        return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n) for n, k, masks, share in groups if n]
+        return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n)
+                        for n, k, masks, share in groups if n]
 
 class TabularPart(nn.Module):
     "The standardised row, as often as the other modalities have views."
@@ -130,7 +133,7 @@ class TabularPart(nn.Module):
         target = self.plain(x)
         return target, [TabularView(target.x.repeat(len(key) - 1, 1), len(key) - 1)]
 
-# %% ../../nbs/32_views.patient.ipynb #f7db6a80
+# %% ../../nbs/32_views.patient.ipynb #45cb3602
 PARTS = dict(image=ImagePart, timeseries=SeriesPart, tabular=TabularPart)
 
 class Views(nn.Module):
@@ -143,7 +146,8 @@ class Views(nn.Module):
         parts = {}
         for name, modality in modalities.items():
             if name not in infos: raise InputError(f'the cohort has no modality {name!r}; it has {", ".join(infos)}')
-            if infos[name].kind != modality.kind: raise InputError(f'modality {name!r} is of kind {infos[name].kind!r} in the cohort, but {modality.kind!r} in the config')
+            kinds = modality.kind, infos[name].kind
+            if kinds[0] != kinds[1]: raise InputError(f'modality {name!r} is of kind {kinds[0]!r} in the config, but {kinds[1]!r} in the cohort')
             parts[name] = PARTS[modality.kind](name, modality, infos[name])
         counts = {m.views.random + m.views.focal for m in modalities.values() if m.kind != 'tabular'}
         if len(counts) > 1: raise InputError('modalities need equally many views (random + focal)')

@@ -1,0 +1,103 @@
+"""The demo against its bars: two pre-training seeds, without modality dropping, and with broken pairs (the control).
+
+    python benchmarks/demo_bars.py mmsn-bars            # everything, about an hour on two cores; goes on where it stopped
+    python benchmarks/demo_bars.py mmsn-bars --seeds 0  # a first look
+
+Writes nbs/results/demo.csv (the README's table) and nbs/results/demo_bars.csv (every bar, reached or not).
+"""
+import argparse
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from mmsn.config import cli, load_config
+from mmsn.demo import demo
+from mmsn.evaluate.__main__ import evaluate
+from mmsn.train import train
+
+RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
+FRACTIONS = (.01, .1, 1.)
+
+
+def variant(out, name, seed, *overrides):
+    "A run on the same cohort with other settings, judged without baselines; returns its folder."
+    run = out/f'{name}-{seed}'
+    config = load_config('demo', [f'data.cohort={out/"seed-0"/"cohort"}', f'train.run={run}', f'train.seed={seed}', *overrides])
+    train(config)
+    if not (run/'report'/'about.json').is_file(): evaluate(run, ['evaluate.baselines=false', 'evaluate.bootstrap=100'])
+    return run
+
+
+def main_run(out, seed):
+    "The demo itself with one seed; later seeds use the first one's cohort."
+    folder = out/f'seed-{seed}'
+    if seed and not folder.exists():
+        folder.mkdir(parents=True)
+        (folder/'cohort').symlink_to((out/'seed-0'/'cohort').resolve())
+    if not (folder/'run'/'report'/'about.json').is_file(): demo(folder, seed=seed)
+    return folder/'run'
+
+
+def scores(runs):
+    "Mean AUROC over runs: a series by (input, encoder, fraction)."
+    return pd.concat([pd.read_csv(r/'report'/'summary.csv') for r in runs]).groupby(['input', 'encoder', 'fraction'], sort=False).auroc.mean()
+
+
+def mean_of(runs, name, **where):
+    "Mean over runs of the rows of a report's table that match."
+    tables = [pd.read_csv(r/'report'/f'{name}.csv') for r in runs]
+    return pd.concat([t[(t[list(where)] == pd.Series(where)).all(axis=1)] for t in tables])
+
+
+def bars(runs, without, control):
+    "Every bar of the demo: what is measured, what it is held against, whether it is reached."
+    s, rows = scores(runs), []
+    def bar(name, value, least): rows.append(dict(bar=name, value=round(value, 4), bound=round(least, 4), relation='>=', reached=value >= least))
+    def most(name, value, bound): rows.append(dict(bar=name, value=round(value, 4), bound=round(bound, 4), relation='<=', reached=value <= bound))
+    for other, margin in (('random', .02), ('plain', .01), ('scratch', .01)): bar(f'fused, 1 %: {other} + {margin}', s['joint', 'pretrained', .01], s['joint', other, .01] + margin)
+    bar('fused, 10 %: random + 0.015', s['joint', 'pretrained', .1], s['joint', 'random', .1] + .015)
+    for f in FRACTIONS: bar(f'image, {f:.0%}: random + 0.04', s['cxr', 'pretrained', f], s['cxr', 'random', f] + .04)
+    for f in FRACTIONS: bar(f'image, {f:.0%}: plain image', s['cxr', 'pretrained', f], s['cxr', 'plain', f])
+    for f in (.01, .1): bar(f'EHR, {f:.0%}: random + 0.01', s['ehr', 'pretrained', f], s['ehr', 'random', f] + .01)
+    if without: bar('modality dropping, fused 1 %: without it', s['joint', 'pretrained', .01], scores(without)['joint', 'pretrained', .01])
+    k = load_config(runs[0]/'config.yaml').loss.prototypes
+    last = pd.concat([pd.read_csv(r/'metrics.csv').tail(10) for r in runs])
+    most('image anchors, cross entropy: log K - 0.2', last['cxr/cross_entropy'].mean(), math.log(k) - .2)
+    most('70 % of patches masked, relative loss of fused', mean_of(runs, 'robustness', encoder='pretrained', input='joint', severity=.7).relative_loss.mean(), .08)
+    found = mean_of(runs, 'retrieval', encoder='pretrained', query='cxr', gallery='ehr')
+    bar('image -> EHR recall@10, times chance', found.times_chance.mean(), 5)
+    if control:
+        broken = mean_of(control, 'retrieval', encoder='pretrained', query='cxr', gallery='ehr')
+        # "at chance": the lower end of its interval does not lie above it
+        most('control: lower end of recall@10', broken.low.mean(), broken.chance.mean())
+    return pd.DataFrame(rows)
+
+
+def table(runs):
+    "The README's table: one row an input and encoder."
+    t = scores(runs).unstack('fraction')
+    order = [(i, e) for i in ('joint', 'cxr', 'ehr') for e in ('pretrained', 'random', 'scratch', 'plain')]
+    t = t.reindex(order).round(3)
+    t.columns = [f'{c:.0%} of labels' for c in t.columns]
+    return t.rename_axis(['input', 'encoder']).reset_index()
+
+
+@cli
+def main(argv=None):
+    p = argparse.ArgumentParser('demo_bars', description=__doc__.splitlines()[0])
+    p.add_argument('out', type=Path, help='folder for the runs')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='pre-training seeds (default: 0 1)')
+    p.add_argument('--only-main', action='store_true', help='leave out the runs without modality dropping and the control')
+    args = p.parse_args(argv)
+    runs = [main_run(args.out, s) for s in args.seeds]
+    without = [] if args.only_main else [variant(args.out, 'no-dropping', s, 'fusion.drop=0') for s in args.seeds]
+    control = [] if args.only_main else [variant(args.out, 'shuffled', s, 'data.shuffle_pairs=true') for s in args.seeds]
+    RESULTS.mkdir(exist_ok=True)
+    table(runs).to_csv(RESULTS/'demo.csv', index=False)
+    found = bars(runs, without, control)
+    found.to_csv(RESULTS/'demo_bars.csv', index=False)
+    print(table(runs).to_string(index=False), found.to_string(index=False), sep='\n\n')
+
+
+if __name__ == '__main__': main()
