@@ -75,7 +75,7 @@ class ImageModality:
     views: ImageViews = field(default_factory=ImageViews)         # what anchors and targets are made of
     alone: bool = True                                            # also form anchors that see only this modality
 
-# %% ../nbs/00_config.ipynb #846dc79e
+# %% ../nbs/00_config.ipynb #6f61282f
 @dataclass(frozen=True)
 class SeriesEncoder:
     "A recurrent network or transformer over the hours of a stay."
@@ -105,6 +105,7 @@ class SeriesViews:
     focal_masks: SeriesMasks = SeriesMasks()              # hidden in a focal view, besides what is outside its window
     focal_window: tuple[float, float] = (0.25, 0.5)       # share of the stay's hours that a focal view sees
     noise: float = 0.0                                    # deviation of noise on continuous columns, in standard deviations
+    shift: float = 0.0                                    # deviation of a constant added to each continuous column, in standard deviations
     downsample: tuple[int, ...] = (1,)                    # keep every k-th hour, k drawn from these
     reverse: float = 0.0                                  # probability of reading the hours backwards
 
@@ -115,6 +116,7 @@ class SeriesModality:
     encoder: SeriesEncoder = field(default_factory=SeriesEncoder)   # the architecture
     views: SeriesViews = field(default_factory=SeriesViews)         # what anchors and targets are made of
     alone: bool = True                                              # also form anchors that see only this modality
+    ignore: tuple[str, ...] = ()                                    # channels that the encoder is not shown: height and weight tell patients apart in every view
 
 # %% ../nbs/00_config.ipynb #416abb93
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'changed_keys', 'open_run', 'start_run', 'Metrics',
-           'NonFinite', 'train_step', 'Trainer', 'train', 'main']
+           'NonFinite', 'train_step', 'Trainer', 'train', 'missing_processes', 'start_processes', 'main']
 
-# %% ../nbs/52_train.ipynb #6f7f57b5
-import argparse, hashlib, json, math, platform, resource, signal, sys, time, warnings
+# %% ../nbs/52_train.ipynb #9d63cd39
+import argparse, hashlib, json, math, os, platform, resource, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -282,7 +283,25 @@ def train(
     say(f'{"stopped at" if trainer.step < trainer.total else "finished"} step {trainer.step}: metrics {run}/metrics.csv, encoder {run}/encoder')
     return run
 
-# %% ../nbs/52_train.ipynb #add0fd2d
+# %% ../nbs/52_train.ipynb #262187d7
+def missing_processes(
+    environ,           # environment variables of this process
+    arguments,         # command line of the process that started it
+)->int:
+    "How many CPU processes `accelerate launch` was asked for but left to somebody else to start; 0 if there is nothing to do."
+    asked = environ.get('ACCELERATE_USE_CPU', '').lower() in ('true', '1') and 'MASTER_PORT' in environ
+    if not asked or any(k in environ for k in ('LOCAL_RANK', 'WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')): return 0
+    words = ' '.join(arguments).replace('=', ' ').split()
+    for name in ('--num_processes', '--num-processes'):
+        if name in words: return int(words[words.index(name) + 1])
+    raise InputError('accelerate launch started one of several CPU processes: give --num_processes on its command line, or use torchrun --nproc_per_node N -m mmsn.train')
+
+def start_processes(n:int, argv):
+    "Run this command in `n` processes that know each other; leaves with their exit code."
+    found = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), '-m', 'mmsn.train', *argv])
+    raise SystemExit(found.returncode)
+
+# %% ../nbs/52_train.ipynb #33711347
 @cli
 def main(argv=None):
     "The command mmsn-train."
@@ -296,6 +315,11 @@ def main(argv=None):
     if args.keys:
         for key, value in _flat(to_dict(config)).items(): print(f'{key}={value}')
         return
+    if n := missing_processes(os.environ, psutil.Process().parent().cmdline()):
+        cohort = Cohort.open(config.data.cohort)       # what is wrong is said once, here
+        steps_per_epoch(len(training_rows(cohort, config)), config.optim, n)
+        open_run(config, cohort, n)
+        start_processes(n, sys.argv[1:] if argv is None else argv)
     try: train(config)
     except NonFinite as e: raise SystemExit(f'mmsn: {" ".join(str(e).split())}')
 

@@ -20,9 +20,17 @@ def run(*command, code=0, **kwargs):
 
 
 def one_line(done):
-    "The error that a person sees: one line that starts with the project's name, and no traceback."
+    "The error that a person sees of a finished process: one line that starts with the project's name, and no traceback."
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert 'Traceback' not in done.stderr and lines and lines[-1].startswith('mmsn: '), done.stderr
+    return lines[-1]
+
+
+def refused(main, argv, capsys):
+    "The one line with which a command, called here, refuses what it is given, with exit code 2."
+    with pytest.raises(SystemExit) as left: main([str(a) for a in argv])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and lines[-1].startswith('mmsn: '), lines
     return lines[-1]
 
 

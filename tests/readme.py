@@ -13,7 +13,7 @@ def readme():
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r'\]\((?!https?:|#|nbs/|\.\./)([\w./]+\.ipynb)\)', r'](nbs/\1)', text)
+    text = re.sub(r'\]\((?!https?:|#|nbs/|\.\./)([\w./]+(?:\.ipynb|\.csv|/)|tutorials)\)', r'](nbs/\1)', text)
     text = text.replace('](../', '](')
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 

@@ -205,7 +205,7 @@ def check_samples(
         if (count < 0).any() or (first[here] < 0).any() or (first[here] + count[here] > n).any() or (not length and (first < -1).any()):
             raise InputError(f'{where} points outside the {n} rows of {name}')
 
-# %% ../../nbs/10_data.cohort.ipynb #ca681bf3
+# %% ../../nbs/10_data.cohort.ipynb #0f493eed
 FORMAT = 1   # of the folder; a reader refuses any other
 
 def _json(d)->str:
@@ -219,7 +219,10 @@ def _short(x):
 
 def sha256(path)->str:
     "Hex digest of a file, read in blocks."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    found = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(2**20): found.update(block)
+    return found.hexdigest()
 
 # %% ../../nbs/10_data.cohort.ipynb #fca1bf1a
 class CohortWriter:
@@ -347,7 +350,7 @@ def _check_sizes(folder, meta):
         if path.stat().st_size != known['bytes']:
             raise InputError(f'{path} has {path.stat().st_size} bytes, not {known["bytes"]}: copy the cohort again')
 
-# %% ../../nbs/10_data.cohort.ipynb #115e6dec
+# %% ../../nbs/10_data.cohort.ipynb #c8117bd1
 class Cohort:
     "A prepared data set, read lazily: `samples`, `modalities`, `labels`, and `cohort[i]`."
     def __init__(self, folder, meta:dict, samples):
@@ -355,7 +358,8 @@ class Cohort:
         self.name, self.provenance = meta['name'], meta['provenance']
         self.modalities = {name: ModalityInfo(name, m['kind'], m) for name, m in meta['modalities'].items()}
         self.labels, self.label_groups = list(meta['labels']), dict(meta['label_groups'])
-        self.hash = sha256(self.folder/'cohort.json')[:12]
+        content = json.dumps({k: v for k, v in meta.items() if k != 'provenance'}, sort_keys=True)   # the same data prepared again is the same cohort
+        self.hash = hashlib.sha256(content.encode()).hexdigest()[:12]
 
     @classmethod
     def open(cls,

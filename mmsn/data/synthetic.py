@@ -178,24 +178,24 @@ def _heart(img, c, sign, d):
     core = np.maximum(np.maximum(mediastinum, heart), .6*_blob(c.x, c.y, .14, -.33, .07, .07))*_soft(.95 - c.y, .05)
     return img + .85*core*(.72 - img)
 
-# %% ../../nbs/13_data.synthetic.ipynb #4946f672
+# %% ../../nbs/13_data.synthetic.ipynb #e6a0440c
 def _opaque(img, c, o): return img + np.minimum(o, .45)*np.maximum(c.lung, .25*c.body)
 
-def _oedema(img, c, s, d): return _opaque(img, c, .30*s*_blob(np.abs(c.x), c.y, .30, 0, .17, .26)*(1 + .35*c.texture))
+def _oedema(img, c, s, d): return _opaque(img, c, .20*s*_blob(np.abs(c.x), c.y, .34, .02, .22, .32)*(1 + 1.2*c.texture))
 def _congestion(img, c, s, d): return _opaque(img, c, .12*s*_blob(np.abs(c.x), c.y, .26, -.32, .10, .18))
-def _mottle(img, c, s, d): return _opaque(img, c, .22*s*np.abs(d.field(c.x.shape[-1], 9))*_soft(c.y + .1, .3))
+def _mottle(img, c, s, d): return _opaque(img, c, .17*s*np.abs(d.field(c.x.shape[-1], 15))*_soft(c.y + .3, .3))
 def _aspiration(img, c, s, d): return _opaque(img, c, .16*s*_blob(c.x, c.y, -.30, .32, .14, .12))
 def _consolidation(img, c, s, d):
-    for present in (1, d.coin(.4)):                         # a second one in two of five
-        spot = _blob(c.x, c.y, d.side()*d.uniform(.28, .6), d.uniform(-.35, .35), d.uniform(.09, .16), d.uniform(.09, .17))
-        img = _opaque(img, c, .42*s*present*spot*(1 + .4*c.texture))
+    for present in (1, d.coin(.5)):                         # a second one in half of them
+        spot = _blob(c.x, c.y, d.side()*d.uniform(.28, .6), d.uniform(-.4, .35), d.uniform(.08, .15), d.uniform(.08, .16))
+        img = _opaque(img, c, .34*s*present*spot*(1 + .9*c.texture))
     return img
 
-# %% ../../nbs/13_data.synthetic.ipynb #a68c2462
+# %% ../../nbs/13_data.synthetic.ipynb #d2adbfe4
 def _effusion(img, c, s, d):
     side, both, ax = d.side(), d.coin(.35), np.abs(c.x)
     zone = _soft(ax - .10, .03)*_soft(1 - np.abs(c.lx)**2.6, .08)*np.maximum(both, c.x*side > 0)
-    level = .34 - .40*(s - .35) + c.inspiration - .30*np.maximum(c.lx, 0)**2
+    level = .36 - .30*(s - .35) + c.inspiration - .30*np.maximum(c.lx, 0)**2
     return img + .9*_soft(c.y - level, .03)*zone*_soft(.75 - c.y, .1)*(.66 - img)
 
 def _pneumothorax(img, c, s, d):
@@ -277,7 +277,7 @@ _LEVEL = {'heart failure': dict(rr=.6, spo2=-.5, pp=-.3, weight=.5), 'pneumonia'
           'stroke': dict(gcs=-1.1, map=.6, hr=-.3),                  'diabetes': dict(glucose=1., ph=-.7, rr=.4),
           'tamponade': dict(pp=-.9, hr=.4, map=-.3),                 'surgery': dict(temp=-.4, gcs=-.5, fio2=.3)}
 
-# %% ../../nbs/13_data.synthetic.ipynb #2891ba7a
+# %% ../../nbs/13_data.synthetic.ipynb #832e6454
 CARRIERS = {'hr': 1, 'map': -1, 'rr': 1, 'spo2': -1, 'temp': 1}      # signals of an episode, and which way they go
 ORDER = {   # place of each carrier in a condition's episode, 0 first; two hours from place to place
     'heart failure': (2, 0, 4, 3, 1), 'pneumonia': (3, 4, 1, 2, 0), 'sepsis': (1, 3, 2, 4, 0),   'shock': (4, 0, 1, 3, 2),
@@ -288,7 +288,7 @@ SWINGS = (  # two signals, and the conditions that make them run together (0) or
     ('temp', 'glucose', {'diabetes': np.pi, 'pneumonia': 0}), ('pp', 'hr', {'tamponade': np.pi, 'heart failure': 0}),
     ('fio2', 'rr', {'surgery': 0, 'pneumothorax': np.pi}))
 
-def _background(n, rng, noise, rho=.7, deviation=.5, offset=.5):
+def _background(n, rng, noise, rho=.7, deviation=.5, offset=.32):
     "(n, HOURS, 11) personal offset and AR(1) noise."
     z, e = np.empty((2, n, HOURS, len(_SIGNALS)), 'f4')
     rng.standard_normal(out=e, dtype='f4')
@@ -339,14 +339,14 @@ def draw_signals(
     z[..., [_SIGNALS[s] for s in CARRIERS]] += _episodes(truth, rng)
     return z
 
-# %% ../../nbs/13_data.synthetic.ipynb #9d13fab3
+# %% ../../nbs/13_data.synthetic.ipynb #3914c814
 def _physical(t, z, rng):
     "(n, HOURS, 17) values in units of CHANNELS, rounded as charted."
     n, s = len(t), lambda name: z[..., _SIGNALS[name]]
     mean = np.clip(79 + 9*s('map'), 30, 180)
     pulse = np.clip(48 + 9*s('pp'), 12, np.minimum(1.8*mean, 110))
     awake = s('gcs') + .5*(t.age[:, None] < 60)
-    eye, motor, verbal = (np.clip(np.round(at + by*awake), 1, top) for at, by, top in ((4.1, .9, 4), (6.2, 1., 6), (5., 1.3, 5)))
+    eye, motor, verbal = (np.clip(np.round(at + by*awake), 1, top) for at, by, top in ((4.1, 1.2, 4), (6.2, 1.4, 6), (5., 1.6, 5)))
     weight = t.weight[:, None] + .6*s('weight') - 2*np.linspace(0, 1, HOURS)*t.has('heart failure')[:, None]     # diuresis
     refill = rng.random((n, HOURS)) < expit(-2.2 - .9*s('map'))
     oxygen = np.clip(np.round(20*(.38 + .10*s('fio2')))/20, .21, 1)

@@ -94,7 +94,7 @@ class ImagePart(nn.Module):
         if x.shape[2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True, align_corners=False)
         return ImageView(self.normalise(x), None)
 
-# %% ../../nbs/32_views.patient.ipynb #9d9b43f1
+# %% ../../nbs/32_views.patient.ipynb #233026f9
 class SeriesPart(nn.Module):
     "Views of one time-series modality."
     def __init__(self, name:str, modality, info):
@@ -106,11 +106,15 @@ class SeriesPart(nn.Module):
         for key in ('mean', 'std', 'normal'): self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32))
         self.register_buffer('owner', column_owners(info), persistent=False)
         self.register_buffer('continuous', continuous_columns(info), persistent=False)
+        names = [c['name'] for c in info.channels]
+        if unknown := [c for c in modality.ignore if c not in names]: raise InputError(f'modalities.{name}.ignore names {unknown[0]!r}, which is no channel ({", ".join(names)})')
+        self.register_buffer('ignored', torch.tensor([names[i] in modality.ignore for i in self.owner]), persistent=False)
 
     def plain(self, x, lengths):
         "The stay as it is, (B, T, C) in physical units to normalised."
         true = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        return SeriesView(((x - self.mean)/self.std).mul_(true[..., None]), lengths)
+        x = torch.where(self.ignored, self.normal, (x - self.mean)/self.std)
+        return SeriesView(x.mul_(true[..., None]), lengths)
 
     def forward(self, x, lengths, key):
         "Target and anchors of `x` (B, T, C), `lengths` (B,), with keys (1+R+F, B)."

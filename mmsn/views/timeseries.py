@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['column_owners', 'continuous_columns', 'hide', 'mask_time', 'mask_channel', 'mask_cell', 'drop_start', 'hidden_cells',
-           'window', 'downsample', 'reverse', 'add_noise', 'series_views']
+           'window', 'downsample', 'reverse', 'add_noise', 'add_shift', 'series_views']
 
 # %% ../../nbs/31_views.timeseries.ipynb #5e9aa864
 import torch
@@ -145,12 +145,24 @@ def add_noise(
     z = normal_numbers(key, T*len(continuous)).view(n, T, -1)*(deviation*_true_hours(lengths, T)[..., None])
     return x.index_add(2, continuous, z)
 
-# %% ../../nbs/31_views.timeseries.ipynb #8030f454
+# %% ../../nbs/31_views.timeseries.ipynb #f7e79312
+def add_shift(
+    x,                # (n, T, C) float32, normalised
+    lengths,          # (n,) int64 true hours
+    key,              # (n,) int64
+    deviation:float,  # of the constant, in standard deviations of a column
+    continuous,       # (c,) int64 columns that are shifted, each by its own constant
+):
+    "A copy of `x` with a constant added to each continuous column over the true hours."
+    z = normal_numbers(key, len(continuous))[:, None]*(deviation*_true_hours(lengths, x.shape[1])[..., None])
+    return x.index_add(2, continuous, z)
+
+# %% ../../nbs/31_views.timeseries.ipynb #5a3f306b
 def series_views(
     x,                  # (B, T, C) float32, normalised, zero beyond the lengths
     lengths,            # (B,) int64 true hours
     key,                # (n, B) int64, one for each view
-    recipe:SeriesViews, # noise, downsample, reverse
+    recipe:SeriesViews, # noise, shift, downsample, reverse
     masks:SeriesMasks,  # what these views hide
     share,              # share of the hours in a window: smallest, largest; None: all hours
     channels:int,       # K
@@ -167,5 +179,6 @@ def series_views(
     if recipe.reverse: x = reverse(x, lengths, fold_in(key, 'reverse'), recipe.reverse)
     hidden = hidden_cells(key, lengths, x.shape[1], channels, masks)
     if hidden is not None: x = hide(x, hidden, lengths, owner, normal)
+    if recipe.shift: x = add_shift(x, lengths, fold_in(key, 'shift'), recipe.shift, continuous)
     if recipe.noise: x = add_noise(x, lengths, fold_in(key, 'noise'), recipe.noise, continuous)
     return x, lengths
