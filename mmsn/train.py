@@ -301,13 +301,13 @@ def start_processes(n:int, argv):
     found = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), '-m', 'mmsn.train', *argv])
     raise SystemExit(found.returncode)
 
-# %% ../nbs/52_train.ipynb #33711347
+# %% ../nbs/52_train.ipynb #8cc74e9f
 @cli
 def main(argv=None):
     "The command mmsn-train."
     p = argparse.ArgumentParser('mmsn-train', description='Pretrain an encoder on a cohort. The same command goes on with an interrupted run.',
                                 epilog='All keys, with their values in CONFIG: mmsn-train CONFIG --keys. What each means: mmsn.config, or nbs/00_config.ipynb.')
-    p.add_argument('config', help='a preset (demo, mimic_fusion, cxr_vits16, ehr_lstm, physionet2012, nih) or a YAML file')
+    p.add_argument('config', help='a preset (demo, mimic_fusion, cxr_vits16, ehr_lstm, physionet2012, physionet2012_vitals_labs, nih) or a YAML file')
     p.add_argument('overrides', nargs='*', metavar='key=value', help='changes to the config: data.cohort=cohorts/mine train.run=runs/mine optim.lr=0.001')
     p.add_argument('--keys', action='store_true', help='print every key of the config with its value, and do nothing else')
     args = p.parse_args(argv)
