@@ -192,7 +192,7 @@ class Trainer:
         load_optimizer_tensors(optimizer, tensors['optimizer'], self.names)
         return state['step']
 
-# %% ../nbs/52_train.ipynb #89aaf888
+# %% ../nbs/52_train.ipynb #5a1af7d8
 from fastcore.basics import patch
 
 @patch
@@ -229,11 +229,12 @@ def log(self:Trainer, out, norm, values, seconds):
                samples_per_s=self.config.optim.batch_size*self.config.optim.accumulation*a.num_processes/seconds, memory_gb=memory/2**30)
     if self.main:
         self.metrics.add(row)
-        if (message := collapsed(row)) and not self.warned: self.warned = True; tqdm.write(f'warning: step {self.step}: {message}')
+        early = self.step < max(100, self.config.optim.warmup_epochs*self.steps_per_epoch)     # nothing is known yet, which is no collapse
+        if not early and not self.warned and (message := collapsed(row)): self.warned = True; tqdm.write(f'warning: step {self.step}: {message}')
     if self.config.train.tracker: a.log(row, step=self.step)
     return row
 
-# %% ../nbs/52_train.ipynb #19b4d268
+# %% ../nbs/52_train.ipynb #27b60776
 @patch
 def fit(self:Trainer):
     "Train from the current step to the end; returns the run's folder."
@@ -241,7 +242,8 @@ def fit(self:Trainer):
     self.metrics = Metrics(self.run, self.step) if self.main else None
     if t.tracker: self.accelerator.init_trackers(self.config.name, {k: str(v) for k, v in _flat(to_dict(self.config)).items()})
     for s in (signal.SIGTERM, signal.SIGUSR1): _on_signal(s, self)
-    batches, bar = self.batches(), tqdm(total=self.total, initial=self.step, desc=self.config.name, disable=not self.main, unit='step', mininterval=1, dynamic_ncols=True)
+    batches, bar = self.batches(), tqdm(total=self.total, initial=self.step, desc=self.config.name, unit='step', mininterval=1, dynamic_ncols=True,
+                                          **({} if self.main else dict(disable=True)))
     self.accelerator.unwrap_model(self.model).train()
     before = time.perf_counter()
     while self.step < self.total and not self.stop:
