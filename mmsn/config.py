@@ -148,7 +148,7 @@ class Head:
     norm: str = 'batch'          # 'batch', 'layer' or 'none' after each hidden layer
     norm_input: bool = False     # the same normalisation on what enters the head
 
-# %% ../nbs/00_config.ipynb #38e93323
+# %% ../nbs/00_config.ipynb #3ce26e3e
 @dataclass(frozen=True)
 class Loss:
     "The masked siamese loss (arXiv 2204.07141, equations 1 and 2)."
@@ -178,6 +178,7 @@ class Optim:
     final_momentum: float = 1.0      # where its line ends
     schedule_stretch: float = 1.25   # schedules are computed over this times the steps, so they stop short of their end
 
+# %% ../nbs/00_config.ipynb #dba458c2
 @dataclass(frozen=True)
 class Data:
     "Which cohort, and which of its samples."

@@ -6,7 +6,7 @@
 __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'changed_keys', 'open_run', 'start_run', 'Metrics',
            'NonFinite', 'train_step', 'Trainer', 'train', 'missing_processes', 'start_processes', 'main']
 
-# %% ../nbs/52_train.ipynb #9d63cd39
+# %% ../nbs/52_train.ipynb #2f97e862
 import argparse, hashlib, json, math, os, platform, resource, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 import psutil
 import torch
 from accelerate import Accelerator
+from fastcore.basics import patch
 from tqdm import tqdm
 
 import mmsn
@@ -192,9 +193,7 @@ class Trainer:
         load_optimizer_tensors(optimizer, tensors['optimizer'], self.names)
         return state['step']
 
-# %% ../nbs/52_train.ipynb #5a1af7d8
-from fastcore.basics import patch
-
+# %% ../nbs/52_train.ipynb #4ac7fadc
 @patch
 def batches(self:Trainer):
     "(epoch, micro-batches of one optimiser step) from the current step to the end, in the global order."
@@ -218,6 +217,7 @@ def save(self:Trainer):
         model.save_pretrained(self.run/'encoder')
     self.accelerator.wait_for_everyone()
 
+# %% ../nbs/52_train.ipynb #6f7c4cc0
 @patch
 def log(self:Trainer, out, norm, values, seconds):
     "A row of metrics, averaged over processes."

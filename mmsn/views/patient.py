@@ -94,7 +94,7 @@ class ImagePart(nn.Module):
         if x.shape[2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True, align_corners=False)
         return ImageView(self.normalise(x), None)
 
-# %% ../../nbs/32_views.patient.ipynb #233026f9
+# %% ../../nbs/32_views.patient.ipynb #96f0ad9f
 class SeriesPart(nn.Module):
     "Views of one time-series modality."
     def __init__(self, name:str, modality, info):
@@ -121,9 +121,9 @@ class SeriesPart(nn.Module):
         target, r, R = self.plain(x, lengths), self.recipe, self.recipe.random
         groups = [(R, key[1:1+R], r.random_masks, None), (r.focal, key[1+R:], r.focal_masks, r.focal_window)]
         columns = (self.channels, self.owner, self.normal, self.continuous)
-        return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n)
-                        for n, k, masks, share in groups if n]
+        return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n) for n, k, masks, share in groups if n]
 
+# %% ../../nbs/32_views.patient.ipynb #edd429a2
 class TabularPart(nn.Module):
     "The standardised row, as often as the other modalities have views."
     def __init__(self, name:str, modality, info):
