@@ -31,7 +31,7 @@ def cli(func):
             raise SystemExit(2)
     return run
 
-# %% ../nbs/00_config.ipynb #051c2696
+# %% ../nbs/00_config.ipynb #9d191c12
 @dataclass(frozen=True)
 class ImageEncoder:
     "A vision transformer (Dosovitskiy et al. 2021); the defaults are S/16."
@@ -47,6 +47,7 @@ class ImageEncoder:
     init: str = 'trunc'          # 'trunc': normal of deviation 0.02; 'fan_in': scaled by layer width, for narrow models
     drop_path: float = 0.0       # stochastic depth rate of the last block (0 at the first, linear between)
 
+# %% ../nbs/00_config.ipynb #6e359fc9
 @dataclass(frozen=True)
 class ImageViews:
     "Random views (large, patches dropped) and focal views (small crops) of an image; the chest X-ray recipe."
@@ -75,7 +76,7 @@ class ImageModality:
     views: ImageViews = field(default_factory=ImageViews)         # what anchors and targets are made of
     alone: bool = True                                            # also form anchors that see only this modality
 
-# %% ../nbs/00_config.ipynb #6f61282f
+# %% ../nbs/00_config.ipynb #c9c7d3d2
 @dataclass(frozen=True)
 class SeriesEncoder:
     "A recurrent network or transformer over the hours of a stay."
@@ -96,6 +97,7 @@ class SeriesMasks:
     cell: float = 0.0            # share of single (hour, channel) cells hidden
     drop_start: float = 0.0      # share of hours hidden at the start
 
+# %% ../nbs/00_config.ipynb #64f12c59
 @dataclass(frozen=True)
 class SeriesViews:
     "Random views (light masks) and focal views (a window) of a stay."
