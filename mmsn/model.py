@@ -78,18 +78,19 @@ def embed(
     h = torch.cat([done[i] for i in range(len(views))])
     return h if len(h) == n*B else h.repeat(n, 1)
 
-# %% ../nbs/41_model.ipynb #0169c851
+# %% ../nbs/41_model.ipynb #cb164d03
 @torch.no_grad()
 def effective_rank(
     x,  # (N, d) features
 ):
-    "exp of the entropy of the normalised singular values of centred features; NaN for fewer than two rows."
+    "exp of the entropy of the normalised singular values of centred features; NaN for fewer than two rows or features that are not finite."
     if len(x) < 2: return x.new_tensor(math.nan, dtype=torch.float32)
     x = x.float() - x.float().mean(0)
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x       # the smaller one has the same non-zero spectrum
-    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    finite = gram.isfinite().all()                                # the solver raises for what is not, and the loop has a better message
+    s = torch.linalg.eigvalsh(torch.where(finite, gram, 0.)).clamp_min(0).sqrt()
     p = s/s.sum().clamp_min(1e-12)
-    return torch.special.entr(p).sum().exp()
+    return torch.where(finite, torch.special.entr(p).sum().exp(), math.nan)
 
 # %% ../nbs/41_model.ipynb #6133eeb1
 class Output(NamedTuple):
