@@ -80,9 +80,14 @@ def test_what_is_right_works(place, capsys):
     (['nih', 'none', 'out'], 'no file none/labels.csv'),
     (['nih', '.', 'out'], "labels.csv has no column 'image'"),
     (['iu', 'none', 'out'], 'no file none/images.csv'),
-    (['mimic', 'none', 'out'], 'no folder none'),
-    (['mimic', '.', 'out'], 'no table icustays'),
-    (['mimic', '.', 'out', '--tasks', 'mortalty'], "did you mean 'mortality'"),
+    (['mimic', 'out', '--mimic-iv', 'none'], 'no folder none'),
+    (['mimic', 'out', '--mimic-iv', '.'], 'no table icustays'),
+    (['mimic', 'out', '--mimic-iv', '.', '--task', 'mortalty'], "did you mean 'mortality'"),
+    (['mimic', 'out'], 'MIMIC-IV is missing'),
+    (['mimic', '--mimic-iv', '.'], 'OUT is missing'),
+    (['mimic', '--check', '--mimic-iv', 'none'], 'no folder none'),
+    (['medfuse', 'none', 'out'], 'none'),
+    (['meds', 'none', 'none.csv', 'out'], 'none'),
     (['synthetic', 'out', '--lacking', '2'], 'lacking'),
     (['synthetic', 'scans.csv'], 'scans.csv is a file'),
     (['synthetic', '.'], 'no name of its own')])
@@ -116,7 +121,7 @@ def test_no_known_variable(place, capsys):
 
 def test_broken_long_table(place, capsys):
     (place/'long.csv').write_text('subject_id,time,variable,value\n1,0.5,pulse,80,surplus\n')
-    refused(capsys, *TABLE, said='long.csv is not a readable table')
+    refused(capsys, *TABLE, said='long.csv')
     (place/'long.parquet').write_bytes(b'PAR1 no')
     refused(capsys, 'table', 'long.parquet', 'channels.csv', 'out', said='long.parquet is not a readable table')
 
@@ -162,7 +167,7 @@ def test_one_bad_image_is_listed_two_stop(own_images, capsys, reason):
             assert len(cohort) == N - 1 and '7.jpg' not in set(cohort.samples.image)
         path = own_images/name
         path.write_bytes(BAD[reason](path.read_bytes()))
-    refused(capsys, *IMAGES, '--overwrite', said=f'3 of the first 200 images cannot be used, more than 1% of 200 ({reason}: 3): see out.rejected.csv')
+    refused(capsys, *IMAGES, '--overwrite', said=f'images cannot be used, more than 1% of 200 ({reason}: 3): see out.rejected.csv')
     assert len(pd.read_csv('out.rejected.csv')) == 3
     assert len(Cohort.open('out', verify=True)) == N - 1       # the earlier cohort was put back
 
@@ -198,7 +203,7 @@ def test_cohort_of_another_format(place, capsys):
 def test_unknown_words_are_explained(place, capsys):
     for words, said in ((['synthetc', 'out'], "invalid choice: 'synthetc'"), (['synthetic', 'out', '--patient-count', 5], 'unrecognized arguments: --patient-count'),
                         (['synthetic', 'out', '--patients', 'many'], 'not a whole number'), (['synthetic', 'out', '--seed', -1], '--seed'),
-                        (['mimic', '.', 'out', '--memory', 'lots'], 'not an amount of memory'), ([], 'SOURCE'), (['synthetic'], 'OUT')):
+                        (['mimic', 'out', '--mimic-iv', '.', '--memory-limit', 'lots'], 'not an amount of memory'), ([], 'SOURCE'), (['synthetic'], 'OUT')):
         with pytest.raises(SystemExit) as stop: main([str(w) for w in words])
         assert stop.value.code == 2 and said in capsys.readouterr().err
     done = run('mmsn.prepare', 'synthetc', 'out', code=2)

@@ -289,7 +289,7 @@ def add_tabular(self:CohortWriter,
     writer.append(values)
     return writer
 
-# %% ../../nbs/10_data.cohort.ipynb #a174e464
+# %% ../../nbs/10_data.cohort.ipynb #7f94e159
 @patch
 def _fit(self:CohortWriter, name, array, train):
     "Mean and deviation of one modality on the training rows `train` of the samples table."
@@ -297,7 +297,8 @@ def _fit(self:CohortWriter, name, array, train):
     if info['kind'] == 'timeseries':
         if not all(np.isfinite(array[i:i + 50_000]).all() for i in range(0, len(array), 50_000)):
             raise InputError(f'{name} holds values that are not finite: impute them first (mmsn.data.timeseries.grid)')
-        return fit_normaliser(array, train[f'{name}_start'].to_numpy(), train[f'{name}_length'].to_numpy(), info['channels'])
+        stays = train.groupby(f'{name}_start')[f'{name}_length'].max()    # samples may share a stay, read up to different hours: a row counts once
+        return fit_normaliser(array, stays.index.to_numpy(), stays.to_numpy(), info['channels'])
     rows = np.unique(train[f'{name}_index'])
     rows = rows[rows >= 0]
     return fit_pixels(array, rows) if info['kind'] == 'image' else fit_table(array[rows])
@@ -536,12 +537,12 @@ def epoch_order(
     key = _splitmix(_splitmix(np.array([seed % 2**64], np.uint64)) ^ np.array([epoch], np.uint64))
     return np.argsort(_splitmix(np.arange(n, dtype=np.uint64) ^ key), kind='stable')
 
-# %% ../../nbs/10_data.cohort.ipynb #96cc9909
+# %% ../../nbs/10_data.cohort.ipynb #9ee91613
 class GlobalBatches:
     "Sampler that yields this rank's rows (n,) of each global batch, in the global order."
-    def __init__(self, rows, batch_size, shuffle=False, seed=0, epoch=0, rank=0, world=1, start=0, drop_last=False):
+    def __init__(self, rows, batch_size, shuffle=False, seed=0, epoch=0, rank=0, world=1, start=0, drop_last=False, size=None):
         if batch_size < 1 or not 0 <= rank < world: raise ValueError(f'batch_size {batch_size}, rank {rank} of {world}')
-        rows, self.size = np.asarray(rows, np.int64), batch_size*world
+        rows, self.size = np.asarray(rows, np.int64), size or batch_size*world
         self.order = rows[epoch_order(len(rows), seed, epoch)] if shuffle else rows
         self.rank, self.world, self.start = rank, world, start
         self.total = len(rows)//self.size if drop_last else -(-len(rows)//self.size)   # global batches of the whole epoch
@@ -557,7 +558,7 @@ class SampleReader(Dataset):
     def __len__(self): return len(self.cohort)
     def __getitem__(self, rows)->Batch: return self.cohort.batch(rows, self.modalities, self.labels, self.partner)
 
-# %% ../../nbs/10_data.cohort.ipynb #855d8ab9
+# %% ../../nbs/10_data.cohort.ipynb #f4d570ae
 def loader(
     cohort:Cohort,         # what to read from
     rows,                  # (n,) row numbers, from `cohort.rows`
@@ -573,9 +574,10 @@ def loader(
     drop_last:bool=False,  # leave out a last global batch that is not full (training)
     partner=None,          # (N,) row map of the control `shuffle_pairs`
     labels=None,           # names; all by default
+    size:int=None,         # samples of a global batch; batch_size times world. Another size is shared out as evenly as it can be
 )->DataLoader:
     "An iterable of `Batch`; every rank gets the same number of batches, the last may be smaller (or empty on some ranks)."
     cohort._names(modalities), cohort._names(labels, cohort.labels, 'label')   # a wrong name is refused here, not in a worker
-    order = GlobalBatches(rows, batch_size, shuffle, seed, epoch, rank, world, start, drop_last)
+    order = GlobalBatches(rows, batch_size, shuffle, seed, epoch, rank, world, start, drop_last, size)
     return DataLoader(SampleReader(cohort, modalities, labels, partner), sampler=order, batch_size=None, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHANNELS_2012', 'NAMES_2012', 'NIH_LABELS', 'subject_numbers', 'read_text', 'numbers', 'label_columns', 'add_series',
            'publish', 'read_events_2012', 'facts_2012', 'outcomes_2012', 'clean_2012', 'prepare_physionet2012',
-           'read_channels', 'load_long', 'read_long', 'given_split', 'read_labels', 'prepare_table', 'fact_table',
-           'image_names', 'image_cohort', 'prepare_images', 'read_nih', 'prepare_nih', 'prepare_iu']
+           'read_channels', 'load_long', 'load_starts', 'read_long', 'given_split', 'read_labels', 'prepare_table',
+           'fact_table', 'image_names', 'image_cohort', 'prepare_images', 'read_nih', 'prepare_nih', 'prepare_iu']
 
 # %% ../../nbs/15_data.public.ipynb #badd02f5
 import hashlib, io, tarfile, zlib
@@ -15,11 +15,12 @@ from pathlib import Path
 import duckdb, numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.csv as pacsv
 
-# %% ../../nbs/15_data.public.ipynb #9d466e83
+# %% ../../nbs/15_data.public.ipynb #0f967b8d
 from ..config import InputError, _nearest
 from .cohort import SPLITS, CohortWriter, offsets
 from .images import store_images
-from .mimic import _reader, header, split_of
+from .mimic.stays import split_of
+from .tables import header, reader
 from .timeseries import Channel, grid, layout
 
 # %% ../../nbs/15_data.public.ipynb #4fb1f629
@@ -35,7 +36,7 @@ def subject_numbers(
     known = {t: int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], 'big') >> 1 for t in text.unique()}
     return text.map(known).astype('int64').to_numpy()
 
-# %% ../../nbs/15_data.public.ipynb #889f7af6
+# %% ../../nbs/15_data.public.ipynb #5a8bb6a3
 def read_text(
     path,           # a CSV file
     columns=(),     # names that must be there
@@ -47,6 +48,7 @@ def read_text(
     for c in columns: _need(table, c, path)
     return table
 
+# %% ../../nbs/15_data.public.ipynb #60384a6b
 def _need(table, column, where):
     "Raise InputError unless `table` has `column`."
     if column not in table: raise InputError(f'{where} has no column {column!r}{_nearest(column, table.columns)}')
@@ -59,6 +61,7 @@ def numbers(table, column:str, where)->pd.Series:
     if len(bad): raise InputError(f'column {column!r} of {where} should hold numbers, not {bad.iloc[0]!r} (row {table.index.get_loc(bad.index[0]) + 1})')
     return value
 
+# %% ../../nbs/15_data.public.ipynb #d0bd82f7
 def label_columns(table, names, where)->pd.DataFrame:
     "(N, K) float32 of 1, 0 and NaN = unknown (empty or -1); raises InputError for other values."
     made = pd.DataFrame({n: numbers(table, n, where) for n in names}, index=table.index).replace(-1, np.nan)
@@ -67,21 +70,21 @@ def label_columns(table, names, where)->pd.DataFrame:
         if len(bad): raise InputError(f'label {n!r} of {where} should be 1, 0, -1 or empty, not {bad.iloc[0]:g}')
     return made.astype('float32')
 
-# %% ../../nbs/15_data.public.ipynb #25c9677f
+# %% ../../nbs/15_data.public.ipynb #9ed5f7eb
 def add_series(
     writer,           # CohortWriter
     name:str,         # of the modality
     channels:list,    # of Channel
-    events,           # DataFrame in the order of stay: stay (0..N-1), hours, channel (number), value
+    events,           # DataFrame in the order of stay: stay (0..N-1), hours, channel (number), value; or a function: (a, b) -> those of stays a to b
     lengths,          # (N,) hours of each stay
     timestep:float=1.0,   # hours a row
 )->tuple:
     "Grid the events and append them to `writer`; returns first rows (N,), rows (N,; 0 = nothing observed) and the counts of `grid`."
     array, rows, counts = writer.add_timeseries(name, *layout(channels), timestep), [], 0
-    stay = events.stay.to_numpy()
+    piece = events if callable(events) else lambda a, b: events.iloc[slice(*np.searchsorted(events.stay.to_numpy(), [a, b]))]
     for a in range(0, len(lengths), 5000):
         part = np.asarray(lengths[a:a + 5000])
-        e = events.iloc[slice(*np.searchsorted(stay, [a, a + len(part)]))]
+        e = piece(a, a + len(part))
         g = grid(e.stay - a, e.hours, e.channel, e.value, part, channels, timestep)
         of = np.repeat(np.arange(len(part)), g.lengths)
         some = np.bincount(of, g.values[:, -len(channels):].any(1), len(part)) > 0
@@ -91,10 +94,11 @@ def add_series(
     rows = np.concatenate(rows)
     return offsets(rows), rows, counts
 
-# %% ../../nbs/15_data.public.ipynb #d51a16b9
+# %% ../../nbs/15_data.public.ipynb #5a2f6a1e
 _DRAWERS = dict(early='dropped: before the start', late='dropped: after the end', unknown='dropped: no number', outside='dropped: out of range',
                 replaced='replaced: not the last of the hour', cells='hours with a value')
 
+# %% ../../nbs/15_data.public.ipynb #0043bd97
 def publish(
     writer,       # CohortWriter with its modalities
     samples,      # DataFrame: the table of samples, labels included
@@ -157,7 +161,7 @@ CHANNELS_2012 += [('HCO3',       'labs',  'mmol/L',   24.,    2.,    60.),
                   ('TroponinT',  'labs',  'µg/L',     .01,    0.,    50.)]
 NAMES_2012 = [name for name, *_ in CHANNELS_2012]
 
-# %% ../../nbs/15_data.public.ipynb #c680742b
+# %% ../../nbs/15_data.public.ipynb #6716490d
 def _members(source):
     "Yield (file name, bytes) of each stay, from the folder set-a/ or the archive set-a.tar.gz."
     folder, archive = Path(source)/'set-a', Path(source)/'set-a.tar.gz'
@@ -170,12 +174,13 @@ def _members(source):
         except (tarfile.TarError, EOFError, OSError, zlib.error) as e: raise InputError(f'{archive} cannot be read to its end, download it again: {e}')
     else: raise InputError(f'no set-a/ or set-a.tar.gz in {source}: give the folder of the Challenge 2012 set')
 
+# %% ../../nbs/15_data.public.ipynb #ac41866d
 def _minutes(text):
     "'07:30' as 450; raises InputError for anything else."
     try: h, m = text.split(':'); return int(h)*60 + int(m)
     except ValueError: raise InputError(f'{text!r} is not a time like 07:30')
 
-# %% ../../nbs/15_data.public.ipynb #8fcdb8ee
+# %% ../../nbs/15_data.public.ipynb #277357af
 def read_events_2012(
     source,   # folder with set-a/ or set-a.tar.gz
 )->pd.DataFrame:
@@ -189,16 +194,19 @@ def read_events_2012(
     if not sum(lines): raise InputError(f'no stays in {source}')
     words = pa.dictionary(pa.int32(), pa.string())
     try:
-        table = pacsv.read_csv(io.BytesIO(b''.join(bodies)), pacsv.ReadOptions(column_names=['time', 'variable', 'value']), pacsv.ParseOptions(ignore_empty_lines=False),
+        table = pacsv.read_csv(io.BytesIO(b''.join(bodies)), pacsv.ReadOptions(column_names=['time', 'variable', 'value']),
+                               pacsv.ParseOptions(ignore_empty_lines=False),
                                pacsv.ConvertOptions(column_types=dict(time=words, variable=words, value=pa.float64()))).to_pandas()
     except pa.ArrowInvalid as e: raise InputError(f'{source} holds a stay that is not rows of time, parameter and number: {e}')
     minutes = np.array([_minutes(t) for t in table.time.cat.categories])
-    return pd.DataFrame(dict(stay=np.repeat(np.arange(len(lines)), lines), hours=minutes[table.time.cat.codes]/60, variable=table.variable, value=table.value))
+    hours = minutes[table.time.cat.codes]/60
+    return pd.DataFrame(dict(stay=np.repeat(np.arange(len(lines)), lines), hours=hours, variable=table.variable, value=table.value))
 
-# %% ../../nbs/15_data.public.ipynb #2c62fafa
+# %% ../../nbs/15_data.public.ipynb #a3dbe956
 _FACTS = ('RecordID', 'Age', 'Gender', 'Height', 'ICUType')
 _UNITS = {1: 'coronary', 2: 'cardiac_surgery', 3: 'medical', 4: 'surgical'}
 
+# %% ../../nbs/15_data.public.ipynb #72e212de
 def facts_2012(
     events,   # of `read_events_2012`
 )->tuple:
@@ -214,6 +222,7 @@ def facts_2012(
                              height=height.where(height.between(120, 230)), weight=table.Weight.where(table.Weight.between(20, 500)), **units))
     return table.RecordID.astype('int64').to_numpy(), made, fact
 
+# %% ../../nbs/15_data.public.ipynb #28250ce9
 def outcomes_2012(source, records)->pd.DataFrame:
     "One row a record: mortality (1, 0, NaN) and the plain columns saps_i, sofa, length_of_stay, survival (days; -1 becomes NaN)."
     names = {'SAPS-I': 'saps_i', 'SOFA': 'sofa', 'Length_of_stay': 'length_of_stay', 'Survival': 'survival', 'In-hospital_death': 'mortality'}
@@ -241,7 +250,7 @@ def clean_2012(
             ('events', 'added to others of the hour (urine)', int(urine.sum()) - len(total))]
     return pd.concat([e[~urine], total]).sort_values('stay', kind='stable', ignore_index=True), rows
 
-# %% ../../nbs/15_data.public.ipynb #dd6fdbb4
+# %% ../../nbs/15_data.public.ipynb #c3f795c4
 def prepare_physionet2012(
     source,                  # folder with set-a.tar.gz (or set-a/) and Outcomes-a.txt
     out,                     # the cohort folder to make
@@ -251,7 +260,8 @@ def prepare_physionet2012(
     "Turn set A of the PhysioNet Challenge 2012 into a cohort; returns the summary (part, what, count). Raises InputError."
     modalities = tuple(modalities.split(',')) if isinstance(modalities, str) else tuple(modalities)
     if modalities not in (('ehr',), ('vitals', 'labs')): raise InputError(f'modalities should be ehr, or vitals and labs, not {", ".join(modalities)}')
-    provenance = dict(command='prepare_physionet2012', source='PhysioNet/CinC Challenge 2012, set A', licence='ODC-By 1.0', modalities=list(modalities), seed=seed)
+    provenance = dict(command='prepare_physionet2012', source='PhysioNet/CinC Challenge 2012, set A', licence='ODC-By 1.0',
+                      modalities=list(modalities), seed=seed)
     with CohortWriter(out, 'physionet2012', ['mortality'], {'mortality': 'outcome'}, provenance) as writer:
         events = read_events_2012(source)
         records, facts, fact = facts_2012(events)
@@ -262,7 +272,8 @@ def prepare_physionet2012(
             mine = [i for i, c in enumerate(CHANNELS_2012) if name in ('ehr', c[1])]
             channels = [Channel(c[0], *c[2:]) for c in (CHANNELS_2012[i] for i in mine)]
             e = events[events.channel.isin(mine)]
-            samples[f'{name}_start'], samples[f'{name}_length'], n = add_series(writer, name, channels, e.assign(channel=np.searchsorted(mine, e.channel)), np.full(len(records), 48.))
+            e = e.assign(channel=np.searchsorted(mine, e.channel))
+            samples[f'{name}_start'], samples[f'{name}_length'], n = add_series(writer, name, channels, e, np.full(len(records), 48.))
             counts.append(n)
         writer.add_tabular('demographics', facts)
         return publish(writer, pd.concat([samples, outcomes_2012(source, records)], axis=1), [('stays', 'read', len(records)), *rows], pd.concat(counts))
@@ -284,49 +295,103 @@ def read_channels(
     limit = lambda x: None if np.isnan(x) else float(x)
     return [Channel(n, u, float(v), limit(a), limit(b)) for n, u, v, a, b in zip(table.name, unit, normal, low, high)]
 
-# %% ../../nbs/15_data.public.ipynb #45c9d702
+# %% ../../nbs/15_data.public.ipynb #d324b520
 _LONG = ('subject_id', 'time', 'variable', 'value')
 
-def load_long(con, path):
-    "Make the table `long` (subject, hours, variable, value) of a CSV or parquet file; raises InputError for a missing column or times of no kind."
-    path = Path(path)
-    if not path.is_file(): raise InputError(f'no file {path}')
-    names = header(path)
-    for c in _LONG: _need(pd.DataFrame(columns=names), c, path)
-    con.execute(f"""create table cells as select nullif(trim(subject_id::varchar), '') as subject, nullif("time"::varchar, '') as t,
-        trim(variable::varchar) as variable, try_cast(nullif("value"::varchar, '') as double) as value from {_reader(path, names)}""")
+def _columns_of(path, *needed):
+    "Column names of a CSV or parquet file; raises InputError for one that is missing."
+    if not Path(path).is_file(): raise InputError(f'no file {path}')
+    names = header(Path(path))
+    for c in needed: _need(pd.DataFrame(columns=names), c, path)
+    return names
+
+def _cell(column): return f"""nullif(trim("{column}"::varchar), '')"""
+
+# %% ../../nbs/15_data.public.ipynb #ec983abe
+def load_long(
+    con,    # DuckDB connection that gets the table
+    path,   # CSV or parquet: subject_id, time, variable, value
+)->bool:
+    "Make `long` (subject, moment, variable, value): `moment` in hours, or in seconds where the column holds timestamps; returns whether it does."
+    names = _columns_of(path, *_LONG)
+    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('time')} as t, {_cell('variable')} as variable,
+        try_cast({_cell('value')} as double) as value from {reader(Path(path), names)}""")
     rows, hours, stamps = con.execute('select count(*), count(try_cast(t as double)), count(try_cast(t as timestamp)) from cells').fetchone()
     if not rows: raise InputError(f'{path} holds no rows')
     if not hours + stamps: raise InputError(f"column 'time' of {path} holds neither hours nor timestamps (YYYY-MM-DD HH:MM:SS)")
-    when = 'try_cast(t as double)' if hours >= stamps else '(epoch(s) - min(epoch(s)) over (partition by subject))/3600'
-    con.execute(f'create table long as select subject, {when} as hours, variable, value from (select *, try_cast(t as timestamp) as s from cells)')
+    con.execute(f'create table long as select subject, {_moment("t", stamps > hours)} as moment, variable, value from cells')
+    return stamps > hours
 
-# %% ../../nbs/15_data.public.ipynb #7a2d1e61
-_REASONS = """select stay, hours, channel, value, case when stay is null then 'no subject' when hours is null or not isfinite(hours) then 'no time'
-    when channel is null then 'unknown variable' when value is null or not isfinite(value) then 'no number' end as reason
-    from long left join people using (subject) left join known using (variable)"""
+# %% ../../nbs/15_data.public.ipynb #d8bbed8e
+def _moment(column, stamps): return f'epoch(try_cast({column} as timestamp))' if stamps else f'try_cast({column} as double)'
 
+# %% ../../nbs/15_data.public.ipynb #a4806c11
+def load_starts(
+    con,            # DuckDB connection with `long`
+    path,           # CSV or parquet: subject_id, start, optionally end and stay_id; None: one stay a subject
+    stamps:bool,    # whether times are timestamps
+):
+    "Make `stays` (stay 0..N-1, subject, stay_id, begin, zero, stop): rows from `begin` on belong to it, `zero` is its hour 0. Raises InputError."
+    first = """select subject, null::varchar as stay_id, '-infinity'::double as begin, {} as zero, null::double as stop
+        from long where subject is not null group by 1 order by try_cast(subject as bigint), 1"""
+    if path is not None: _read_starts(con, path, stamps)
+    source = 'select subject, stay_id, begin, begin as zero, stop from given order by row'
+    if path is None: source = first.format('min(moment)' if stamps else '0.')
+    con.execute(f'create table stays as select (row_number() over () - 1)::int as stay, * from ({source})')
+
+# %% ../../nbs/15_data.public.ipynb #fef127a2
+def _read_starts(con, path, stamps):
+    "The table `given` of a table of starts."
+    names = _columns_of(path, 'subject_id', 'start')
+    text = {c: _cell(c) if c in names else 'null::varchar' for c in ('subject_id', 'stay_id', 'start', 'end')}
+    con.execute(f"""create table given as select *, {_moment('t0', stamps)} as begin, {_moment('t1', stamps)} as stop
+        from (select row_number() over () as row, {text['subject_id']} as subject, {text['stay_id']} as stay_id,
+              {text['start']} as t0, {text['end']} as t1 from {reader(Path(path), names)})""")
+    kind = 'a timestamp' if stamps else 'a number of hours'
+    for wrong, say in (('subject is null', 'names no subject'),
+                       ('begin is null or not isfinite(begin)', f"should say a 'start' that is {kind}, as 'time' is"),
+                       ('t1 is not null and stop is null', f"should say an 'end' that is {kind}, or none"),
+                       ('stop < begin', 'ends before it starts')):
+        row = con.execute(f'select min(row) from given where {wrong}').fetchone()[0]
+        if row is not None: raise InputError(f'row {row} of {path} {say}')
+    for key, these in (('subject, begin', 'true'), ('stay_id', 'stay_id is not null')):
+        twice = con.execute(f'select max(row) from given where {these} group by {key} having count(*) > 1 limit 1').fetchone()
+        if twice: raise InputError(f'row {twice[0]} of {path} is a stay that is there already')
+
+# %% ../../nbs/15_data.public.ipynb #5d3147bd
+_REASONS = """select stay, (moment - zero)/{unit} as hours, channel, value,
+    case when long.subject is null then 'no subject' when moment is null or not isfinite(moment) then 'no time'
+         when channel is null then 'unknown variable' when value is null or not isfinite(value) then 'no number'
+         when stay is null then 'in no stay' when moment > stop then 'after the end of its stay' end as reason
+    from long asof left join stays on long.subject = stays.subject and long.moment >= stays.begin left join known using (variable)"""
+_UNKNOWN = """select variable, count(*) from long where variable is null or variable not in (select variable from known)
+    group by 1 order by 2 desc, 1 limit 10"""
+_DROPPED = 'select reason, count(*) from events where reason is not null group by 1 order by 1'
+
+# %% ../../nbs/15_data.public.ipynb #12c708bd
 def read_long(
     path,            # CSV or parquet: subject_id, time, variable, value
     channels:list,   # of Channel
+    starts=None,     # CSV or parquet: subject_id, start, optionally end and stay_id
 )->tuple:
-    "Subjects (as text, in order), their events (stay, hours, channel, value) and the rows (part, what, count). Raises InputError."
+    "Stays (subject, stay_id, length in hours or NaN), their events (stay, hours, channel, value), rows (part, what, count). Raises InputError."
     with duckdb.connect() as con:
-        try: load_long(con, path)
-        except duckdb.Error as e: raise InputError(f'{path} is not a readable table: {str(e).splitlines()[0]}')
-        subjects = con.execute('select distinct subject from long where subject is not null order by try_cast(subject as bigint), subject').df().subject
-        con.register('people', pd.DataFrame(dict(subject=subjects, stay=np.arange(len(subjects)))))
+        try:
+            stamps = load_long(con, path)
+            load_starts(con, starts, stamps)
+        except duckdb.Error as e: raise InputError(f'{path} or the table of starts is not readable: {str(e).splitlines()[0]}')
+        unit = 3600. if stamps else 1.
         con.register('known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
-        con.execute(f'create table events as {_REASONS}')
+        con.execute(f'create table events as {_REASONS.format(unit=unit)}')
         rows = [('events', 'rows', con.execute('select count(*) from events').fetchone()[0])]
-        rows += [('events', f'dropped: {r}', n) for r, n in con.execute('select reason, count(*) from events where reason is not null group by 1 order by 1').fetchall()]
-        rows += [('unknown variables', v or '(empty)', n) for v, n in con.execute('''select variable, count(*) from long
-            where variable is null or variable not in (select variable from known) group by 1 order by 2 desc, 1 limit 10''').fetchall()]
-        events = con.execute('select stay::int as stay, hours, channel::int as channel, value from events where reason is null order by all').df()
+        rows += [('events', f'dropped: {r}', n) for r, n in con.execute(_DROPPED).fetchall()]
+        rows += [('unknown variables', v or '(empty)', n) for v, n in con.execute(_UNKNOWN).fetchall()]
+        stays = con.execute(f'select subject, stay_id, (stop - zero)/{unit} as length from stays order by stay').df()
+        events = con.execute('select stay, hours, channel::int as channel, value from events where reason is null order by all').df()
     if not len(events): raise InputError(f'no row of {path} is a measurement of a channel, such as {channels[0].name!r}')
-    return subjects, events, rows
+    return stays, events, rows
 
-# %% ../../nbs/15_data.public.ipynb #ac4ba176
+# %% ../../nbs/15_data.public.ipynb #f8744080
 _SPLIT_NAMES = dict(train='train', training='train', val='val', valid='val', validate='val', validation='val', test='test', testing='test')
 
 def given_split(table, column:str, where)->np.ndarray:
@@ -336,45 +401,66 @@ def given_split(table, column:str, where)->np.ndarray:
     if made.isna().any(): raise InputError(f'column {column!r} of {where} should say train, val or test, not {table[column][made.isna()].iloc[0]!r}')
     return made.to_numpy(object)
 
+# %% ../../nbs/15_data.public.ipynb #f3d98dd2
 def read_labels(path)->pd.DataFrame:
-    "Labels by subject (index: id as text) and `split` where there is one; every other column is a label. Raises InputError."
-    table = read_text(path, ['subject_id'])
-    subject_numbers(table.subject_id, path)                      # refuses empty ids
-    table = table.assign(subject_id=table.subject_id.str.strip()).set_index('subject_id')
-    if table.index.has_duplicates: raise InputError(f'{path} holds subject {table.index[table.index.duplicated()][0]} twice')
-    made = label_columns(table, [c for c in table if c != 'split'], path)
+    "Labels by stay_id if there is such a column, else by subject_id (the index, as text), and `split` where there is one. Raises InputError."
+    key = 'stay_id' if 'stay_id' in (table := read_text(path)) else 'subject_id'
+    _need(table, key, path)
+    subject_numbers(table[key], path)                            # refuses empty ids
+    table = table.assign(**{key: table[key].str.strip()}).set_index(key)
+    if table.index.has_duplicates: raise InputError(f'{path} holds {key[:-3]} {table.index[table.index.duplicated()][0]} twice')
+    made = label_columns(table, [c for c in table if c not in ('split', 'subject_id')], path)
     return made.assign(split=given_split(table, 'split', path)) if 'split' in table else made
 
-# %% ../../nbs/15_data.public.ipynb #116780fb
+# %% ../../nbs/15_data.public.ipynb #e7f75bec
+def _with_labels(
+    stays,      # DataFrame: subject, stay_id, …
+    known,      # of `read_labels`
+    seed:int,   # of the division by subject
+    where,      # what to call the table in messages
+)->pd.DataFrame:
+    "The table of samples: ids, subject, split, labels. Raises InputError for labels of stays without names."
+    number, named = subject_numbers(stays.subject, where), stays.stay_id.notna().all()
+    if known.index.name == 'stay_id' and not named: raise InputError('the labels name stays, so the table of starts needs a column stay_id')
+    alone = len(set(number)) == len(number)
+    sample = subject_numbers(stays.stay_id, where) if named else number if alone else np.arange(len(stays))
+    y = known.reindex(stays.stay_id if known.index.name == 'stay_id' else stays.subject).reset_index(drop=True)
+    split = pd.Series(split_of(number, seed))
+    if 'split' in y: split = y.split.groupby(number).transform('first').fillna(split)      # a stay without a row follows its subject
+    ids = stays[['subject', 'stay_id'] if named else ['subject']]
+    return pd.concat([pd.DataFrame(dict(sample_id=sample, subject_id=number)), ids, y.assign(split=split)], axis=1)
+
+# %% ../../nbs/15_data.public.ipynb #006a57af
 def prepare_table(
     table,               # CSV or parquet: subject_id, time (hours or timestamps), variable, value
     channels,            # CSV: name, unit, low, high, normal
     out,                 # the cohort folder to make
-    labels=None,         # CSV: subject_id, a column a label (1, 0, -1 or empty), optionally split
-    hours:float=48,      # hours read of each subject; 0: all
+    labels=None,         # CSV: subject_id or stay_id, a column a label (1, 0, -1 or empty), optionally split
+    hours:float=48,      # hours read of each stay; 0: all
     timestep:float=1.0,  # hours a row
     modality:str='ehr',  # name of the time series
     name:str='table',    # of the cohort
     seed:int=0,          # of the division by subject
+    starts=None,         # CSV or parquet: subject_id, start, optionally end and stay_id; none: one stay a subject, from 0 or its first timestamp
 )->pd.DataFrame:
     "Turn a long table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
     if hours < 0 or timestep <= 0: raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
-    known, kinds = pd.DataFrame() if labels is None else read_labels(labels), read_channels(channels)
+    known, kinds = pd.DataFrame(index=pd.Index([], name='subject_id')) if labels is None else read_labels(labels), read_channels(channels)
     names = [c for c in known if c != 'split']
-    provenance = dict(command='prepare_table', source=Path(table).name, hours=hours, timestep=timestep, seed=seed)
+    provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name,
+                      hours=hours, timestep=timestep, seed=seed)
     with CohortWriter(out, name, names, provenance=provenance) as writer:
-        subjects, events, rows = read_long(table, kinds)
-        everyone = pd.Index([*subjects, *known.index.difference(subjects)])
-        end = events.groupby('stay').hours.max().reindex(range(len(everyone))).fillna(0).clip(timestep/2, hours or None)   # hour 0 needs a row
-        number = subject_numbers(everyone, table)
-        samples = pd.DataFrame(dict(sample_id=number, subject_id=number, subject=everyone, split=split_of(number, seed)))
-        if 'split' in known: samples['split'] = known.split.reindex(everyone).fillna(samples.split.set_axis(everyone)).to_numpy()
-        start, length, counts = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
-        samples = samples.assign(**{f'{modality}_start': start, f'{modality}_length': length, **{n: known[n].reindex(everyone).to_numpy() for n in names}})
-        rows = [('subjects', 'with measurements', len(subjects)), ('subjects', 'with labels only', len(everyone) - len(subjects)), *rows]
+        stays, events, rows = read_long(table, kinds, starts)
+        found = len(stays)
+        if starts is None: stays = pd.concat([stays, pd.DataFrame(dict(subject=known.index.difference(stays.subject)))], ignore_index=True)
+        last = events.groupby('stay').hours.max().reindex(stays.index)
+        end = stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                 # hour 0 needs a row
+        samples = _with_labels(stays, known, seed, table)
+        samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
+        rows = [('stays', 'in the table' if starts is None else 'in the table of starts', found), ('stays', 'with labels only', len(stays) - found), *rows]
         return publish(writer, samples, rows, counts)
 
-# %% ../../nbs/15_data.public.ipynb #0ee64935
+# %% ../../nbs/15_data.public.ipynb #c1ea52dd
 def fact_table(
     table,     # DataFrame of text
     names,     # its columns that are facts
@@ -391,13 +477,14 @@ def fact_table(
         else: raise InputError(f'column {n!r} of {where} has {len(words)} different texts: a fact is a number or one of at most 12 words')
     return pd.concat(parts, axis=1)
 
+# %% ../../nbs/15_data.public.ipynb #8bbe93f4
 def image_names(ids, folder)->list:
     "File name of each id, relative to `folder`: as it is, or with the ending that most of the first hundred have there."
     ids = [str(i) for i in ids]
     there = {e: sum((Path(folder)/(i + e)).is_file() for i in ids[:100]) for e in ('', '.jpg', '.jpeg', '.png')}
     return [i + max(there, key=there.get) for i in ids]
 
-# %% ../../nbs/15_data.public.ipynb #d0f82fc4
+# %% ../../nbs/15_data.public.ipynb #822edbdf
 def image_cohort(
     table,                # DataFrame of text, one row an image
     where,                # what to call it in messages
@@ -413,7 +500,7 @@ def image_cohort(
     modality:str='cxr',   # name of the image modality
     name:str='images',    # of the cohort
     seed:int=0,           # of the division by subject
-    workers:int=2,        # threads that decode
+    workers:int=2,        # processes that decode
     provenance:dict=None, # goes to cohort.json
 )->pd.DataFrame:
     "The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises InputError."
@@ -433,7 +520,7 @@ def image_cohort(
         rows += [('images', f'used, but {n}', k) for n, k in stored.noted.note.value_counts().items()]
         return publish(writer, samples, rows + [('subjects', 'with an image', samples.subject_id.nunique())])
 
-# %% ../../nbs/15_data.public.ipynb #370ea120
+# %% ../../nbs/15_data.public.ipynb #7c1df958
 def _check_images(table, where, images, size, id_column, subject_column=None):
     "Raise InputError unless there are rows, ids that are there once, a folder and a size."
     for c in filter(None, (id_column, subject_column)): _need(table, c, where)
@@ -444,6 +531,7 @@ def _check_images(table, where, images, size, id_column, subject_column=None):
     if not Path(images).is_dir(): raise InputError(f'no folder of images at {images}')
     if not 8 <= size <= 4096: raise InputError(f'size should be 8 to 4096 pixels, not {size}')
 
+# %% ../../nbs/15_data.public.ipynb #a0bc064f
 def prepare_images(
     csv,                  # CSV with a row an image
     images,               # folder of the images
@@ -456,12 +544,13 @@ def prepare_images(
     options.setdefault('provenance', dict(command='prepare_images', source=Path(csv).name))
     return image_cohort(read_text(csv, [id_column]), csv, images, out, size, id_column, **options)
 
-# %% ../../nbs/15_data.public.ipynb #9bfc3076
+# %% ../../nbs/15_data.public.ipynb #d0fc8562
 NIH_LABELS = ('Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltration', 'Mass', 'Nodule', 'Pneumonia', 'Pneumothorax',
               'Consolidation', 'Edema', 'Emphysema', 'Fibrosis', 'Pleural_Thickening', 'Hernia')
 _NIH_NAMES = {'Image Index': 'image', 'Finding Labels': 'finding_labels', 'Patient ID': 'patient_id', 'Patient Age': 'age',
               'Patient Gender': 'sex', 'Patient Sex': 'sex', 'View Position': 'view'}
 
+# %% ../../nbs/15_data.public.ipynb #da10690b
 def read_nih(source)->tuple:
     "(table of text, its path, folder of images) of either layout; raises InputError."
     source = Path(source)
@@ -478,13 +567,13 @@ def read_nih(source)->tuple:
     table['image'] = table.image.map(lambda n: where.get(n, n))
     return table, path, source
 
-# %% ../../nbs/15_data.public.ipynb #5442d39f
+# %% ../../nbs/15_data.public.ipynb #2570003c
 def prepare_nih(
     source,           # folder with labels.csv and images/, or as released
     out,              # the cohort folder to make
     size:int=128,     # side of the stored images in pixels
     seed:int=0,       # of the division by patient
-    workers:int=2,    # threads that decode
+    workers:int=2,    # processes that decode
 )->pd.DataFrame:
     "Turn NIH ChestX-ray14 into a cohort; returns the summary (part, what, count). Raises InputError."
     table, path, images = read_nih(source)
@@ -498,12 +587,13 @@ def prepare_nih(
     return image_cohort(table, path, images, out, size, 'image', 'patient_id', split, (*NIH_LABELS, 'No Finding'), ('age', 'sex', 'view'),
                         name='nih', seed=seed, workers=workers, provenance=provenance)
 
+# %% ../../nbs/15_data.public.ipynb #fd8cfd32
 def prepare_iu(
     source,           # folder with images/, images.csv, labels_from_mesh.csv
     out,              # the cohort folder to make
     size:int=128,     # side of the stored images in pixels
     seed:int=0,       # of the division by report
-    workers:int=2,    # threads that decode
+    workers:int=2,    # processes that decode
 )->pd.DataFrame:
     "Turn the frontal Indiana University radiographs into a cohort; returns the summary (part, what, count). Raises InputError."
     source = Path(source)
@@ -511,5 +601,6 @@ def prepare_iu(
     if labels.uid.duplicated().any(): raise InputError(f'{source/"labels_from_mesh.csv"} holds uid {labels.uid[labels.uid.duplicated()].iloc[0]} twice')
     names = [c for c in labels if c not in ('uid', 'MeSH')]
     table = table[table.projection == 'Frontal'].merge(labels, on='uid', how='left').reset_index(drop=True)
-    return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', labels=names, fit='squash', name='iu', seed=seed, workers=workers,
-                        provenance=dict(command='prepare_iu', source='Indiana University chest X-rays', licence='CC BY-NC-ND 4.0'))
+    provenance = dict(command='prepare_iu', source='Indiana University chest X-rays', licence='CC BY-NC-ND 4.0')
+    return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', labels=names, fit='squash',
+                        name='iu', seed=seed, workers=workers, provenance=provenance)
