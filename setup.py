@@ -21,11 +21,11 @@ setup(
     extras_require=dict(
         dev=lines('dev_requirements'),
         maps=['umap-learn'],
-        trackers=['tensorboard', 'trackio', 'wandb'],
+        trackers=['tensorboard', 'trackio', 'wandb', 'mlflow'],
         vision=['transformers', 'timm'],
         slurm=['submitit'],
     ),
     packages=find_packages(include=['mmsn', 'mmsn.*']),
-    package_data={'mmsn': ['presets/*.yaml']},
+    package_data={'mmsn': ['presets/*.yaml', 'presets/accelerate/*.yaml']},
     entry_points=dict(console_scripts=lines('console_scripts'), nbdev=['mmsn=mmsn._modidx:d']),
 )

@@ -91,7 +91,7 @@ def main(argv=None):
     p.add_argument('--others', type=int, default=2, help='how many of the seeds are also run without modality dropping and with broken pairs (default: 2)')
     args = p.parse_args(argv)
     runs = [main_run(args.out, s) for s in args.seeds]
-    without = [variant(args.out, 'no-dropping', s, 'fusion.drop=0') for s in args.seeds[:args.others]]
+    without = [variant(args.out, 'no-dropping', s, 'fusion.drop=0', 'fusion.space=shared', 'fusion.aim=mean') for s in args.seeds[:args.others]]
     control = [variant(args.out, 'shuffled', s, 'data.shuffle_pairs=true') for s in args.seeds[:args.others]]
     RESULTS.mkdir(exist_ok=True)
     table(runs).to_csv(RESULTS/'demo.csv', index=False)

@@ -1,7 +1,7 @@
-"Two processes with half of the batch each are one process with all of it: loss and gradients, through gloo and DDP."
-import os, socket
+"Processes that share a batch are one process with all of it: loss, gradients, ten steps of training, evaluation; and the run goes on when their number changes."
+import json, os, signal, socket, time
 
-import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+import pandas as pd, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mmsn.loss import msn_loss
 
 VIEWS, SAMPLES, INPUT = 3, 8, 6
-CASES = {'default': {}, 'weights': dict(me_max_weight=5., entropy_weight=.5), 'prior': dict(prior=.25), 'unbalanced': dict(sinkhorn_iterations=0)}
+CASES = {'default': {}, 'weights': dict(me_max_weight=5., entropy_weight=.5), 'prior': dict(prior=.25), 'shares': dict(prior=(5, 4, 3, 2, 1)),
+         'smoothed': dict(label_smoothing=.2), 'unbalanced': dict(sinkhorn_iterations=0)}
 SIZES = {'even': (4, 4), 'uneven': (6, 2), 'one empty': (8, 0)}   # samples a process
 
 
@@ -84,10 +85,16 @@ CONFIG = dict(modalities=dict(cxr=dict(kind='image', encoder=dict(dim=16, depth=
                                        views=dict(random=1, focal=1, random_size=16, focal_size=8, patch_drop=.25)),
                               ehr=dict(kind='timeseries', encoder=dict(hidden=16, dim=16), views=dict(random=1, focal=1))),
               fusion=dict(dim=16), head=dict(hidden=32, depth=1, output=8, norm='layer'), loss=dict(prototypes=6))
+OTHER = dict(CONFIG, fusion=dict(dim=16, aim='cross', weight=2.), head=dict(CONFIG['head'], predict=1), loss=dict(prototypes=6, label_smoothing=.1, prior=.25))
+CONFIGS = {'default': CONFIG, 'cross': dict(OTHER, modalities=dict(CONFIG['modalities'], cxr=dict(CONFIG['modalities']['cxr'], weight=.5, drop=.5)))}
+# Spaces of their own, every aim there, three modalities of which one is a table that appears alone too.
+SPACES = dict(OTHER, fusion=dict(dim=16, space='own', aim=['own', 'cross', 'joint'], weight=2.),
+              modalities=dict(cxr=dict(CONFIG['modalities']['cxr'], weight=.5, drop=.5, prototypes=5), ehr=CONFIG['modalities']['ehr'], facts=dict(kind='tabular', encoder=dict(hidden=8, dim=8), alone=True)))
+CONFIGS['spaces'] = SPACES
 IMAGES = {'paired': [1]*8, 'some': [1, 0, 1, 1, 0, 1, 0, 1], 'one rank has none': [1, 0, 1, 1, 0, 0, 0, 0], 'nobody': [0]*8}   # who of eight samples has an image
 
 
-def model_step(wrap, start, stop, images):
+def model_step(wrap, start, stop, images, config):
     "Loss, metrics and gradients of one step of an MMSN on samples start to stop."
     from mmsn.config import Config, build
     from mmsn.data.cohort import Batch, ModalityInfo
@@ -95,12 +102,13 @@ def model_step(wrap, start, stop, images):
     channel = dict(name='hr', kind='continuous', columns=[0, 1], mask=1, unit='', normal=0., low=-9., high=9., categories=None)
     infos = dict(cxr=ModalityInfo('cxr', 'image', dict(kind='image', height=16, width=16, mean=.5, std=.25)),
                  ehr=ModalityInfo('ehr', 'timeseries', dict(kind='timeseries', timestep=1., channels=[channel], columns=['hr', 'mask'], mean=[0., 0.], std=[1., 1.])))
+    infos['facts'] = ModalityInfo('facts', 'tabular', dict(kind='tabular', columns=['age', 'sex'], mean=[60., .5], std=[9., .5]))
     g = torch.Generator().manual_seed(2)
     has = torch.tensor(images).bool()
     x = torch.cat([torch.randn(8, 12, 1, generator=g), torch.ones(8, 12, 1)], 2)
-    batch = Batch(index=torch.arange(8), data=dict(cxr=torch.randint(0, 256, (8, 1, 16, 16), generator=g).to(torch.uint8), ehr=x), lengths=dict(ehr=torch.full((8,), 12)),
-                  present=dict(cxr=has, ehr=torch.ones(8, dtype=torch.bool)), labels=torch.zeros(8, 0)).select(slice(start, stop))
-    inner = MMSN(build(Config, CONFIG), infos)
+    batch = Batch(index=torch.arange(8), data=dict(cxr=torch.randint(0, 256, (8, 1, 16, 16), generator=g).to(torch.uint8), ehr=x, facts=torch.arange(16.).view(8, 2)), lengths=dict(ehr=torch.full((8,), 12)),
+                  present=dict(cxr=has, ehr=torch.ones(8, dtype=torch.bool), facts=torch.arange(8) != 3), labels=torch.zeros(8, 0)).select(slice(start, stop))
+    inner = MMSN(build(Config, config), infos)
     model = wrap(inner)
     for step in range(2):   # a second forward and backward: DDP notices only then that a parameter was left out
         model.zero_grad()
@@ -116,7 +124,8 @@ def model_worker(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
     try:
-        for case, images in IMAGES.items(): save_file(model_step(DistributedDataParallel, 4*rank, 4*rank + 4, images), f'{folder}/{rank}-{case}.safetensors')
+        for name, config in CONFIGS.items():
+            for case, images in IMAGES.items(): save_file(model_step(DistributedDataParallel, 4*rank, 4*rank + 4, images, config), f'{folder}/{rank}-{name}-{case}.safetensors')
     finally: dist.destroy_process_group()
 
 
@@ -127,11 +136,146 @@ def model_found(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize('config', CONFIGS)
 @pytest.mark.parametrize('case', IMAGES)
-def test_model_on_two_ranks_is_one(model_found, case):
+def test_model_on_two_ranks_is_one(model_found, case, config):
     "The same of MMSN with every group of anchors, whoever lacks an image, without find_unused_parameters."
-    wanted = model_step(lambda model: model, 0, 8, IMAGES[case])
+    wanted = model_step(lambda model: model, 0, 8, IMAGES[case], CONFIGS[config])
     for rank in (0, 1):
-        seen = load_file(model_found/f'{rank}-{case}.safetensors')
+        seen = load_file(model_found/f'{rank}-{config}-{case}.safetensors')
         assert seen.keys() == wanted.keys()
         for name, value in wanted.items(): torch.testing.assert_close(seen[name], value, atol=2e-6, rtol=1e-5, equal_nan=True, msg=lambda m: f'rank {rank}, {name}: {m}')
+
+
+# The trainer: 24 samples on one process, 12 and 12, 8 + 8 + 8; and 16 on three, which is 6 + 5 + 5
+
+TRAINER = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=2', 'modalities.cxr.encoder.patch=8', 'modalities.cxr.views.random_size=16',
+           'modalities.cxr.views.focal_size=8', 'modalities.ehr.encoder.hidden=16', 'modalities.ehr.encoder.dim=16', 'modalities.ehr.ignore=[]', 'fusion.dim=24',
+           'head.hidden=32', 'head.output=16', 'head.norm=layer', 'loss.prototypes=8', 'optim.epochs=2', 'optim.warmup_epochs=1', 'train.threads=1', 'train.log_every=1']
+SPLITS = {'2 processes': (2, 12), '3 processes': (3, 8), '3 processes, uneven': (3, 16)}
+
+
+def train_worker(rank, world, port, folder, config, steps):
+    "Ten steps of one process: the first step's loss and gradients, the target after all; and features of the test split, gathered."
+    if world > 1: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), ACCELERATE_USE_CPU='true')
+    torch.set_num_threads(1)
+    from mmsn.config import load_config
+    from mmsn.evaluate.features import extract_features, feature_matrix
+    from mmsn.schedules import schedule
+    from mmsn.train import Trainer, gather_rows, train_step
+    uneven = folder.endswith('uneven')
+    trainer = Trainer(load_config('demo', [*config, f'train.run={folder}/none']))
+    if uneven: trainer.batch = 16           # as a run that began on one process and goes on on three
+    inner, batches, seen = trainer.accelerator.unwrap_model(trainer.model), trainer.batches(), {}
+    trainer.steps_per_epoch = len(trainer.rows)//trainer.batch
+    for step in range(steps):
+        epoch, found = next(batches)
+        out, norm = train_step(trainer.accelerator, trainer.model, trainer.optimizer, found, schedule(trainer.config.optim, step, trainer.steps_per_epoch), trainer.config, epoch, step)
+        trainer.step += 1
+        if step == 0: seen |= {f'gradient {n}': p.grad.clone() for n, p in inner.named_parameters() if p.requires_grad} | {'loss of step 1': out.loss.detach()}
+    seen |= {f'target {n}': w.clone() for n, w in inner.state_dict().items() if n.startswith('target') and w.is_floating_point()}
+    seen |= {f'after {n}': p.detach().clone() for n, p in inner.named_parameters() if p.requires_grad} | {f'loss of step {steps}': out.loss.detach()}
+    rows = trainer.cohort.rows('test', list(trainer.config.modalities))
+    mine = torch.arange(rank, len(rows), world)
+    table = extract_features(inner.eval(), trainer.cohort, rows[mine.numpy()], batch_size=7)
+    seen['features'] = gather_rows(torch.tensor(feature_matrix(table, 'joint')), mine)
+    seen['ids'] = gather_rows(torch.tensor(table.sample_id.tolist()), mine)
+    if rank == world - 1: save_file({k: v.contiguous() for k, v in seen.items()}, f'{folder}.safetensors')
+    trainer.accelerator.end_training()
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    from mmsn.evaluate.features import toy_cohort
+    return toy_cohort(tmp_path_factory.mktemp('toy')/'cohort', n=240)
+
+
+@pytest.fixture(scope='module')
+def ten_steps(toy, tmp_path_factory):
+    "What the last process of each split saw, by name; 'whole 24' and 'whole 16' are one process."
+    folder, found = tmp_path_factory.mktemp('ten'), {}
+    for name, (world, size) in {'whole 24': (1, 24), 'whole 16': (1, 16), **SPLITS}.items():
+        path = folder/name.replace(' ', '-').replace(',', '')
+        mp.start_processes(train_worker, (world, free_port(), str(path), [*TRAINER, f'data.cohort={toy.folder}', f'optim.batch_size={size}'], 10), nprocs=world, start_method='fork')
+        found[name] = load_file(f'{path}.safetensors')
+    return found
+
+
+def difference(a, b): return ((a.double() - b.double()).abs().max()/a.double().abs().max().clamp_min(1e-30)).item()
+
+
+def without_keys(found):
+    "The same without the attention's key biases: softmax ignores them, so their gradient is rounding, which AdamW divides by rounding."
+    third = lambda v: torch.cat([v[:len(v)//3], v[-(len(v)//3):]])
+    return {k: third(v) if k.endswith('qkv.bias') else v for k, v in found.items()}
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_ten_steps_do_not_depend_on_processes(ten_steps, split):
+    "Loss, gradients of every parameter, weights and target after ten steps, and gathered features; differences over the largest entry of each tensor."
+    whole, seen = (without_keys(ten_steps[k]) for k in ('whole 16' if 'uneven' in split else 'whole 24', split))
+    assert whole.keys() == seen.keys() and 'gradient prototypes' in whole
+    assert whole['ids'].equal(seen['ids']), 'nobody is lost or counted twice in evaluation'
+    # an entry that was born 0 is nothing but ten of AdamW's steps, each a ratio of small numbers: single tensors are looser than the whole
+    for kind, most in {'loss of step 1': 2e-6, 'gradient': 2e-6, 'loss of step 10': 5e-6, 'features': 5e-6, 'target': 1e-4, 'after': 1e-4}.items():
+        found = {k: difference(v, seen[k]) for k, v in whole.items() if k == kind or k.startswith(f'{kind} ') and kind in ('gradient', 'target', 'after')}
+        if kind == 'features': assert whole[kind].isfinite().all()
+        worst = max(found, key=found.get)
+        x, y = (torch.cat([t[k].flatten().double() for k in found]) for t in (whole, seen))
+        together = ((x - y).norm()/x.norm()).item()
+        print(f'\n{split}: {kind}: {found[worst]:.1e} ({worst}, of {len(found)}); all together {together:.1e}', end='')
+        assert found[worst] <= most and together <= 2e-6
+
+
+# Going on on another number of processes, and signals
+
+def part_worker(rank, world, port, config, until=None):
+    "Train up to step `until`, or to the end."
+    if world > 1: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), ACCELERATE_USE_CPU='true')
+    torch.set_num_threads(1)
+    from mmsn.config import load_config
+    from mmsn.train import Trainer
+    trainer = Trainer(load_config('demo', config))
+    if until: trainer.total = until
+    trainer.fit()
+
+
+def part(world, *args, **kw): return mp.start_processes(part_worker, (world, free_port(), *args), nprocs=world, start_method='fork', **kw)
+
+
+@pytest.fixture(scope='module')
+def unchanged(toy, tmp_path_factory):
+    "The curve of a run on one process."
+    folder = tmp_path_factory.mktemp('unchanged')/'run'
+    part(1, [*TRAINER, f'data.cohort={toy.folder}', 'optim.batch_size=24', f'train.run={folder}'])
+    return pd.read_csv(folder/'metrics.csv')
+
+
+@pytest.mark.parametrize('before,after', [(1, 2), (2, 1), (2, 3)])
+def test_goes_on_on_another_number_of_processes(toy, unchanged, tmp_path, before, after):
+    "The global batch and order stay, so does the curve; stopped in mid-epoch."
+    config = [*TRAINER, f'data.cohort={toy.folder}', f'optim.batch_size={24//before}', f'train.run={tmp_path/"run"}']
+    part(before, config, 7)
+    part(after, config)
+    curve = pd.read_csv(tmp_path/'run'/'metrics.csv')
+    assert list(curve.step) == list(unchanged.step) and len(curve) > 9
+    for name in ('loss', 'gradient_norm', 'joint/cross_entropy', 'cxr/me_max', 'lr', 'momentum'):
+        pd.testing.assert_series_equal(curve[name], unchanged[name], rtol=1e-4, atol=1e-6)
+    assert json.loads((tmp_path/'run'/'run.json').read_text())['processes'] == before
+    states = [json.loads(p.read_text())['processes'] for p in sorted((tmp_path/'run'/'checkpoints').glob('*/state.json'))]
+    assert states == [before, after]
+
+
+@pytest.mark.parametrize('number,rank', [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_to_one_process_stops_all(toy, tmp_path, number, rank):
+    "Only one hears it; both finish the same step and leave with 0, and the checkpoint loads."
+    from mmsn.checkpoint import latest
+    folder = tmp_path/'run'
+    context = part(2, [*TRAINER, f'data.cohort={toy.folder}', 'optim.batch_size=12', f'train.run={folder}', 'optim.epochs=10000'], join=False)
+    deadline = time.time() + 120
+    while time.time() < deadline and not ((folder/'metrics.jsonl').exists() and (folder/'metrics.jsonl').read_text().count('\n') > 3): time.sleep(.02)
+    os.kill(context.processes[rank].pid, number)
+    for process in context.processes: process.join(60)
+    assert [p.exitcode for p in context.processes] == [0, 0]
+    _, state = latest(folder/'checkpoints')
+    assert state['step'] == len((folder/'metrics.jsonl').read_text().splitlines()) > 3

@@ -30,7 +30,7 @@ def mean_hours(
 
 _POOLS = dict(last=last_hour, mean=mean_hours)
 
-# %% ../../nbs/21_encoders.timeseries.ipynb #d063fe5f
+# %% ../../nbs/21_encoders.timeseries.ipynb #463aa983
 class RecurrentEncoder(nn.Module):
     "LSTM or GRU over hours, pooled over the true ones, LayerNorm, linear."
     def __init__(self,
@@ -39,9 +39,8 @@ class RecurrentEncoder(nn.Module):
     ):
         super().__init__()
         self.config, self.dim = config, config.dim
-        dropout = config.dropout if config.layers > 1 else 0.   # torch warns of dropout between one layer and nothing
         self.rnn = dict(lstm=nn.LSTM, gru=nn.GRU)[config.name](width, config.hidden, config.layers, batch_first=True,
-                                                               dropout=dropout, bidirectional=config.bidirectional)
+                                                               dropout=config.dropout, bidirectional=config.bidirectional)
         out = config.hidden*(1 + config.bidirectional)
         self.norm, self.proj = nn.LayerNorm(out), nn.Linear(out, config.dim)
 
@@ -91,7 +90,7 @@ class TransformerEncoder(nn.Module):
         for block in self.blocks: x = block(self.drop(x), mask)
         return self.proj(self.norm(_POOLS[self.config.pool](x, lengths)))
 
-# %% ../../nbs/21_encoders.timeseries.ipynb #f53ff10a
+# %% ../../nbs/21_encoders.timeseries.ipynb #f2cd30ce
 SERIES = dict(lstm=RecurrentEncoder, gru=RecurrentEncoder, transformer=TransformerEncoder)
 
 def series_encoder(
@@ -101,4 +100,7 @@ def series_encoder(
     "The encoder that `config.name` names: forward(x (N, T, C), lengths (N,)) -> (N, dim). Raises InputError."
     if config.name not in SERIES: raise InputError(f'encoder.name of a time series should be one of {", ".join(SERIES)}, not {config.name!r}')
     if config.pool not in _POOLS: raise InputError(f'encoder.pool of a time series should be one of {", ".join(_POOLS)}, not {config.pool!r}')
+    if config.name != 'transformer':
+        if config.heads != SeriesEncoder.heads: raise InputError(f'encoder.heads has no effect on a {config.name}: it is for the transformer')
+        if config.layers == 1 and config.dropout: raise InputError('encoder.dropout acts between layers, and there is one: raise encoder.layers')
     return SERIES[config.name](config, width)

@@ -6,7 +6,7 @@
 __all__ = ['PatchEmbed', 'ConvStem', 'hide_patches', 'sincos', 'sincos_2d', 'resize_positions', 'Attention', 'MLP', 'Block',
            'ViT', 'from_torchvision', 'to_torchvision']
 
-# %% ../../nbs/20_encoders.vit.ipynb #d90537b8
+# %% ../../nbs/20_encoders.vit.ipynb #eb3370d5
 import math
 
 import torch
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from ..config import ImageEncoder, InputError
+from ..config import SIZES, ImageEncoder, InputError
 
 # %% ../../nbs/20_encoders.vit.ipynb #d6c8531f
 def _grid(size, patch):
@@ -106,7 +106,7 @@ def resize_positions(
     image = F.interpolate(image.float(), size=new_grid, mode='bicubic', align_corners=False)
     return torch.cat([extra, image.flatten(2).transpose(1, 2).to(extra.dtype)], 1)
 
-# %% ../../nbs/20_encoders.vit.ipynb #44030ee9
+# %% ../../nbs/20_encoders.vit.ipynb #cf0fadec
 class Attention(nn.Module):
     "Multi-head self-attention."
     def __init__(self,
@@ -117,11 +117,17 @@ class Attention(nn.Module):
         if dim % heads: raise InputError(f'{heads} attention heads do not divide a width of {dim}: change heads')
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
 
-    def forward(self, x, mask=None):   # x (N, L, d), mask (N, 1, 1, L) bool, True where a token may be looked at
+    def _heads(self, x):   # (N, L, d) -> queries, keys and values, each (N, heads, L, d/heads)
         N, L, d = x.shape
-        q, k, v = self.qkv(x).view(N, L, 3, self.heads, d//self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(x.transpose(1, 2).reshape(N, L, d))
+        return self.qkv(x).view(N, L, 3, self.heads, d//self.heads).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, mask=None):   # x (N, L, d), mask (N, 1, 1, L) bool, True where a token may be looked at
+        y = F.scaled_dot_product_attention(*self._heads(x), attn_mask=mask)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+    def weights(self, x):   # (N, L, d) -> (N, heads, L, L): each row sums to 1
+        q, k, _ = self._heads(x)
+        return (q@k.mT*q.shape[-1]**-.5).softmax(-1)
 
 class MLP(nn.Module):
     "Linear, GELU, linear."
@@ -160,20 +166,21 @@ def _init(module, kind, scale=1.):
     nn.init.trunc_normal_(module.weight, std=std)
     nn.init.zeros_(module.bias)
 
-# %% ../../nbs/20_encoders.vit.ipynb #d83950f2
+# %% ../../nbs/20_encoders.vit.ipynb #7003bc03
 class ViT(nn.Module):
     "Vision transformer from images to embeddings, with patches dropped before the first block."
     def __init__(self,
         config:ImageEncoder,  # architecture
         size:int,             # side in pixels of the views that the grid of positions is made for
-        channels:int=1,       # of an image
     ):
         super().__init__()
         if config.name != 'vit': raise InputError(f"encoder.name of an image should be 'vit', not {config.name!r}")
-        d, self.config, self.channels = config.dim, config, channels
+        if config.size and config.size not in SIZES: raise InputError(f'encoder.size should be one of {", ".join(SIZES)}, not {config.size!r}')
+        if config.channels not in (1, 3): raise InputError(f'encoder.channels should be 1 or 3, not {config.channels}')
+        d, self.config, self.channels = config.dim, config, config.channels
         self.dim, self.patch, self.grid = d, config.patch, _grid((size, size), config.patch)
-        self.patch_embed = (ConvStem if config.stem == 'conv' else PatchEmbed)(d, config.patch, channels)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()   # deeper blocks are skipped more often
+        self.patch_embed = (ConvStem if config.stem == 'conv' else PatchEmbed)(d, config.patch, self.channels)
+        rates = torch.linspace(0, config.drop_path, config.depth, device='cpu').tolist()   # deeper blocks are skipped more often
         self.blocks = nn.ModuleList(Block(d, config.heads, config.mlp_ratio, r) for r in rates)
         self.norm = nn.LayerNorm(d, eps=1e-6)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if config.pool == 'cls' else None
@@ -194,15 +201,16 @@ class ViT(nn.Module):
         for p in (self.cls_token, self.pos_embed):
             if isinstance(p, nn.Parameter): nn.init.trunc_normal_(p, std=.02)
 
-# %% ../../nbs/20_encoders.vit.ipynb #cf822b68
+# %% ../../nbs/20_encoders.vit.ipynb #25bdb443
 @patch
 def embed(self:ViT,
-    x,          # (N, channels, H, W) float, normalised
+    x,          # (N, channels or 1, H, W) float, normalised; a grey image is repeated for a stem of three channels
     keep=None,  # (N, n) int64 numbers of the patches to see, row by row; none: all
 ):
     "(N, [1 +] n, d): what enters the first block."
     pos = resize_positions(self.pos_embed, self.grid, _grid(x.shape[-2:], self.patch))
     n_cls = int(self.cls_token is not None)
+    if x.shape[1] == 1 < self.channels: x = x.expand(-1, self.channels, -1, -1)
     if keep is not None and isinstance(self.patch_embed, ConvStem): x = hide_patches(x, keep, self.patch)   # its tokens overlap
     x = self.patch_embed(x) + pos[:, n_cls:]
     if keep is not None: x = x.gather(1, keep[..., None].expand(-1, -1, self.dim))
@@ -224,8 +232,40 @@ def forward(self:ViT,
     keep=None,  # as in `embed`
 ):
     "(N, d): the class token, or the mean over the patches seen."
-    x = self.tokens(x, keep)
+    return self._pool(self.tokens(x, keep))
+
+@patch
+def _pool(self:ViT, x):   # (N, L, d) after the final norm -> (N, d)
     return x[:, 0] if self.cls_token is not None else x.mean(1)
+
+# %% ../../nbs/20_encoders.vit.ipynb #858a77ca
+@patch
+def features(self:ViT,
+    x,            # as in `embed`
+    blocks:int=1, # n, how many of the last blocks; at most encoder.depth
+    keep=None,    # as in `embed`
+):
+    "(N, n*d): pooled output of the last n blocks, each after the final norm (arXiv 2104.14294). Raises InputError."
+    depth, seen = len(self.blocks), []
+    if not 1 <= blocks <= depth: raise InputError(f'the encoder has {depth} blocks, so features of the last {blocks} do not exist')
+    x = self.embed(x, keep)
+    for i, block in enumerate(self.blocks):
+        x = block(x)
+        if i >= depth - blocks: seen.append(self._pool(self.norm(x)))
+    return torch.cat(seen, 1)
+
+@patch
+def attention(self:ViT,
+    x,             # as in `embed`
+    block:int=-1,  # which block; negative counts from the end
+    keep=None,     # as in `embed`
+):
+    "(N, heads, L, L): the attention of one block, over the class token (where there is one) and the patches seen. Raises InputError."
+    depth = len(self.blocks)
+    if not -depth <= block < depth: raise InputError(f'the encoder has {depth} blocks, none with number {block}')
+    x = self.embed(x, keep)
+    for earlier in self.blocks[:block % depth]: x = earlier(x)
+    return self.blocks[block].attn.weights(self.blocks[block].norm1(x))
 
 # %% ../../nbs/20_encoders.vit.ipynb #6bb963d4
 _TORCHVISION = (('encoder.layers.encoder_layer_', 'blocks.'), ('.ln_1.', '.norm1.'), ('.ln_2.', '.norm2.'), ('.self_attention.in_proj_', '.attn.qkv.'),

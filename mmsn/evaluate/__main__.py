@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['open_run', 'inputs_of', 'untrained', 'score_encoders', 'label_classes', 'write_tables', 'write_extras', 'write_about',
-           'evaluate', 'headline', 'main']
+           'evaluate', 'headline', 'open_weights', 'evaluate_seed', 'main']
 
-# %% ../../nbs/66_evaluate.ipynb #b5cdc530
+# %% ../../nbs/66_evaluate.ipynb #fa9d00c2
 import argparse, json, platform, shutil, sys, time
+from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
 
@@ -16,14 +17,16 @@ import torch
 
 import mmsn
 from ..checkpoint import publish
-from ..config import Config, InputError, cli, load_config, save_config
+from ..config import Config, Evaluate, InputError, cli, load_config, save_config
+from ..convert import init_model
 from ..data.cohort import Cohort
 from .features import extract_features, feature_matrix, plain_features
 from .figures import views_figure
-from .probes import Task, low_shot, make_draws, summarise, supervised
+from .probes import Task, low_shot, make_draws, probe_solver, summarise, supervised
 from .report import write_report
 from .robustness import missing, retrieval, robustness
 from ..model import MMSN
+from ..train import chosen_config, say_notes
 
 # %% ../../nbs/66_evaluate.ipynb #df2c5089
 def open_run(
@@ -50,18 +53,18 @@ def untrained(config:Config, cohort:Cohort)->MMSN:
     torch.manual_seed(config.train.seed)
     return MMSN.from_config(config, cohort)
 
-# %% ../../nbs/66_evaluate.ipynb #6902c18c
+# %% ../../nbs/66_evaluate.ipynb #b3b9f438
 def score_encoders(config:Config, cohort:Cohort, task:Task, draws, models:dict, say=print):
     "(scores of every encoder, frozen features by encoder)."
     e, inputs, tables, features = config.evaluate, inputs_of(config), [], {}
     for name, model in models.items():
         say(f'features and probes: {name}')
         features[name] = extract_features(model, cohort, task.rows)
-        tables.append(low_shot({i: feature_matrix(features[name], i) for i in inputs}, task, draws, name, resamples=e.bootstrap, seed=e.seed))
+        tables.append(low_shot({i: feature_matrix(features[name], i) for i in inputs}, task, draws, name, probe_solver(e), e.bootstrap, e.seed))
     if e.baselines:
         say('features and probes: plain')
         plain = plain_features(cohort, task.rows, list(config.modalities))
-        tables.append(low_shot({i: plain[i] for i in inputs}, task, draws, 'plain', resamples=e.bootstrap, seed=e.seed))
+        tables.append(low_shot({i: plain[i] for i in inputs}, task, draws, 'plain', probe_solver(e), e.bootstrap, e.seed))
         say(f'training from scratch, end to end: {", ".join(inputs)}')
         tables.append(supervised(config, cohort, task, draws, inputs, resamples=e.bootstrap, seed=e.seed))
     return pd.concat(tables, ignore_index=True), features
@@ -102,29 +105,30 @@ def write_extras(folder:Path, config:Config, cohort:Cohort, task:Task, models:di
         batch = cohort.batch(rows[:8] if len(rows) else task.rows[:8], names)
         views_figure(next(iter(models.values())).views(batch, seed=config.train.seed, epoch=0), config.modalities).savefig(folder/'views.png')
 
-# %% ../../nbs/66_evaluate.ipynb #d0bdad6b
-def write_about(folder:Path, run:Path, config:Config, cohort:Cohort, task:Task, seconds:float):
+# %% ../../nbs/66_evaluate.ipynb #878f3fde
+def write_about(folder:Path, run:Path, config:Config, cohort:Cohort, task:Task, seconds:float, command:str):
     "about.json and config.yaml of a report."
     save_config(config, folder/'config.yaml')
     made = json.loads((run/'run.json').read_text(encoding='utf-8')) if (run/'run.json').is_file() else {}
     counts = {s: int((task.split == s).sum()) for s in ('train', 'val', 'test')}
     sentence = (f'{cohort.meta["name"]}: {counts["train"]} training, {counts["val"]} validation and {counts["test"]} test samples; modalities {", ".join(config.modalities)}; '
                 f'{len(task.names)} labels; test scores.')
-    facts = dict(training=made.get('command', ''), evaluation=f'mmsn-evaluate {run}', cohort=f'{config.data.cohort} ({cohort.hash})', config=made.get('config', ''),
+    facts = dict(training=made.get('command', ''), evaluation=command, cohort=f'{config.data.cohort} ({cohort.hash})', config=made.get('config', ''),
                  seeds=f'training {config.train.seed}, evaluation {config.evaluate.seed}', mmsn=mmsn.__version__, torch=torch.__version__, python=platform.python_version(),
                  evaluated=f'{time.strftime("%Y-%m-%d %H:%M")}, {seconds:.0f} s')
     about = dict(name=config.name, sentence=sentence, prototypes=config.loss.prototypes, facts=facts)
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
 
-# %% ../../nbs/66_evaluate.ipynb #3b7de45b
+# %% ../../nbs/66_evaluate.ipynb #af43454e
 def evaluate(
     source,            # a run's folder, or its encoder folder
     overrides=(),      # key=value changes: evaluate.* and data.cohort
     out=None,          # the report's folder; RUN/report by default
+    config=None,       # for an encoder that is no run (`open_weights`): its config, with the cohort
 )->Path:
     "Judge a run; returns the path of the report's page. Raises InputError."
     start = time.perf_counter()
-    run, config, model = open_run(source, overrides)
+    run, config, model = open_weights(source, config) if config else open_run(source, overrides)
     cohort, e = Cohort.open(config.data.cohort), config.evaluate
     task = Task.of(cohort, e.labels, cohort.rows(None, list(config.modalities), config.data.samples))
     say = lambda text: print(f'  {time.perf_counter() - start:4.0f} s  {text}', flush=True)
@@ -138,7 +142,7 @@ def evaluate(
     temporary.mkdir(parents=True)
     write_tables(temporary, task, draws, scores, features)
     write_extras(temporary, config, cohort, task, models, features, say)
-    write_about(temporary, run, config, cohort, task, time.perf_counter() - start)
+    write_about(temporary, run, config, cohort, task, time.perf_counter() - start, ' '.join(['mmsn-evaluate', str(source), *overrides]))
     say(f'report: {folder}/report.html')
     write_report(temporary)
     publish(temporary, folder)
@@ -151,16 +155,47 @@ def headline(summary:pd.DataFrame)->str:
     t.columns = [f'{c:.0%}' for c in t.columns]
     return 'test AUROC by share of training labels, mean over labels and draws\n' + t.round(3).to_string()
 
-# %% ../../nbs/66_evaluate.ipynb #be9e65c2
+# %% ../../nbs/66_evaluate.ipynb #ad842233
+def open_weights(
+    source,          # weights file, folder of transformers or of mmsn, or owner/name on the hub
+    config:Config,   # how large the encoder is, and data.cohort
+):
+    "(folder of its own, config, model) of an image encoder that is no run; raises InputError."
+    if not config.data.cohort: raise InputError(f'{source} is no run and knows no cohort: add data.cohort=FOLDER')
+    model = MMSN.from_config(config, Cohort.open(config.data.cohort))
+    for line in init_model(model, source): print(f'  {line}')
+    return Path(config.train.run), config, model
+
+def evaluate_seed(
+    seed_config,      # a linear-evaluation file of the earlier code
+    overrides=(),     # key=value changes
+    out=None,         # the report's folder; logging.folder/write_tag of the file by default
+)->Path:
+    "Judge the encoder that a file of the earlier code names; returns the path of the report's page. Raises InputError."
+    config, notes = chosen_config(None, overrides, seed_config, linear=True)
+    source = config.train.init_from
+    if not source: raise InputError(f'{seed_config} names no encoder (logging.pretrain_path)')
+    say_notes(notes)
+    out = out or config.train.run
+    run = any((Path(source)/p/'config.yaml').is_file() for p in ('', '..'))
+    if not run: return evaluate(source, (), out, config)
+    asked = {f.name: getattr(config.evaluate, f.name) for f in fields(Evaluate)}      # what differs from the defaults, by the file or on top of it
+    given = [f'evaluate.{k}={list(v) if isinstance(v, tuple) else v}' for k, v in asked.items() if v != getattr(Evaluate(), k)]
+    return evaluate(source, [*given, *[o for o in overrides if not o.startswith('evaluate.')]], out)
+
+# %% ../../nbs/66_evaluate.ipynb #5f639893
 @cli
 def main(argv=None):
     "The command mmsn-evaluate."
     p = argparse.ArgumentParser('mmsn-evaluate', description='Judge a run: probes on frozen features at several shares of labels, beside the baselines; tables and a report.')
-    p.add_argument('run', help='folder that mmsn-train wrote, or its encoder folder')
+    p.add_argument('run', nargs='?', help='folder that mmsn-train wrote, or its encoder folder')
     p.add_argument('overrides', nargs='*', metavar='key=value', help='changes: evaluate.draws=10 evaluate.labels=[Pneumonia] evaluate.baselines=false data.cohort=cohorts/other')
     p.add_argument('--out', help="folder of tables and report (default: RUN/report); replaced whole when it holds an older report")
-    args = p.parse_args(argv)
-    page = evaluate(args.run, args.overrides, args.out)
+    p.add_argument('--seed-config', metavar='FILE', help='a linear-evaluation file of the earlier academic code, in the place of a run')
+    args = p.parse_intermixed_args(argv)
+    if args.seed_config: page = evaluate_seed(args.seed_config, [o for o in (args.run, *args.overrides) if o], args.out)
+    elif args.run: page = evaluate(args.run, args.overrides, args.out)
+    else: raise InputError('nothing to judge: give the folder of a run, or --seed-config FILE')
     print(f'tables {page.parent}, report {page}')
 
 # %% ../../nbs/66_evaluate.ipynb #fdb10d7e

@@ -1,0 +1,110 @@
+"""A study of the masks and of what is around them, on synthetic patients of a generator seed that is not the reported one.
+
+    python benchmarks/study.py mmsn-study                     # every arm; goes on where it stopped
+    python benchmarks/study.py mmsn-study --arms both none    # some of them
+    python benchmarks/study.py mmsn-study --long              # the main arm, long, several seeds: the study column of the bars
+
+One arm is the preset `demo` with a few changes. Writes nbs/results/study.csv (or study_long.csv): arm, seed, seconds, cross entropies, and
+the test AUROC of frozen features by input and share of labels, for the pretrained encoder, the same one untrained, and plain features.
+"""
+import argparse, math, shutil, time
+from pathlib import Path
+
+import pandas as pd
+
+from mmsn.config import InputError, cli, load_config
+from mmsn.data.cohort import Cohort
+from mmsn.evaluate.features import extract_features, feature_matrix, plain_features
+from mmsn.evaluate.probes import Task, low_shot, make_draws, summarise
+from mmsn.model import MMSN
+from mmsn.prepare import main as prepare
+from mmsn.train import train
+
+RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
+_CXR, _EHR = 'modalities.cxr.views', 'modalities.ehr.views'
+
+
+def views(random, focal): return [f'{v}.{kind}={n}' for v in (_CXR, _EHR) for kind, n in (('random', random), ('focal', focal))]
+def ehr(**masks): return [f'{_EHR}.{group}_masks={{{", ".join(f"{k}: {v}" for k, v in ({"cell": 0.} | masks).items())}}}' for group in ('random', 'focal')]
+
+
+BARE = [f'{_CXR}.patch_drop=0', *ehr(), f'{_EHR}.noise=0']   # no patch, cell or hour is hidden; crops and brightness stay
+PATCHES = [f'{_CXR}.patch_drop=0.25']
+# arm -> (what it belongs to, changes to the preset). Three anchor views a patient in each, so that the arms cost about the same.
+ARMS = {'both': ('main', []),
+        'none': ('masks', [*views(3, 0), *BARE]),
+        'random only': ('masks', [*views(3, 0), *PATCHES]),
+        'focal only': ('masks', [*views(0, 3), *BARE]),
+        'patches dropped': ('masks', PATCHES),
+        'EHR: windows only': ('EHR masks', ehr()),
+        'EHR: hours': ('EHR masks', ehr(time=.3)),
+        'EHR: channels': ('EHR masks', ehr(channel=.3)),
+        'EHR: start': ('EHR masks', ehr(drop_start=.3)),
+        'no modality dropping': ('modalities', ['fusion.drop=0', 'fusion.space=shared', 'fusion.aim=mean']),
+        'one space for all': ('modalities', ['fusion.space=shared', 'fusion.aim=mean']),
+        'no cross-modal aim': ('modalities', ['fusion.aim=[own, joint]']),
+        'no Sinkhorn': ('assignment', ['loss.sinkhorn_iterations=0']),
+        'no Sinkhorn, me-max 5': ('assignment', ['loss.sinkhorn_iterations=0', 'loss.me_max_weight=5'])}
+
+
+def score(features, task, draws, encoder):
+    "Test AUROC by input and share of labels."
+    return summarise(low_shot(features, task, draws, encoder, resamples=0))[['encoder', 'input', 'fraction', 'auroc']]
+
+
+def frozen(model, cohort, task):
+    "Input -> features (N, d) of the task's patients."
+    table = extract_features(model.eval(), cohort, task.rows)
+    return {name: feature_matrix(table, name) for name in ('joint', *model.config.modalities)}
+
+
+def run_arm(out, cohort, task, draws, arm, changes, seed, epochs):
+    "Train one arm and judge it beside the same encoder untrained; returns its rows."
+    name = ''.join(c if c.isalnum() else '-' for c in arm)
+    folder = out/f'{name}-{seed}-{epochs:g}'
+    if (folder/'study.csv').is_file(): return pd.read_csv(folder/'study.csv')
+    config = load_config('demo', [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}', f'optim.epochs={epochs}', 'train.threads=1', *changes])
+    start = time.perf_counter()
+    train(config, cohort)
+    seconds = time.perf_counter() - start
+    last = pd.read_csv(folder/'metrics.csv').tail(10).mean()
+    rows = pd.concat([score(frozen(MMSN.from_pretrained(folder/'encoder'), cohort, task), task, draws, 'pretrained'),
+                      score(frozen(MMSN.from_config(config, cohort), cohort, task), task, draws, 'random')])
+    known = {k.replace('/', ' '): round(v, 3) for k, v in last.items() if k.endswith('/cross_entropy')}
+    rows = rows.assign(arm=arm, seed=seed, epochs=epochs, seconds=round(seconds), chance=round(math.log(config.loss.prototypes), 3), **known)
+    rows.to_csv(folder/'study.csv', index=False)
+    shutil.rmtree(folder/'checkpoints', ignore_errors=True)
+    return rows
+
+
+@cli
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('out', type=Path, help='folder of the cohort and of the runs')
+    p.add_argument('--arms', nargs='+', default=None, metavar='ARM', help=f'of {", ".join(ARMS)} (default all)')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0], help='of the pre-training (default 0)')
+    p.add_argument('--main-seeds', type=int, nargs='+', default=[0, 1, 2], help='of the arm both (default 0 1 2)')
+    p.add_argument('--epochs', type=float, default=12, help='of each arm (default 12); 100 with --long')
+    p.add_argument('--long', action='store_true', help='only the main arm, for 100 epochs')
+    a = p.parse_args(argv)
+    arms, epochs = a.arms or (['both'] if a.long else list(ARMS)), 100 if a.long and a.epochs == 12 else a.epochs
+    for arm in arms:
+        if arm not in ARMS: raise InputError(f'no arm {arm!r}: choose of {", ".join(ARMS)}')
+    a.out.mkdir(parents=True, exist_ok=True)
+    if not (a.out/'cohort'/'cohort.json').is_file(): prepare(['synthetic', str(a.out/'cohort'), '--seed', '1'])
+    cohort = Cohort.open(a.out/'cohort')
+    task = Task.of(cohort)
+    draws = make_draws(task, (.01, .1, 1.), 5)
+    plain = score(plain_features(cohort, task.rows, ['cxr', 'ehr']), task, draws, 'plain').assign(arm='plain', epochs=0)
+    tables = [plain]
+    for arm in arms:
+        for seed in (a.main_seeds if arm == 'both' else a.seeds):
+            tables.append(run_arm(a.out, cohort, task, draws, arm, ARMS[arm][1], seed, epochs))
+            made = pd.concat(tables).assign(group=lambda t: t.arm.map(lambda n: ARMS[n][0] if n in ARMS else 'baseline'))
+            made.round(4).to_csv(a.out/'study.csv', index=False)
+    RESULTS.mkdir(exist_ok=True)
+    shutil.copy(a.out/'study.csv', RESULTS/('study_long.csv' if a.long else 'study.csv'))
+    print(made[made.encoder != 'random'].pivot_table(index=['group', 'arm', 'input'], columns='fraction', values='auroc', sort=False).round(3).to_string())
+
+
+if __name__ == '__main__': main()
