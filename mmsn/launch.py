@@ -224,7 +224,7 @@ def speed_options(
     if train.compile: compile_encoders(model)
     return model
 
-# %% ../nbs/51a_launch.ipynb #91501c3a
+# %% ../nbs/51a_launch.ipynb #4e8b3372
 def _write_trace(profiler, folder):
     "`trace.json` and `operations.txt`, each renamed into place."
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,6 +240,7 @@ def profiled(
     skip:int=2,    # let pass before
 ):
     "The same items; a torch trace of what is done with those after the first `skip` is written to `folder`."
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')                         # its own log says 'ERROR' where there is just no GPU
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA]*torch.cuda.is_available()
     profiler, running = torch.profiler.profile(activities=kinds), False
     try:

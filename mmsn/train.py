@@ -346,7 +346,7 @@ def log(self:Trainer, out, norm, values, sharpen, seconds):
     if self.config.train.tracker: a.log(row, step=self.step)
     return row
 
-# %% ../nbs/52_train.ipynb #02700b06
+# %% ../nbs/52_train.ipynb #0d9732fc
 @patch
 def fit(self:Trainer):
     "Train from the current step to the end, or until told to stop; returns the run's folder."
@@ -372,6 +372,7 @@ def _loop(self:Trainer):
         self.save()
     if t.tracker: self.accelerator.end_training()
 
+# %% ../nbs/52_train.ipynb #dcbc1976
 @patch
 def _steps(self:Trainer, bar):
     "The steps from the current one to the end."
@@ -492,7 +493,7 @@ def look_ahead(config:Config, batch:bool):
     elif trainer.accelerator.num_processes > 1: raise InputError('--find-batch looks for the batch of one process: start it in one')
     else: print(f'optim.batch_size={find_batch(trainer.trial, limit=len(trainer.rows), device=trainer.accelerator.device)}')
 
-# %% ../nbs/52_train.ipynb #2a1abd7f
+# %% ../nbs/52_train.ipynb #be4026ff
 def _parser():
     p = argparse.ArgumentParser('mmsn-train', description='Pretrain an encoder on a cohort. The same command goes on with an interrupted run.',
                                 epilog='All keys, with their values in CONFIG: mmsn-train CONFIG --keys. What each means: mmsn.config, or nbs/00_config.ipynb. '
@@ -505,6 +506,7 @@ def _parser():
     p.add_argument('--seed-config', metavar='FILE', help='a training file of the earlier academic code, in the place of a config')
     return p
 
+# %% ../nbs/52_train.ipynb #2edd0911
 @cli
 def main(argv=None):
     "The command mmsn-train."
