@@ -436,13 +436,13 @@ def save_pretrained(self:MMSN,
         for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     return folder
 
-# %% ../nbs/41_model.ipynb #9e174147
+# %% ../nbs/41_model.ipynb #3c621054
 def _folder(source):
     "The local folder of an encoder: `source` itself, or a snapshot of the hub."
     if Path(source).is_dir(): return Path(source)
     if Path(source).exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
         raise InputError(f'no encoder at {source}: give its folder, or owner/name of the hub')
-    try: return Path(snapshot_download(str(source), allow_patterns=['config.json', 'model.safetensors']))
+    try: return Path(snapshot_download(str(source), allow_patterns=['config.json', 'model.safetensors', 'preprocessor_config.json']))
     except Exception as e: raise InputError(f'no folder {source}, and the hub could not give it: {str(e).splitlines()[0]}')
 
 # %% ../nbs/41_model.ipynb #2ebf30a2

@@ -109,8 +109,8 @@ def feature_matrix(
     if not columns: raise InputError(f'no features {name!r} in this table: it has {", ".join(dict.fromkeys(c.rpartition(".")[0] for c in table if "." in c))}')
     return table[columns].to_numpy(np.float32)
 
-# %% ../../nbs/60_evaluate.features.ipynb #6c632e79
-_UNREAD = 'online.', 'head.', 'target_head.', 'predictor.', 'prototypes', 'prior'   # parts of an MMSN that `encode` does not read
+# %% ../../nbs/60_evaluate.features.ipynb #11ed20bd
+_UNREAD = 'online.', 'head.', 'target_head.', 'predictor.', 'prototypes', 'prior', 'spaces.', 'target_heads.'   # parts of an MMSN that `encode` does not read
 
 def fingerprint(
     model,   # `MMSN`, or any module with `config.modalities`
