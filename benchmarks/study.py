@@ -18,7 +18,7 @@ from mmsn.evaluate.features import extract_features, feature_matrix, plain_featu
 from mmsn.evaluate.probes import Task, low_shot, make_draws, summarise
 from mmsn.model import MMSN
 from mmsn.prepare import main as prepare
-from mmsn.train import train
+from mmsn.train import Trainer
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
 _CXR, _EHR = 'modalities.cxr.views', 'modalities.ehr.views'
@@ -65,7 +65,9 @@ def run_arm(out, cohort, task, draws, arm, changes, seed, epochs):
     if (folder/'study.csv').is_file(): return pd.read_csv(folder/'study.csv')
     config = load_config('demo', [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}', f'optim.epochs={epochs}', 'train.threads=1', *changes])
     start = time.perf_counter()
-    train(config, cohort)
+    trainer = Trainer(config, cohort)
+    trainer.fit()
+    if trainer.step < trainer.total: raise SystemExit(f'stopped at step {trainer.step} of {trainer.total} of {name}: the same command goes on')   # a signal: half an arm is no result
     seconds = time.perf_counter() - start
     last = pd.read_csv(folder/'metrics.csv').tail(10).mean()
     rows = pd.concat([score(frozen(MMSN.from_pretrained(folder/'encoder'), cohort, task), task, draws, 'pretrained'),
