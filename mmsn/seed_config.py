@@ -222,7 +222,7 @@ def _run_rules(plan):
     if tag: plan.put('name', tag)
     if folder or tag: plan.put('train.run', str(Path(folder or 'runs')/(tag or '')))
 
-# %% ../nbs/01_seed_config.ipynb #acd993f8
+# %% ../nbs/01_seed_config.ipynb #443116fa
 def plan_training(values:dict, cohort=None)->Plan:
     "The plan for a training file."
     plan = Plan(values, cohort)
@@ -241,6 +241,7 @@ def plan_linear(values:dict, cohort=None)->Plan:
     _run_rules(plan)
     if source := plan.get('logging.pretrain_path'): plan.put('train.init_from', source)
     else: plan.note('logging.pretrain_path', 'there is no encoder to evaluate')
+    plan.put('evaluate.protocols', ['linear_probe'])
     plan.put('evaluate.fractions', [1.])
     if 'optimization.lr' in values: plan.put('evaluate.probe_lrs', [values['optimization.lr']])
     if 'optimization.epochs' in values: plan.put('evaluate.probe_epochs', values['optimization.epochs'])

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STYLES', 'COLOURS', 'rc', 'style', 'colour', 'save_figure', 'low_shot_figure', 'curve_points', 'roc_pr_figure',
            'calibration_figure', 'subgroup_figure', 'comparison_figure', 'robustness_figure', 'training_figure',
-           'map_points', 'sample_classes', 'label_words', 'neighbour_purity', 'map_figure', 'plot_representation',
-           'views_figure', 'attention_maps', 'attention_figure', 'hour_contributions', 'channel_sums', 'hours_figure',
-           'assignments', 'prototype_table', 'prototype_figure']
+           'map_points', 'sample_classes', 'label_words', 'neighbour_purity', 'representation_points',
+           'representation_figure', 'plot_representation', 'views_figure', 'attention_maps', 'attention_figure',
+           'hour_contributions', 'channel_sums', 'hours_figure', 'assignments', 'prototype_table', 'prototype_figure']
 
-# %% ../../nbs/64_evaluate.figures.ipynb #4a5cf4a3
-import functools, math, os
+# %% ../../nbs/64_evaluate.figures.ipynb #2bd6871e
+import functools, itertools, math, os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -248,11 +248,12 @@ def subgroup_figure(
     if len(encoders) > 1: _legend(fig, [ax])
     return fig
 
-# %% ../../nbs/64_evaluate.figures.ipynb #e5879caa
+# %% ../../nbs/64_evaluate.figures.ipynb #e83ca439
 @_drawn
 def comparison_figure(
-    table:pd.DataFrame,     # from `compare`
+    table:pd.DataFrame,     # from `compare`, of one label or mean
     metric:str='auroc',     # which metric
+    title:str='',           # of the left panel
 ):
     "Runs with their intervals, and their paired differences from the reference."
     t = table[table.metric == metric].sort_values('value', ascending=False)
@@ -268,7 +269,7 @@ def comparison_figure(
         right.text(1.02, y, f'p = {r.p:.3f}', transform=right.get_yaxis_transform(), va='center', fontsize=7.5)
     right.axvline(0, color=ink, lw=.8)
     left.set_yticks(at, t.run); left.set_ylim(len(t) - .5, -.5)
-    for ax, title, x in ((left, f'test {metric.upper()}', metric.upper()), (right, f'difference from {_short(reference, 26)}', 'difference')):
+    for ax, title, x in ((left, title or f'test {metric.upper()}', metric.upper()), (right, f'difference from {_short(reference, 26)}', 'difference')):
         _axes(ax, title=title, xlabel=x); ax.grid(False, axis='y'); ax.tick_params(axis='y', length=0); ax.spines['left'].set_visible(False)
     return fig
 
@@ -379,37 +380,57 @@ def neighbour_purity(
     counts = pd.Series(classes).map(pd.Series(classes).value_counts()).to_numpy()
     return float((classes[near] == classes[:, None]).mean()), float(((counts - 1)/max(len(x) - 1, 1)).mean())
 
-# %% ../../nbs/64_evaluate.figures.ipynb #6f68d023
-def _map(ax, x, classes, names, method, seed, title):
+# %% ../../nbs/64_evaluate.figures.ipynb #5eb65f94
+def representation_points(
+    tables:dict,            # encoder -> table of `extract_features`, all of the same patients in the same order
+    labels,                 # (N, K) 1, 0, NaN = unknown, of these patients
+    names,                  # K label names
+    chosen=None,            # labels to colour by; all by default
+    inputs=None,            # such as ('joint', 'cxr'); all that the tables hold by default, joint first
+    most:int=250,           # samples a class
+    methods=('tsne',),      # of 'tsne', 'umap' (if umap-learn is installed), 'pca'
+    seed:int=0,             # of the samples and the maps
+)->pd.DataFrame:            # method, encoder, input, sample_id, class, x, y, same, chance
+    "Places of patients on maps of frozen features, and the share of neighbours of the same class beside chance. Raises InputError."
+    first = next(iter(tables.values()))
+    if any(len(t) != len(labels) or not (t.sample_id.to_numpy() == first.sample_id.to_numpy()).all() for t in tables.values()):
+        raise InputError('tables and labels should be of the same patients in the same order')
+    found, classes, out = list(dict.fromkeys(c.rpartition('.')[0] for c in first if '.' in c)), label_words(labels, names, chosen), []
+    for encoder, name in itertools.product(tables, inputs or sorted(found, key=lambda n: n != 'joint')):
+        x = feature_matrix(tables[encoder], name)
+        here = np.flatnonzero(~np.isnan(x).any(1))                         # who lacks the modality has no place
+        rows = here[sample_classes(classes[here], most, seed)]
+        same, chance = neighbour_purity(x[rows], classes[rows])
+        for method in methods:
+            at = map_points(x[rows], method, seed)
+            out.append(pd.DataFrame({'method': method, 'encoder': encoder, 'input': name, 'sample_id': first.sample_id.to_numpy()[rows], 'class': classes[rows],
+                                     'x': at[:, 0], 'y': at[:, 1], 'same': same, 'chance': chance}))
+    return pd.concat(out, ignore_index=True)
+
+# %% ../../nbs/64_evaluate.figures.ipynb #6ec6946b
+def _map(ax, points, names, title):
     "One map, its samples in random order so that no class lies on top."
-    at, order = map_points(x, method, seed), np.random.default_rng(seed).permutation(len(x))
-    cycle = plt.get_cmap('tab20' if len(names) > 10 else 'tab10').colors
-    colours = np.array([STYLES[_chosen.get()]['faint'] if n == 'none' else cycle[i % len(cycle)] for i, n in enumerate(names)], dtype=object)
-    ax.scatter(*at[order].T, s=9, lw=0, alpha=.8, c=[colours[names.index(c)] for c in classes[order]])
-    for n, c in zip(names, colours): ax.scatter([], [], s=14, color=c, label=_short(str(n), 38))
-    mine, chance = neighbour_purity(x, classes)
-    ax.set(xticks=[], yticks=[], xlabel=f'neighbours of the same class {mine:.0%} ({chance:.0%})')
+    points = points.sample(frac=1, random_state=0)
+    cycle, faint = plt.get_cmap('tab20' if len(names) > 10 else 'tab10').colors, STYLES[_chosen.get()]['faint']
+    colours = {n: faint if n == 'none' else cycle[i % len(cycle)] for i, n in enumerate(names)}
+    ax.scatter(points.x, points.y, s=9, lw=0, alpha=.8, c=[colours[c] for c in points['class']])
+    for n, c in colours.items(): ax.scatter([], [], s=14, color=c, label=_short(str(n), 38))
+    ax.set(xticks=[], yticks=[], xlabel=f'neighbours of the same class {points.same.iloc[0]:.0%} ({points.chance.iloc[0]:.0%})')
     ax.set_title(title); ax.spines[:].set_visible(False)
 
 @_drawn
-def map_figure(
-    features:dict,           # title -> (N, D) features
-    classes,                 # (N,) class of each sample: a colour each
-    method:str='tsne',       # see map_points
-    seed:int=0,
-    most:int=250,            # samples a class
+def representation_figure(
+    points:pd.DataFrame,    # from `representation_points`, of one method
 ):
-    "Maps of several encoders beside each other, coloured by class; rows of NaN (who lacks the modality) are left out."
-    classes, fig_axes = np.asarray(classes, dtype=object), _panels(len(features), 3.2, 3.1)
-    names = sorted(pd.unique(classes).tolist(), key=lambda c: (c == 'none', str(c)))
-    for ax, (title, x) in zip(fig_axes[1], features.items()):
-        here = np.flatnonzero(~np.isnan(np.asarray(x)).any(1))
-        rows = here[sample_classes(classes[here], most, seed)]
-        _map(ax, np.asarray(x)[rows], classes[rows], names, method, seed, title)
-    _legend(fig_axes[0], fig_axes[1], 3)
-    return fig_axes[0]
+    "Maps of frozen features: encoders down, joint and each modality across, a colour a class."
+    encoders, inputs = (list(dict.fromkeys(points[c])) for c in ('encoder', 'input'))
+    fig, axes = plt.subplots(len(encoders), len(inputs), figsize=(2.9*len(inputs), 3*len(encoders)), squeeze=False)
+    names = sorted(pd.unique(points['class']).tolist(), key=lambda c: (c == 'none', str(c)))
+    for (encoder, name), ax in zip(itertools.product(encoders, inputs), axes.flat):
+        _map(ax, points[(points.encoder == encoder) & (points.input == name)], names, f'{encoder}: {name}')
+    _legend(fig, axes.flat, 3)
+    return fig
 
-# %% ../../nbs/64_evaluate.figures.ipynb #1ca10215
 def plot_representation(
     tables:dict,            # encoder -> table of `extract_features`, all of the same patients in the same order
     labels,                 # (N, K) 1, 0, NaN = unknown, of these patients
@@ -418,28 +439,10 @@ def plot_representation(
     inputs=None,            # such as ('joint', 'cxr'); all that the tables hold by default, joint first
     most:int=250,           # samples a class
     method:str='tsne',      # 'tsne', 'umap' (if umap-learn is installed) or 'pca'
-    seed:int=0,
+    seed:int=0,             # of the samples and the map
 ):
-    "Maps of frozen features: encoders down, joint and each modality across, coloured by chosen labels."
-    first = next(iter(tables.values()))
-    if any(len(t) != len(labels) or not (t.sample_id.to_numpy() == first.sample_id.to_numpy()).all() for t in tables.values()):
-        raise InputError('tables and labels should be of the same patients in the same order')
-    found = list(dict.fromkeys(c.rpartition('.')[0] for c in first if '.' in c))
-    inputs = list(inputs or sorted(found, key=lambda n: n != 'joint'))
-    return _grid_of_maps(tables, label_words(labels, names, chosen), inputs, most, method, seed)
-
-@_drawn
-def _grid_of_maps(tables, classes, inputs, most, method, seed):
-    fig, axes = plt.subplots(len(tables), len(inputs), figsize=(2.9*len(inputs), 3*len(tables)), squeeze=False)
-    names = sorted(pd.unique(classes).tolist(), key=lambda c: (c == 'none', str(c)))
-    for line, (encoder, table) in zip(axes, tables.items()):
-        for ax, name in zip(line, inputs):
-            x = feature_matrix(table, name)
-            here = np.flatnonzero(~np.isnan(x).any(1))
-            rows = here[sample_classes(classes[here], most, seed)]
-            _map(ax, x[rows], classes[rows], names, method, seed, f'{encoder}: {name}')
-    _legend(fig, axes.flat, 3)
-    return fig
+    "Maps of frozen features coloured by chosen labels: `representation_figure` of `representation_points`."
+    return representation_figure(representation_points(tables, labels, names, chosen, inputs, most, (method,), seed))
 
 # %% ../../nbs/64_evaluate.figures.ipynb #816a15de
 def _show_image(ax, x, keep, patch, title):

@@ -458,28 +458,39 @@ def paired_difference(
     table = difference_table(a.labels, *scores, a.subjects, a.names, groups, resamples, seed, judge)
     return table.assign(rows=len(a), subjects=len(np.unique(a.subjects)))
 
-# %% ../../nbs/61_evaluate.metrics.ipynb #5e22c562
+# %% ../../nbs/61_evaluate.metrics.ipynb #09ba2cb7
+def _means(draws, weights):
+    "(R, K) of each metric: the mean over the scores of several draws."
+    found = [[Ranking(p.labels, p.scores)(w) for w in weights] for p in draws]
+    return {m: np.mean([np.concatenate([w[m] for w in one]) for one in found], 0) for m in METRICS}
+
 def compare(
-    runs:dict,             # name of a run -> its `Predictions`
+    runs:dict,             # name of a run -> its `Predictions`, or a list of them, a draw of labels each
     reference:str=None,    # the run that the others are measured against; the first by default
-    label='macro',         # a label, 'macro', or 'macro <group>'
+    label='macro',         # a label, 'macro', or 'macro <group>'; None: all of them
     groups=None,           # dict label name -> group
     split='test',          # whose patients are judged
     resamples=1000,        # bootstrap resamples of subjects
     seed=0,                # of the resamples
-)->pd.DataFrame:           # run, metric, value, low, high, difference, difference_low, difference_high, p, rows
+)->pd.DataFrame:           # run, label, metric, value, low, high, difference, difference_low, difference_high, p, rows
     "Each run's metrics, and its paired difference from the reference, on the patients that all runs have scored."
-    names, reference = list(runs), reference or next(iter(runs))
-    if reference not in runs: raise InputError(f'no run {reference!r} to compare with: there is {", ".join(names)}')
-    shared, out = dict(zip(names, common([r.at(split) for r in runs.values()]))), []
-    for name, p in shared.items():
-        own = metric_table(p.labels, p.scores, p.subjects, p.names, groups, resamples, seed)
-        gap = paired_difference(p, shared[reference], groups, split, resamples, seed).rename(columns=dict(low='difference_low', high='difference_high'))
-        both = own.merge(gap[['label', 'metric', 'difference', 'difference_low', 'difference_high', 'p']], on=['label', 'metric'])
-        out.append(both[both.label == label].assign(run=name, rows=len(p)))
-        if out[-1].empty: raise InputError(f'no label {label!r}: there is {", ".join(own.label.unique())}')
-    columns = ['run', 'metric', 'value', 'low', 'high', 'difference', 'difference_low', 'difference_high', 'p', 'rows']
-    return pd.concat(out, ignore_index=True)[columns]
+    runs = {name: list(r) if isinstance(r, (list, tuple)) else [r] for name, r in runs.items()}
+    reference = reference or next(iter(runs))
+    if reference not in runs: raise InputError(f'no run {reference!r} to compare with: there is {", ".join(runs)}')
+    shared = iter(common([p.at(split) for r in runs.values() for p in r]))
+    runs = {name: [next(shared) for _ in r] for name, r in runs.items()}
+    first = runs[reference][0]
+    parts = _parts(first.names, groups)
+    if label is not None and label not in dict(parts): raise InputError(f'no label {label!r}: there is {", ".join(n for n, _ in parts)}')
+    weights, one = [np.ones((len(first), 1)), *subject_weights(first.subjects, resamples, seed)], len(np.unique(first.subjects)) < 2
+    found, out = {name: _means(r, weights) for name, r in runs.items()}, []
+    for (name, values), (part, ks), m in ((r, q, m) for r in found.items() for q in parts for m in METRICS):
+        if label not in (None, part): continue
+        mine, gap = macro(values[m][:, ks]), macro(values[m][:, ks]) - macro(found[reference][m][:, ks])
+        (low, high), (gap_low, gap_high) = ((np.nan, np.nan) if one else interval(x[1:]) for x in (mine, gap))
+        row = dict(value=mine[0], low=low, high=high, difference=gap[0], difference_low=gap_low, difference_high=gap_high, p=_sign_share(gap[1:]))
+        out.append(dict(run=name, label=part, metric=m, **{k: float(v) for k, v in row.items()}, rows=len(first)))
+    return pd.DataFrame(out)
 
 # %% ../../nbs/61_evaluate.metrics.ipynb #af61b337
 def average(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'Task', 'fit_logistic', 'Probe', 'fit_probe', 'fit_sgd', 'probe_solver', 'linear_probe', 'draw_rows',
-           'draw_shots', 'make_draws', 'training_sets', 'low_shot', 'summarise', 'knn_scores', 'knn', 'EndToEnd',
-           'PlainViews', 'layer_groups', 'train_end_to_end', 'supervised', 'finetune']
+           'draw_shots', 'make_draws', 'training_sets', 'low_shot', 'drawn_predictions', 'summarise', 'knn_scores',
+           'knn', 'EndToEnd', 'PlainViews', 'layer_groups', 'network_scores', 'train_end_to_end', 'supervised',
+           'EndToEndEncoder', 'finetune']
 
-# %% ../../nbs/62_evaluate.probes.ipynb #0f9aaa06
+# %% ../../nbs/62_evaluate.probes.ipynb #e92adf82
 import copy, math, warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +22,7 @@ from torch import nn
 from ..config import Config, Evaluate, InputError
 from ..data.cohort import Cohort, epoch_order
 from ..encoders.fusion import JointEncoder
-from .metrics import METRICS, auroc, bootstrap, interval, macro, metric_table, metrics
+from .metrics import METRICS, Predictions, auroc, bootstrap, interval, macro, metric_table, metrics
 from ..model import embed
 from ..views.patient import Views
 
@@ -244,13 +245,17 @@ def probe_solver(
     if evaluate.probe == 'sgd': return partial(fit_sgd, lrs=evaluate.probe_lrs, epochs=evaluate.probe_epochs)
     raise InputError(f"evaluate.probe should be 'logistic' or 'sgd', not {evaluate.probe!r}")
 
-# %% ../../nbs/62_evaluate.probes.ipynb #1d56ff89
+# %% ../../nbs/62_evaluate.probes.ipynb #8070d66f
+def _evaluated(task, X):
+    "Positions of the validation and test patients who have features X (N, d)."
+    return np.sort(np.r_[task.at('val', X), task.at('test', X)])
+
 def _fit_split(X, task, train, labels, solver):
     "A probe on the positions `train` with their `labels`, and the positions of the test patients it can judge."
     val = task.at('val', X)
     return solver(X[train], labels, X[val], task.labels[val]), task.at('test', X)
 
-# %% ../../nbs/62_evaluate.probes.ipynb #6125397b
+# %% ../../nbs/62_evaluate.probes.ipynb #5427aacc
 def linear_probe(
     features:dict,       # input -> (N, d) features of the task's patients, NaN rows where absent
     task:Task,           # labels, splits, subjects
@@ -258,12 +263,14 @@ def linear_probe(
     solver=fit_probe,    # (X, Y, X_val, Y_val) -> Probe: `fit_probe`, `fit_sgd`, or a partial of these
     resamples:int=1000,  # of subjects, for the intervals
     seed:int=0,          # of the resamples
+    predictions:dict=None,  # where to put the `Predictions` on validation and test, by input
 )->pd.DataFrame:         # encoder, input, then the columns of `metric_table`, and C
     "Linear probe of frozen features with all training labels, judged on test."
     out = []
     for name, X in features.items():
         train = task.at('train', X)
         probe, test = _fit_split(X, task, train, task.labels[train], solver)
+        if predictions is not None: predictions[name] = Predictions.of(task, probe.scores(X[at := _evaluated(task, X)]), at)
         t = metric_table(task.labels[test], probe.scores(X[test]), task.subjects[test], task.names, task.groups, resamples, seed)
         t.insert(0, 'encoder', encoder); t.insert(1, 'input', name)
         out.append(t.assign(C=t.label.map(dict(zip(task.names, probe.C)))))
@@ -377,6 +384,21 @@ def low_shot(
         probe, test = _fit_split(features[name], task, rows, y, solver)
         return test, probe.scores(features[name][test])
     return _over_draws(predict, features, task, draws, encoder, resamples, seed)
+
+# %% ../../nbs/62_evaluate.probes.ipynb #e846cfd8
+def drawn_predictions(
+    features:dict,        # input -> (N, d) features of the task's patients, NaN rows where absent
+    task:Task,            # labels, splits, subjects
+    draws:pd.DataFrame,   # from `make_draws`
+    solver=fit_probe,     # (X, Y, X_val, Y_val) -> Probe
+)->dict:                  # (input, fraction, shots) -> list of `Predictions`, one a draw
+    "What the probes of `low_shot` say of every validation and test patient: for comparisons of encoders, and ensembles."
+    out = {}
+    for name, X in features.items():
+        for key, rows, y in training_sets(task, draws):
+            probe, _ = _fit_split(X, task, rows, y, solver)
+            out.setdefault((name, key['fraction'], key['shots']), []).append(Predictions.of(task, probe.scores(X[at := _evaluated(task, X)]), at))
+    return out
 
 # %% ../../nbs/62_evaluate.probes.ipynb #0f939b47
 def summarise(
@@ -504,8 +526,8 @@ def layer_groups(
         groups += [dict(params=ps, lr=lr*decay**(len(stages) - i)) for i, ps in enumerate(stages.values())]
     return [g for g in groups if g['params']]
 
-# %% ../../nbs/62_evaluate.probes.ipynb #3cf23a77
-def _logits(net, read, rows, batch_size=256):
+# %% ../../nbs/62_evaluate.probes.ipynb #463b1dd8
+def network_scores(net, read, rows, batch_size=256):
     "(n, K) float64 logits of rows of the cohort, without gradient."
     net.eval()
     with torch.inference_mode(): parts = [net(*read(at, net.modalities)).double().cpu() for at in np.split(rows, range(batch_size, len(rows), batch_size))]
@@ -522,7 +544,7 @@ def _follow(mean, net, share):
     torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), share)
     for old, new in zip(mean.buffers(), net.buffers()): old.copy_(new)
 
-# %% ../../nbs/62_evaluate.probes.ipynb #cea3c8b9
+# %% ../../nbs/62_evaluate.probes.ipynb #7c78c253
 def train_end_to_end(
     net:EndToEnd,      # trained in place, ends with its best weights
     cohort,            # what to read: a `Cohort`, or the `PlainViews` of one
@@ -555,15 +577,15 @@ def train_end_to_end(
         optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
         _follow(mean, net, max(1/step, 1/max(window*steps, 1)))
         if step % every and step < steps: continue
-        found = float(np.nan_to_num(macro(auroc(val[1][seen], _logits(mean, read, val[0][seen])))))
+        found = float(np.nan_to_num(macro(auroc(val[1][seen], network_scores(mean, read, val[0][seen])))))
         log.append(dict(step=step, loss=loss.item(), auroc=found))
         best, stale = ((found, copy.deepcopy(mean.state_dict())), 0) if found > best[0] else (best, stale + 1)
         if stale >= patience: break
     net.load_state_dict(best[1])
     return pd.DataFrame(log)
 
-# %% ../../nbs/62_evaluate.probes.ipynb #522d768e
-def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, **options):
+# %% ../../nbs/62_evaluate.probes.ipynb #129298b6
+def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, nets=None, **options):
     "Train a fresh `make(input)` for every input and draw, with its own seed, and tabulate."
     modalities = list(views.parts)
     inputs = list(inputs or ['joint', *modalities])
@@ -580,10 +602,11 @@ def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, se
             torch.manual_seed(seed + 1000*key['draw'])
             net = make(name).to(device)
             train_end_to_end(net, read, (task.rows[rows[keep]], y[keep]), (task.rows[val], task.labels[val]), seed=seed + key['draw'], **options)
-        return test, _logits(net, read, task.rows[test])
+        if nets is not None and key['fraction'] == 1: nets[name] = net
+        return test, network_scores(net, read, task.rows[test])
     return _over_draws(predict, inputs, task, draws, encoder, resamples, seed)
 
-# %% ../../nbs/62_evaluate.probes.ipynb #7a97984f
+# %% ../../nbs/62_evaluate.probes.ipynb #29c3a978
 def supervised(
     config:Config,          # architecture, and evaluate.scratch_lr, evaluate.scratch_epochs
     cohort:Cohort,          # what to read
@@ -594,6 +617,7 @@ def supervised(
     resamples:int=1000,     # of subjects, for the intervals
     seed:int=0,             # of weights, order, resamples
     device='cpu',           # where to train
+    nets:dict=None,         # where to put the networks trained with all labels, by input: see `EndToEndEncoder`
     **options,              # of `train_end_to_end`: lr, epochs, least, batch_size, patience
 )->pd.DataFrame:            # the columns of `low_shot`
     "The same architecture from random weights, end to end, with the labels of every draw; judged on test."
@@ -601,7 +625,22 @@ def supervised(
     def make(name):
         slim = replace(config, modalities=config.modalities if name == 'joint' else {name: config.modalities[name]})
         return EndToEnd(Views(slim.modalities, cohort.modalities), JointEncoder(slim, cohort.modalities), name, len(task.names))
-    return _end_to_end(make, Views(config.modalities, cohort.modalities), cohort, task, draws, inputs, encoder, resamples, seed, device, **options)
+    return _end_to_end(make, Views(config.modalities, cohort.modalities), cohort, task, draws, inputs, encoder, resamples, seed, device, nets, **options)
+
+class EndToEndEncoder(nn.Module):
+    "Networks that were trained end to end, one an input, asked like a frozen encoder: what `robustness` takes."
+    def __init__(self,
+        model,       # `MMSN` of the same architecture, which says how a batch becomes embeddings
+        nets:dict,   # input -> `EndToEnd`
+    ):
+        super().__init__()
+        self.config, self.parts = model.config, nn.ModuleDict({name: copy.deepcopy(model) for name in nets})
+        for name, net in nets.items():
+            mine = '' if name == 'joint' else f'encoders.{name}.'
+            left = self.parts[name].target.load_state_dict(net.encoder.state_dict(), strict=False).missing_keys
+            if any(k.startswith(mine) for k in left): raise InputError(f'the network of {name!r} is not of the architecture of this model')
+
+    def encode(self, batch, **options): "Input -> (B, d) of a `Batch`, each by its own network."; return {name: m.encode(batch, **options)[name] for name, m in self.parts.items()}
 
 # %% ../../nbs/62_evaluate.probes.ipynb #ff9d52c4
 def finetune(
