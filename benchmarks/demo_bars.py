@@ -25,7 +25,7 @@ def variant(out, name, seed, *overrides):
     run = out/f'{name}-{seed}'
     config = load_config('demo', [f'data.cohort={out/"seed-0"/"cohort"}', f'train.run={run}', f'train.seed={seed}', *overrides])
     train(config)
-    if not (run/'report'/'about.json').is_file(): evaluate(run, ['evaluate.baselines=false', 'evaluate.bootstrap=100'])
+    if not (run/'report'/'about.json').is_file(): evaluate(run, ['baselines=false', 'bootstrap=100', 'protocols=[low_shot,robustness,retrieval]', 'corruptions=[patches]', 'shots=[]'])
     return run
 
 
@@ -41,7 +41,7 @@ def main_run(out, seed):
 
 def scores(runs):
     "Mean AUROC over runs: a series by (input, encoder, fraction)."
-    return pd.concat([pd.read_csv(r/'report'/'summary.csv') for r in runs]).groupby(['input', 'encoder', 'fraction'], sort=False).auroc.mean()
+    return pd.concat([pd.read_csv(r/'report'/'summary.csv').query('shots == 0') for r in runs]).groupby(['input', 'encoder', 'fraction'], sort=False).auroc.mean()
 
 
 def mean_of(runs, name, **where):
@@ -64,7 +64,7 @@ def bars(runs, without, control):
     k = load_config(runs[0]/'config.yaml').loss.prototypes
     last = pd.concat([pd.read_csv(r/'metrics.csv').tail(10) for r in runs])
     most('image anchors, cross entropy: log K - 0.2', last['cxr/cross_entropy'].mean(), math.log(k) - .2)
-    most('70 % of patches masked, relative loss of fused', mean_of(runs, 'robustness', encoder='pretrained', input='joint', severity=.7).relative_loss.mean(), .08)
+    most('70 % of patches masked, relative loss of fused', mean_of(runs, 'robustness', encoder='pretrained', input='joint', corruption='patches', severity=.7).relative_loss.mean(), .08)
     found = mean_of(runs, 'retrieval', encoder='pretrained', query='cxr', gallery='ehr')
     bar('image -> EHR recall@10, times chance', found.times_chance.mean(), 5)
     if control:

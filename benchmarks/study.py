@@ -1,7 +1,7 @@
 """A study of the masks and of what is around them, on synthetic patients of a generator seed that is not the reported one.
 
     python benchmarks/study.py mmsn-study                     # every arm; goes on where it stopped
-    python benchmarks/study.py mmsn-study --arms both none    # some of them
+    python benchmarks/study.py mmsn-study --arms none 'random only'    # some of them
     python benchmarks/study.py mmsn-study --long              # the main arm, long, several seeds: the study column of the bars
 
 One arm is the preset `demo` with a few changes. Writes nbs/results/study.csv (or study_long.csv): arm, seed, seconds, cross entropies, and
@@ -28,23 +28,32 @@ def views(random, focal): return [f'{v}.{kind}={n}' for v in (_CXR, _EHR) for ki
 def ehr(**masks): return [f'{_EHR}.{group}_masks={{{", ".join(f"{k}: {v}" for k, v in ({"cell": 0.} | masks).items())}}}' for group in ('random', 'focal')]
 
 
+SMALL = [f'{_CXR}.focal_size=32', f'{_CXR}.focal_scale=[0.2,0.5]']   # crops of half the side
+MIDDLING = [f'{_CXR}.focal_size=48', f'{_CXR}.focal_scale=[0.35,0.8]']
+CELLS = [*SMALL, *ehr(cell=.3)]
 BARE = [f'{_CXR}.patch_drop=0', *ehr(), f'{_EHR}.noise=0']   # no patch, cell or hour is hidden; crops and brightness stay
 PATCHES = [f'{_CXR}.patch_drop=0.25']
-# arm -> (what it belongs to, changes to the preset). Three anchor views a patient in each, so that the arms cost about the same.
-ARMS = {'both': ('main', []),
+# arm -> (what it belongs to, changes to the preset). Three anchor views a patient, where the name says no other number. Each arm says
+# everything that distinguishes it, so that it stays what it was when the preset learns from it.
+ARMS = {'both': ('masks', CELLS),
         'none': ('masks', [*views(3, 0), *BARE]),
-        'random only': ('masks', [*views(3, 0), *PATCHES]),
-        'focal only': ('masks', [*views(0, 3), *BARE]),
-        'patches dropped': ('masks', PATCHES),
-        'EHR: windows only': ('EHR masks', ehr()),
-        'EHR: hours': ('EHR masks', ehr(time=.3)),
-        'EHR: channels': ('EHR masks', ehr(channel=.3)),
-        'EHR: start': ('EHR masks', ehr(drop_start=.3)),
-        'no modality dropping': ('modalities', ['fusion.drop=0', 'fusion.space=shared', 'fusion.aim=mean']),
-        'one space for all': ('modalities', ['fusion.space=shared', 'fusion.aim=mean']),
-        'no cross-modal aim': ('modalities', ['fusion.aim=[own, joint]']),
-        'no Sinkhorn': ('assignment', ['loss.sinkhorn_iterations=0']),
-        'no Sinkhorn, me-max 5': ('assignment', ['loss.sinkhorn_iterations=0', 'loss.me_max_weight=5'])}
+        'random only': ('masks', [*views(3, 0), *PATCHES, *ehr(cell=.3)]),
+        'focal only': ('masks', [*views(0, 3), *SMALL, *BARE]),
+        'patches dropped': ('masks', [*PATCHES, *CELLS]),
+        'EHR: windows only': ('EHR masks', [*SMALL, *ehr()]),
+        'EHR: hours': ('EHR masks', [*SMALL, *ehr(time=.3)]),
+        'EHR: channels': ('EHR masks', [*SMALL, *ehr(channel=.3)]),
+        'EHR: start': ('EHR masks', [*SMALL, *ehr(drop_start=.3)]),
+        'crops of middling size': ('crops', [*MIDDLING, *ehr()]),
+        'middling, patches dropped': ('crops', [*MIDDLING, *ehr(), *PATCHES]),
+        'large crops only': ('crops', [f'{_CXR}.random=3', f'{_CXR}.focal=0', *ehr()]),
+        'two large crops': ('crops', [f'{_CXR}.random=2', f'{_CXR}.focal=0', f'{_EHR}.focal=1', *ehr()]),
+        'no modality dropping': ('modalities', [*CELLS, 'fusion.drop=0', 'fusion.space=shared', 'fusion.aim=mean']),
+        'one space for all': ('modalities', [*CELLS, 'fusion.space=shared', 'fusion.aim=mean']),
+        'no cross-modal aim': ('modalities', [*CELLS, 'fusion.aim=[own, joint]']),
+        'no Sinkhorn': ('assignment', [*CELLS, 'loss.sinkhorn_iterations=0']),
+        'no Sinkhorn, me-max 5': ('assignment', [*CELLS, 'loss.sinkhorn_iterations=0', 'loss.me_max_weight=5'])}
+MAIN = 'crops of middling size'   # what the preset became
 
 
 def score(features, task, draws, encoder):
@@ -85,11 +94,11 @@ def main(argv=None):
     p.add_argument('out', type=Path, help='folder of the cohort and of the runs')
     p.add_argument('--arms', nargs='+', default=None, metavar='ARM', help=f'of {", ".join(ARMS)} (default all)')
     p.add_argument('--seeds', type=int, nargs='+', default=[0], help='of the pre-training (default 0)')
-    p.add_argument('--main-seeds', type=int, nargs='+', default=[0, 1, 2], help='of the arm both (default 0 1 2)')
+    p.add_argument('--main-seeds', type=int, nargs='+', default=[0, 1, 2], help='of the main arm, the preset (default 0 1 2)')
     p.add_argument('--epochs', type=float, default=12, help='of each arm (default 12); 100 with --long')
     p.add_argument('--long', action='store_true', help='only the main arm, for 100 epochs')
     a = p.parse_args(argv)
-    arms, epochs = a.arms or (['both'] if a.long else list(ARMS)), 100 if a.long and a.epochs == 12 else a.epochs
+    arms, epochs = a.arms or ([MAIN] if a.long else list(ARMS)), 100 if a.long and a.epochs == 12 else a.epochs
     for arm in arms:
         if arm not in ARMS: raise InputError(f'no arm {arm!r}: choose of {", ".join(ARMS)}')
     a.out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +109,7 @@ def main(argv=None):
     plain = score(plain_features(cohort, task.rows, ['cxr', 'ehr']), task, draws, 'plain').assign(arm='plain', epochs=0)
     tables = [plain]
     for arm in arms:
-        for seed in (a.main_seeds if arm == 'both' else a.seeds):
+        for seed in (a.main_seeds if arm == MAIN else a.seeds):
             tables.append(run_arm(a.out, cohort, task, draws, arm, ARMS[arm][1], seed, epochs))
             made = pd.concat(tables).assign(group=lambda t: t.arm.map(lambda n: ARMS[n][0] if n in ARMS else 'baseline'))
             made.round(4).to_csv(a.out/'study.csv', index=False)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['demo', 'main']
 
-# %% ../nbs/90_demo.ipynb #436ebe5f
+# %% ../nbs/90_demo.ipynb #891d6590
 import argparse, time
 from pathlib import Path
 
 from .config import InputError, cli, load_config
 from .evaluate.__main__ import evaluate
 from .prepare import main as prepare
-from .train import train
+from .train import Trainer
 
-# %% ../nbs/90_demo.ipynb #e97b2654
+# %% ../nbs/90_demo.ipynb #d73adda8
 def demo(
     out='mmsn-demo',        # folder for all of it
     patients:int=6000,      # synthetic patients
@@ -34,7 +34,10 @@ def demo(
     else: prepare(['synthetic', str(out/'cohort'), '--patients', str(patients), '--seed', str(data_seed)])
 
     say(2, f'train: masked siamese pre-training without labels -> {out/"run"}')
-    run = train(config)
+    trainer = Trainer(config)
+    if trainer.step: print(f'going on from step {trainer.step} of {trainer.total}')
+    run = trainer.fit()
+    if trainer.step < trainer.total: raise SystemExit(f'stopped at step {trainer.step} of {trainer.total}: the same command goes on')     # by a signal: half a run is not judged
 
     say(3, f'evaluate: the frozen encoder beside its baselines -> {run/"report"}')
     report = evaluate(run)

@@ -324,23 +324,30 @@ def scratch(tmp, cohorts, monkeypatch):
     assert not base.equals(scores(scratch_epochs=40)) and not base.equals(scores(scratch_lr=.3))
 
 
-@once('evaluate.labels', 'evaluate.fractions', 'evaluate.draws', 'evaluate.bootstrap', 'evaluate.baselines', 'evaluate.masked', 'evaluate.seed',
-      'evaluate.probe', 'evaluate.probe_lrs', 'evaluate.probe_epochs',
-      'evaluate.probe', 'evaluate.probe_lrs', 'evaluate.probe_epochs')
+@once('evaluate.labels', 'evaluate.fractions', 'evaluate.shots', 'evaluate.draws', 'evaluate.bootstrap', 'evaluate.baselines', 'evaluate.masked', 'evaluate.seed',
+      'evaluate.probe', 'evaluate.probe_lrs', 'evaluate.probe_epochs', 'evaluate.protocols', 'evaluate.neighbours', 'evaluate.corruptions',
+      'evaluate.map_labels', 'evaluate.map_samples', 'evaluate.pictures', 'evaluate.cache', 'evaluate.finetune_epochs', 'evaluate.finetune_lr', 'evaluate.finetune_decay')
 def judgement(tmp, cohorts, monkeypatch):
-    for name in ('write_report', 'views_figure'): monkeypatch.setattr(evaluation, name, mock.MagicMock(), raising=False)
-    monkeypatch.setattr(evaluation, 'supervised', lambda *args, **kw: pd.DataFrame(), raising=False)
+    for name in ('write_report', 'write_pictures'): monkeypatch.setattr(evaluation, name, mock.MagicMock())
+    monkeypatch.setattr(evaluation, 'supervised', lambda *args, **kw: pd.DataFrame())
     train(config_of('demo', {'optim.epochs': .2, 'data.cohort': str(cohorts[0].folder)}), tmp/'run', cohorts[0])
     def tables(name, *overrides):
-        with redirect_stdout(io.StringIO()): evaluation.evaluate(tmp/'run', ['evaluate.baselines=false', 'evaluate.masked=[0.0]', *overrides], tmp/name)
+        asked = ['evaluate.baselines=false', 'evaluate.masked=[0.0]', 'evaluate.protocols=[low_shot,knn,robustness]', 'evaluate.corruptions=[patches]', 'evaluate.cache=false', *overrides]
+        with redirect_stdout(io.StringIO()): evaluation.evaluate(tmp/'run', asked, tmp/name)
         return {p.name: p.read_text() for p in (tmp/name).glob('*.csv')}
     base = tables('base')
     assert tables('same') == base
-    for change in ('labels=[odd]', 'fractions=[1.0]', 'draws=1', 'bootstrap=9', 'baselines=true', 'masked=[0.0,0.6]', 'seed=1'):
+    for change in ('labels=[odd]', 'fractions=[1.0]', 'shots=[1]', 'draws=1', 'bootstrap=9', 'baselines=true', 'masked=[0.0,0.6]', 'seed=1', 'protocols=[knn]', 'neighbours=3',
+                   'corruptions=[contrast]', 'map_labels=[odd]', 'map_samples=3'):
         assert tables(change.split('=')[0], f'evaluate.{change}') != base, change
     sgd = tables('sgd', 'evaluate.probe=sgd', 'evaluate.probe_lrs=[1.0]')
     assert sgd != base
     for change in ('probe_lrs=[30.0]', 'probe_epochs=150'): assert tables(change.split('=')[0], 'evaluate.probe=sgd', 'evaluate.probe_lrs=[1.0]', f'evaluate.{change}') != sgd, change
+    tuned = [tables(f'tuned{i}', 'evaluate.protocols=[finetune]', 'evaluate.fractions=[1.0]', *([f'evaluate.finetune_{c}'] if c else []))['scores.csv'] for i, c in enumerate(('', 'epochs=400', 'lr=0.1', 'decay=0.2'))]
+    assert len(set(tuned)) == len(tuned)
+    asked = evaluation.write_pictures.call_count
+    assert asked and not (tmp/'run'/'features').exists()
+    assert tables('shy', 'evaluate.pictures=false', 'evaluate.cache=true') == base and evaluation.write_pictures.call_count == asked and (tmp/'run'/'features').is_dir()
 
 
 @pytest.mark.parametrize('proof', dict.fromkeys(ONCE.values()), ids=lambda f: f.__name__)

@@ -187,12 +187,13 @@ def _retrieval(j):
 
 _DO = dict(low_shot=_low_shot, linear_probe=_linear_probe, knn=_knn, supervised=_supervised, finetune=_finetune, robustness=_robustness, missing=_missing, retrieval=_retrieval)
 
-# %% ../../nbs/66_evaluate.ipynb #04c96271
+# %% ../../nbs/66_evaluate.ipynb #68ec61dc
 def _read_predictions(j):
     "Tables of every label, of calibration, and of groups of patients."
     said = [(dict(encoder=n, input=i), p.at('test')) for n, by in j.predictions.items() for i, p in by.items()]
     told = lambda judge: pd.concat([metric_table(p.labels, p.probabilities if judge else p.scores, p.subjects, p.names, j.task.groups, **j.boot, **(dict(judge=judge) if judge else {})).assign(**k) for k, p in said])
     kinds = subgroup_columns(j.cohort, j.task.rows)
+    kinds = kinds[[a for a in kinds if len(set(kinds[a]) - {'unknown'}) > 1]]                   # where all are alike there is nobody to compare with
     where = pd.Series(np.arange(len(j.task.ids)), index=j.task.ids)
     parts = [subgroups(p.labels, p.scores, kinds.iloc[where[p.ids]].reset_index(drop=True), p.subjects, p.names, j.task.groups, **j.boot).assign(**k)
              for k, p in said if k['input'] == j.inputs[0] and k['encoder'] in ('pretrained', 'scratch')]
@@ -202,7 +203,9 @@ def _other(j, tables):
     "AUROC with all labels by every way of asking."
     rows = [summarise(pd.concat(j.scores)).query('fraction == 1').assign(protocol=lambda t: t.encoder.map(dict(scratch='end to end', finetuned='end to end')).fillna('linear probe'))] if j.scores else []
     if 'knn' in tables: rows.append(tables['knn'].query("label == 'macro' and metric == 'auroc'").rename(columns=dict(value='auroc')).assign(protocol=f'{j.rules.neighbours} nearest neighbours'))
-    return pd.concat(rows)[['protocol', 'encoder', 'input', 'auroc']] if len(rows) > 1 or 'finetune' in j.rules.protocols else None
+    t = pd.concat(rows)[['protocol', 'encoder', 'input', 'auroc']] if rows else pd.DataFrame(dict(protocol=[]))
+    if 'finetune' not in j.rules.protocols: t = t[t.protocol != 'end to end']
+    return t if t.protocol.nunique() > 1 else None
 
 def judge(j:Judgement)->dict:
     "Every table of a report, by its name."
@@ -219,7 +222,7 @@ def judge(j:Judgement)->dict:
     points = representation_points(seen, j.task.labels[test], j.task.names, j.rules.map_labels or None, j.inputs, j.rules.map_samples, maps, j.rules.seed)
     return out | (dict(other=other) if other is not None else {}) | dict(map=points.round(4))
 
-# %% ../../nbs/66_evaluate.ipynb #839eb8a6
+# %% ../../nbs/66_evaluate.ipynb #cd1c4bc1
 def _attention(j, folder, rows):
     "Attention over a few images."
     for name in [n for n, kind in j.kinds.items() if kind == 'image']:
@@ -243,6 +246,7 @@ def _hours(j, folder, rows):
         cells = hour_contributions(net, view.x, view.lengths, torch.as_tensor(model.infos[name].normal, dtype=torch.float32))
         save_styles('hours', hours_figure, view.x[i], cells[i], info, int(view.lengths[i]), folder=folder)
 
+# %% ../../nbs/66_evaluate.ipynb #50c599ca
 def write_pictures(j:Judgement, folder:Path):
     "Figures that show patients."
     rows = j.task.rows[j.task.at('test')]
@@ -275,7 +279,7 @@ def write_about(j:Judgement, folder:Path, run:Path, command:str):
     about = dict(name=j.config.name, sentence=sentence, inputs=j.inputs, prototypes=j.config.loss.prototypes, facts=own | _facts(command, j.cohort, j.rules, j.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
 
-# %% ../../nbs/66_evaluate.ipynb #745c59a6
+# %% ../../nbs/66_evaluate.ipynb #97830da7
 def _write_tables(folder, tables, predictions):
     "Tables as CSV, what was said of each patient as parquet."
     for name, t in tables.items(): t.to_csv(folder/f'{name}.csv', index=False)
@@ -295,6 +299,7 @@ def _whole(folder, write):
     publish(temporary, folder)
     return folder/'report.html'
 
+# %% ../../nbs/66_evaluate.ipynb #872d9df0
 def evaluate(
     source,            # a run's folder, or whatever `any_encoder` opens
     overrides=(),      # key=value changes: evaluate.* and data.cohort
@@ -323,7 +328,7 @@ def headline(summary:pd.DataFrame)->str:
     t.columns = [f'{c:.0%}' for c in t.columns]
     return 'test AUROC by share of training labels, mean over labels and draws\n' + t.round(3).to_string()
 
-# %% ../../nbs/66_evaluate.ipynb #765ace12
+# %% ../../nbs/66_evaluate.ipynb #981ce8bb
 def _names_of(sources):
     "A short name for each source: what tells their paths apart."
     parts = [Path(s).resolve().parts if Path(s).exists() else (str(s),) for s in sources]
@@ -341,6 +346,7 @@ def _one_cohort(sources):
         if c.hash != first.hash: raise InputError(f'{name} was trained on {first.folder} and {n} on {c.folder}: add data.cohort=FOLDER to judge both on one')
     return first
 
+# %% ../../nbs/66_evaluate.ipynb #187b4199
 def _said(sources, cohort, task, inputs, e, say):
     "Run -> (input, fraction, 0) -> list of Predictions, one a draw."
     draws, out = make_draws(task, e.fractions, e.draws, seed=e.seed), {}

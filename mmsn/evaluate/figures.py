@@ -216,7 +216,7 @@ def calibration_figure(
         top.legend(loc='upper left', title='calibration error', title_fontsize=8)
     return fig
 
-# %% ../../nbs/64_evaluate.figures.ipynb #30bc35e6
+# %% ../../nbs/64_evaluate.figures.ipynb #533f2f37
 @_drawn
 def subgroup_figure(
     table:pd.DataFrame,      # from `subgroups`, perhaps several with a column encoder
@@ -229,7 +229,7 @@ def subgroup_figure(
     t = t.assign(encoder=t.encoder if 'encoder' in t else '')
     encoders, places = list(dict.fromkeys(t.encoder)), {}
     for a, g in t[['attribute', 'subgroup']].drop_duplicates().itertuples(index=False): places[a, g] = len(places) + .7*len({k[0] for k in places} | {a})
-    fig, (ax, side) = plt.subplots(1, 2, figsize=(6.8, .7 + .27*(max(places.values()) + 1)), sharey=True, width_ratios=[5, 1.3])
+    fig, (ax, side) = plt.subplots(1, 2, figsize=(6.8, .7 + .27*(max(places.values()) + 1)), sharey=True, width_ratios=[5, 1.7])
     for i, e in enumerate(encoders):
         c, mine = colour(e or 'pretrained', i), t[t.encoder == e]
         at = np.array([places[k] for k in zip(mine.attribute, mine.subgroup)]) + .22*(i - (len(encoders) - 1)/2)
@@ -242,8 +242,8 @@ def subgroup_figure(
     side.set(xlim=(0, 1)); side.axis('off')
     text = dict(fontsize=8, va='center', ha='right')
     for y, n, pos, v in zip(ax.get_yticks(), first.subjects, first.positives, first.value):
-        side.text(.42, y, f'{n:,}', **text); side.text(1, y, f'{pos:,}' if v == v else 'too few', **text)
-    for x, word in ((.42, 'subjects'), (1, 'positives')): side.text(x, min(places.values()) - .95, word, **text)
+        side.text(.4, y, f'{n:,}', **text); side.text(1, y, f'{pos:,}' if v == v else 'too few', **text)
+    for x, word in ((.4, 'subjects'), (1, 'positives')): side.text(x, min(places.values()) - .95, word, **text)
     _axes(ax, title=f'{metric.upper()}, ' + (label.replace('macro', 'mean over labels', 1) if label.startswith('macro') else _short(label)), xlabel=metric.upper()); ax.grid(False, axis='y')
     if len(encoders) > 1: _legend(fig, [ax])
     return fig
