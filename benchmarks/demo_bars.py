@@ -41,7 +41,7 @@ def main_run(out, seed):
 
 def scores(runs):
     "Mean AUROC over runs: a series by (input, encoder, fraction)."
-    return pd.concat([pd.read_csv(r/'report'/'summary.csv').query('shots == 0') for r in runs]).groupby(['input', 'encoder', 'fraction'], sort=False).auroc.mean()
+    return pd.concat([pd.read_csv(r/'report'/'summary.csv').query('shots == 0 and fraction in @FRACTIONS') for r in runs]).groupby(['input', 'encoder', 'fraction'], sort=False).auroc.mean()
 
 
 def mean_of(runs, name, **where):

@@ -944,6 +944,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mmsn.evaluate.report.report_notebook': ( 'evaluate.report.html#report_notebook',
                                                                                 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report.save_styles': ('evaluate.report.html#save_styles', 'mmsn/evaluate/report.py'),
+                                      'mmsn.evaluate.report.saved': ('evaluate.report.html#saved', 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report.score_table': ('evaluate.report.html#score_table', 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report.show': ('evaluate.report.html#show', 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report.write_report': ( 'evaluate.report.html#write_report',

@@ -35,14 +35,14 @@ from .robustness import CORRUPTIONS, missing, retrieval, robustness
 from ..model import MMSN
 from ..train import chosen_config, say_notes
 
-# %% ../../nbs/66_evaluate.ipynb #be2079ac
+# %% ../../nbs/66_evaluate.ipynb #cea46347
 @dataclass
 class Source:
     "An encoder to be judged: where it lies, what it was asked, itself, and itself before training."
     folder: Path             # for the report and the features
     config: Config           # `evaluate`, `data`, seeds; of a run also the architecture
     model: torch.nn.Module   # has config.modalities and encode
-    start: object            # () -> the same network untrained, or None
+    start: object            # cohort -> the same network untrained
 
 def _asked(overrides):
     "key=value pairs with the prefix that was left out; raises InputError for what is not about judging."
@@ -222,21 +222,21 @@ def judge(j:Judgement)->dict:
     points = representation_points(seen, j.task.labels[test], j.task.names, j.rules.map_labels or None, j.inputs, j.rules.map_samples, maps, j.rules.seed)
     return out | (dict(other=other) if other is not None else {}) | dict(map=points.round(4))
 
-# %% ../../nbs/66_evaluate.ipynb #cd1c4bc1
+# %% ../../nbs/66_evaluate.ipynb #d72cf916
 def _attention(j, folder, rows):
     "Attention over a few images."
-    for name in [n for n, kind in j.kinds.items() if kind == 'image']:
+    for i, name in enumerate(n for n, kind in j.kinds.items() if kind == 'image'):
         model = j.models['pretrained']
         net = model.target.encoders[name] if j.ours else model.net
         here = rows[j.cohort.present(name)[rows]][:4]
         if not isinstance(net, ViT) or not len(here): continue
         b = j.cohort.batch(here, [name], []).to(j.device)
         x = model.views.parts[name].plain(b.data[name]).x if j.ours else model.plain(b.data[name])
-        save_styles('attention', attention_figure, x, attention_maps(net, x), folder=folder)
+        save_styles('attention' + f'_{name}'*bool(i), attention_figure, x, attention_maps(net, x), folder=folder)
 
 def _hours(j, folder, rows):
     "What each hour of the longest of a few stays did."
-    for name in [n for n, kind in j.kinds.items() if kind == 'timeseries']:
+    for k, name in enumerate(n for n, kind in j.kinds.items() if kind == 'timeseries'):
         here, info, model = rows[j.cohort.present(name)[rows]][:8], j.cohort.modalities[name], j.models['pretrained']
         if not len(here): continue
         b = j.cohort.batch(here, [name], []).to(j.device)
@@ -244,7 +244,7 @@ def _hours(j, folder, rows):
         i = int(view.lengths.argmax())
         net = lambda x, lengths: model.target.encoders[name](x, lengths)
         cells = hour_contributions(net, view.x, view.lengths, torch.as_tensor(model.infos[name].normal, dtype=torch.float32))
-        save_styles('hours', hours_figure, view.x[i], cells[i], info, int(view.lengths[i]), folder=folder)
+        save_styles('hours' + f'_{name}'*bool(k), hours_figure, view.x[i], cells[i], info, int(view.lengths[i]), title=name, folder=folder)
 
 # %% ../../nbs/66_evaluate.ipynb #50c599ca
 def write_pictures(j:Judgement, folder:Path):
