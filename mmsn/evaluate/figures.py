@@ -248,7 +248,7 @@ def subgroup_figure(
     if len(encoders) > 1: _legend(fig, [ax])
     return fig
 
-# %% ../../nbs/64_evaluate.figures.ipynb #e83ca439
+# %% ../../nbs/64_evaluate.figures.ipynb #59664294
 @_drawn
 def comparison_figure(
     table:pd.DataFrame,     # from `compare`, of one label or mean
@@ -258,11 +258,12 @@ def comparison_figure(
     "Runs with their intervals, and their paired differences from the reference."
     t = table[table.metric == metric].sort_values('value', ascending=False)
     at, ink = np.arange(len(t)), STYLES[_chosen.get()]['ink']
+    places = {name: i for i, name in enumerate(dict.fromkeys(table.run))}     # a run keeps its colour, whatever its rank
     same = (t.difference == 0) & (t.difference_low == 0) & (t.difference_high == 0)
     reference = t.run[same].iloc[0] if same.any() else 'the reference'
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, .9 + .3*len(t)), sharey=True)
     for y, (i, r) in zip(at, t.iterrows()):
-        c = colour(r.run, y)
+        c = colour(r.run, places[r.run])
         left.hlines(y, r.low, r.high, color=c, lw=2); left.plot(r.value, y, 'o', color=c, ms=5)
         if r.run == reference: right.text(0, y, ' reference', va='center', fontsize=8); continue
         right.hlines(y, r.difference_low, r.difference_high, color=c, lw=2); right.plot(r.difference, y, 'o', color=c, ms=5)

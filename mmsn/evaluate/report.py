@@ -171,7 +171,7 @@ _SEEN = [
     ('metrics.csv', '## How training went\n\nDotted: log K, where an anchor knows nothing; the loss alone does not tell a network that learns from one that has collapsed.',
      'show("training", training_figure, read("metrics"), about["prototypes"], alt="Cross entropies, signs of collapse, gradient norm and learning rate over the steps")')]
 
-# %% ../../nbs/65_evaluate.report.ipynb #b01cd1b3
+# %% ../../nbs/65_evaluate.report.ipynb #23c75dcc
 _COMPARED = [
     ('comparison.csv', '## Runs beside the first\n\nDifferences are paired: both runs judged on the same test subjects, and on the same resamples of them, so that what they share cancels. '
      '*p* is the share of resamples on the other side of nought, two-sided.',
@@ -180,7 +180,7 @@ _COMPARED = [
     ('comparison.csv', '', 'shown = c[(c.label == "macro") & (c.metric == "auroc")].copy()\nshown["difference"] = [f"{d:+.3f} ({a:+.3f} to {b:+.3f})" for d, a, b in zip(shown.difference, shown.difference_low, shown.difference_high)]\n'
      'shown["labels"] = [f"{f:.0%}" for f in shown.fraction]\nneat(shown.set_index(["input", "labels", "run"])[["value", "difference", "p"]])'),
     ('comparison.csv', '### Label by label\n\nDifference from the first run in AUROC, all training labels.',
-     'whole = c[(c.fraction == c.fraction.max()) & (c.metric == "auroc")]\nneat(by_encoder(whole.rename(columns=dict(run="encoder")), "label", "difference"))'),
+     'whole = c[(c.fraction == c.fraction.max()) & (c.metric == "auroc") & (c.run != c.run.iloc[0])]\nneat(by_encoder(whole.rename(columns=dict(run="encoder")), "label", "difference"))'),
     ('ensemble.csv', '## All together\n\nThe mean of the predicted probabilities of the best *n* runs, *n* chosen on validation; *alone* and *together* are validation AUROCs.', 'neat(read("ensemble").set_index(["input", "n", "run"]))')]
 
 _END = '''## How to get this again
