@@ -88,6 +88,13 @@ def run_arm(out, cohort, task, draws, arm, changes, seed, epochs):
     return rows
 
 
+def collect(out, plain, epochs):
+    "Every arm in the folder that was trained that long, in this call or before, below the plain features."
+    found = pd.concat([pd.read_csv(f) for f in sorted(out.glob('*/study.csv'))])
+    found = found[found.epochs == epochs].sort_values(['arm', 'seed'], key=lambda c: c.map(list(ARMS).index) if c.name == 'arm' else c, kind='stable')
+    return pd.concat([plain, found]).assign(group=lambda t: t.arm.map(lambda n: ARMS[n][0] if n in ARMS else 'baseline'))
+
+
 @cli
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -95,10 +102,10 @@ def main(argv=None):
     p.add_argument('--arms', nargs='+', default=None, metavar='ARM', help=f'of {", ".join(ARMS)} (default all)')
     p.add_argument('--seeds', type=int, nargs='+', default=[0], help='of the pre-training (default 0)')
     p.add_argument('--main-seeds', type=int, nargs='+', default=[0, 1, 2], help='of the main arm, the preset (default 0 1 2)')
-    p.add_argument('--epochs', type=float, default=12, help='of each arm (default 12); 100 with --long')
+    p.add_argument('--epochs', type=float, default=None, help='of each arm (default 24, or 100 with --long)')
     p.add_argument('--long', action='store_true', help='only the main arm, for 100 epochs')
     a = p.parse_args(argv)
-    arms, epochs = a.arms or ([MAIN] if a.long else list(ARMS)), 100 if a.long and a.epochs == 12 else a.epochs
+    arms, epochs = a.arms or ([MAIN] if a.long else list(ARMS)), a.epochs or (100 if a.long else 24)
     for arm in arms:
         if arm not in ARMS: raise InputError(f'no arm {arm!r}: choose of {", ".join(ARMS)}')
     a.out.mkdir(parents=True, exist_ok=True)
@@ -107,14 +114,11 @@ def main(argv=None):
     task = Task.of(cohort)
     draws = make_draws(task, (.01, .1, 1.), 5)
     plain = score(plain_features(cohort, task.rows, ['cxr', 'ehr']), task, draws, 'plain').assign(arm='plain', epochs=0)
-    tables = [plain]
     for arm in arms:
-        for seed in (a.main_seeds if arm == MAIN else a.seeds):
-            tables.append(run_arm(a.out, cohort, task, draws, arm, ARMS[arm][1], seed, epochs))
-            made = pd.concat(tables).assign(group=lambda t: t.arm.map(lambda n: ARMS[n][0] if n in ARMS else 'baseline'))
-            made.round(4).to_csv(a.out/'study.csv', index=False)
+        for seed in (a.main_seeds if arm == MAIN else a.seeds): run_arm(a.out, cohort, task, draws, arm, ARMS[arm][1], seed, epochs)
+    made = collect(a.out, plain, epochs)
     RESULTS.mkdir(exist_ok=True)
-    shutil.copy(a.out/'study.csv', RESULTS/('study_long.csv' if a.long else 'study.csv'))
+    made.round(4).to_csv(RESULTS/('study_long.csv' if a.long else 'study.csv'), index=False)
     print(made[made.encoder != 'random'].pivot_table(index=['group', 'arm', 'input'], columns='fraction', values='auroc', sort=False).round(3).to_string())
 
 
