@@ -95,7 +95,7 @@ def open_source(
     folder = Path('runs')/str(source).replace(':', '-') if library else path if path.is_dir() else path.with_suffix('')
     return Source(folder, config, model, lambda cohort: _fresh(model, source, config, cohort))
 
-# %% ../../nbs/66_evaluate.ipynb #22b060da
+# %% ../../nbs/66_evaluate.ipynb #eddc91ba
 class Judgement:
     "An encoder and its baselines, the patients, the rules, and what has been found so far."
     def __init__(self, source:Source, say=print):
@@ -112,6 +112,7 @@ class Judgement:
         self.ours = isinstance(source.model, MMSN)                                # an architecture that can be trained from scratch
         self.nets, self.predictions, self.scores = {}, {}, []                     # input -> network; encoder -> input -> Predictions; tables of `low_shot`'s columns
         self.shares = self.draws[self.draws.shots == 0]
+        if not self.ours and 'finetune' in e.protocols: raise InputError('finetune is for encoders of mmsn: leave it out of evaluate.protocols')
         if unknown := set(e.corruptions) - {*CORRUPTIONS, 'all'}: raise InputError(f'evaluate.corruptions: no {min(unknown)!r}: there is {", ".join(CORRUPTIONS)}, all')
         if unknown := set(e.map_labels) - set(self.task.names): raise InputError(f'evaluate.map_labels: no label {min(unknown)!r}: there is {", ".join(self.task.names)}')
 
@@ -132,7 +133,7 @@ class Judgement:
     @property
     def boot(self): "Options of everything with intervals."; return dict(resamples=self.rules.bootstrap, seed=self.rules.seed)
 
-# %% ../../nbs/66_evaluate.ipynb #7b086456
+# %% ../../nbs/66_evaluate.ipynb #6355461b
 def _low_shot(j):
     "Probes with few labels."
     j.scores += [low_shot(f, j.task, j.draws, n, j.solver, **j.boot) for n, f in j.features.items()]
@@ -152,7 +153,7 @@ def _supervised(j):
     "The same architecture from random weights."
     if not (j.ours and j.rules.baselines): return
     j.scores.append(supervised(j.config, j.cohort, j.task, j.shares, j.inputs, device=j.device, nets=j.nets, **j.boot))
-    read, j.predictions['scratch'] = {}, {}
+    if j.nets: j.predictions['scratch'] = {}
     for name, net in j.nets.items():
         at = np.flatnonzero(np.isin(j.task.split, ('val', 'test')) & np.any([j.cohort.present(n)[j.task.rows] for n in net.modalities], axis=0))
         j.predictions['scratch'][name] = Predictions.of(j.task, network_scores(net, PlainViews(net.views, j.cohort, j.device), j.task.rows[at]), at)
@@ -160,7 +161,6 @@ def _supervised(j):
 def _finetune(j):
     "The whole network trained on, with few labels and with all."
     e = j.rules
-    if not j.ours: raise InputError('finetune is for encoders of mmsn: leave it out of evaluate.protocols')
     j.scores.append(finetune(j.models['pretrained'], j.cohort, j.task, j.shares, j.inputs, lr=e.finetune_lr, decay=e.finetune_decay, epochs=e.finetune_epochs, device=j.device, **j.boot))
 
 # %% ../../nbs/66_evaluate.ipynb #12e2a3c2
