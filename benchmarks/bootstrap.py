@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mmsn.config import InputError, cli
+from mmsn.options import InputError
+from mmsn.config import cli
 from mmsn.evaluate.metrics import METRICS, bootstrap, interval, macro, subject_weights
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'

@@ -13,7 +13,7 @@ import pandas as pd
 
 from mmsn.config import cli, load_config
 from mmsn.demo import demo
-from mmsn.evaluate.__main__ import evaluate
+from mmsn.evaluate.evaluation import evaluate
 from mmsn.train import train
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'

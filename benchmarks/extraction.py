@@ -26,8 +26,9 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from mmsn.config import InputError, cli
-from mmsn.data.cohort import ArrayWriter
+from mmsn.options import InputError
+from mmsn.config import cli
+from mmsn.data.writer import ArrayWriter
 from mmsn.data.mimic.channels import CHANNELS, items_of
 from mmsn.data.mimic.events import fates, scan_events, write_series
 from mmsn.data.mimic.stays import load_stays, select_stays, stay_rules

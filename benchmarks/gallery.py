@@ -9,10 +9,11 @@ and nbs/results/gallery_NAME.csv, gallery_NAME_robustness.csv and gallery_NAME_m
 import argparse, shutil
 from pathlib import Path
 
-from mmsn.config import InputError, cli, load_config
-from mmsn.evaluate.__main__ import evaluate
+from mmsn.options import InputError
+from mmsn.config import cli, load_config
+from mmsn.evaluate.evaluation import evaluate
 from mmsn.prepare import main as prepare
-from mmsn.train import Trainer
+from mmsn.loop import Trainer
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 ASKED = ['fractions=[0.01,0.05,0.1,1.0]', 'corruptions=all', 'protocols=[low_shot,linear_probe,knn,supervised,finetune,robustness,missing,retrieval]', 'finetune_epochs=10']

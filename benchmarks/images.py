@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mmsn.config import cli
-from mmsn.data.cohort import ArrayWriter
+from mmsn.data.writer import ArrayWriter
 from mmsn.data.images import _cores, store_images
 
 HEIGHT, WIDTH, ALL = 3056, 2544, 377_110        # the commonest size in MIMIC-CXR-JPG, and the number of its images

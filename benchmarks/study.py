@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from mmsn.config import InputError, cli, load_config
+from mmsn.options import InputError
+from mmsn.config import cli, load_config
 from mmsn.data.cohort import Cohort
 from mmsn.evaluate.features import extract_features, feature_matrix, plain_features
-from mmsn.evaluate.probes import Task, low_shot, make_draws, summarise
+from mmsn.evaluate.task import Task, make_draws
+from mmsn.evaluate.probes import low_shot, summarise
 from mmsn.model import MMSN
 from mmsn.prepare import main as prepare
-from mmsn.train import Trainer
+from mmsn.loop import Trainer
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
 _CXR, _EHR = 'modalities.cxr.views', 'modalities.ehr.views'

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['demo', 'main']
 
-# %% ../nbs/90_demo.ipynb #891d6590
+# %% ../nbs/90_demo.ipynb #d14bd6c0
 import argparse, time
 from pathlib import Path
 
-from .config import InputError, cli, load_config
-from .evaluate.__main__ import evaluate
+from .config import cli, load_config
+from .evaluate.evaluation import evaluate
+from .loop import Trainer
+from .options import InputError
 from .prepare import main as prepare
-from .train import Trainer
 
-# %% ../nbs/90_demo.ipynb #d73adda8
+# %% ../nbs/90_demo.ipynb #18d286ea
 def demo(
     out='mmsn-demo',        # folder for all of it
     patients:int=6000,      # synthetic patients
@@ -44,7 +45,7 @@ def demo(
     say(3, f'done: open {report}')
     return report
 
-# %% ../nbs/90_demo.ipynb #adb13ad4
+# %% ../nbs/90_demo.ipynb #1c3d51a4
 @cli
 def main(argv=None):
     "The command mmsn-demo."

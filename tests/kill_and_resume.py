@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mmsn.checkpoint import checkpoints, load_checkpoint
 from mmsn.config import load_config
-from mmsn.evaluate.features import toy_cohort
+from mmsn.testing import toy_cohort
 from mmsn.train import train
 
 CONFIG = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=1', 'modalities.cxr.encoder.patch=8', 'modalities.cxr.views.random_size=16',

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from conftest import refused, run
 from mmsn import convert
-from mmsn.config import Config, Head, ImageEncoder, ImageModality, ImageViews, Loss, SeriesModality
-from mmsn.convert import main, read_source
+from mmsn.options import Config, Head, ImageEncoder, ImageModality, ImageViews, Loss, SeriesModality
+from mmsn.convert import main
+from mmsn.sources import read_source
 from mmsn.data.cohort import ModalityInfo
 from mmsn.encoders.vit import ViT
 from mmsn.model import MMSN

@@ -102,8 +102,10 @@ IMAGES = {'paired': [1]*8, 'some': [1, 0, 1, 1, 0, 1, 0, 1], 'one rank has none'
 
 def model_step(wrap, start, stop, images, config):
     "Loss, metrics and gradients of one step of an MMSN on samples start to stop."
-    from mmsn.config import Config, build
-    from mmsn.data.cohort import Batch, ModalityInfo
+    from mmsn.options import Config
+    from mmsn.config import build
+    from mmsn.data.loader import Batch
+    from mmsn.data.cohort import ModalityInfo
     from mmsn.model import MMSN
     channel = dict(name='hr', kind='continuous', columns=[0, 1], mask=1, unit='', normal=0., low=-9., high=9., categories=None)
     infos = dict(cxr=ModalityInfo('cxr', 'image', dict(kind='image', height=16, width=16, mean=.5, std=.25)),
@@ -169,7 +171,7 @@ def train_worker(rank, world, port, folder, config, steps):
     from mmsn.config import load_config
     from mmsn.evaluate.features import extract_features, feature_matrix
     from mmsn.schedules import schedule
-    from mmsn.train import Trainer, gather_rows, train_step
+    from mmsn.loop import Trainer, gather_rows, train_step
     uneven = folder.endswith('uneven')
     trainer = Trainer(load_config('demo', [*config, f'train.run={folder}/none']))
     if uneven: trainer.batch = 16           # as a run that began on one process and goes on on three
@@ -193,7 +195,7 @@ def train_worker(rank, world, port, folder, config, steps):
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
-    from mmsn.evaluate.features import toy_cohort
+    from mmsn.testing import toy_cohort
     return toy_cohort(tmp_path_factory.mktemp('toy')/'cohort', n=240)
 
 
@@ -241,7 +243,7 @@ def part_worker(rank, world, port, config, until=None):
     if world > 1: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
     from mmsn.config import load_config
-    from mmsn.train import Trainer
+    from mmsn.loop import Trainer
     trainer = Trainer(load_config('demo', config))
     if until: trainer.total = until
     trainer.fit()

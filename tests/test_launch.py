@@ -19,7 +19,8 @@ from mmsn.config import load_config, presets
 from mmsn.data.cohort import Cohort
 from mmsn.model import MMSN
 from mmsn.schedules import schedule
-from mmsn.train import main, make_optimizer, train_step
+from mmsn.train import main
+from mmsn.loop import make_optimizer, train_step
 
 DEEP = ['modalities.cxr.encoder.depth=3', 'modalities.cxr.encoder.drop_path=0.4', 'modalities.cxr.encoder.heads=3', 'head.norm=layer']
 

@@ -9,7 +9,8 @@ from conftest import ROOT, refused
 from mmsn.data.cohort import Cohort
 from mmsn.data.mimic.prepare import prepare_mimic
 from mmsn.data.mimic.stays import MORTALITY
-from mmsn.data.synthetic import synthesise, write_mimic
+from mmsn.data.synthetic import synthesise
+from mmsn.data.synthetic_mimic import write_mimic
 from mmsn.data.tables import find_table
 from mmsn.prepare import main
 

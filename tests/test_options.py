@@ -16,8 +16,9 @@ import mmsn.evaluate.__main__ as evaluation
 import mmsn.evaluate.probes as probes
 import mmsn.train as training
 from mmsn.checkpoint import latest
-from mmsn.config import MODALITIES, Config, InputError, build, check, check_single, load_config, presets, to_dict
-from mmsn.data.cohort import CohortWriter
+from mmsn.options import MODALITIES, Config, InputError
+from mmsn.config import build, check, check_single, load_config, presets, to_dict
+from mmsn.data.writer import CohortWriter
 from mmsn.model import MMSN
 from mmsn.schedules import schedule, sharpening, steps_per_epoch, total_steps
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from conftest import SMALL, one_line, refused, run
 from mmsn.checkpoint import checkpoints, latest, read_state, save_checkpoint
-from mmsn.config import InputError
+from mmsn.options import InputError
 from mmsn.data.cohort import Cohort
 from mmsn.train import main
 
@@ -155,7 +155,7 @@ def test_kills():
 # so only four digits are promised. A change of the method changes the file: MMSN_GOLDEN=write python -m pytest tests/test_train.py -k golden
 
 def test_golden_curve(tmp_path):
-    from mmsn.evaluate.features import toy_cohort
+    from mmsn.testing import toy_cohort
     folder, golden = toy_cohort(tmp_path/'cohort', n=240).folder, Path(__file__).with_name('golden.txt')
     main([str(golden.with_suffix('.yaml')), f'data.cohort={folder}', f'train.run={tmp_path/"run"}'])
     names = ['loss', 'joint/cross_entropy', 'cxr/cross_entropy', 'ehr/cross_entropy', 'joint/me_max', 'gradient_norm']
