@@ -26,6 +26,6 @@ setup(
         slurm=['submitit'],
     ),
     packages=find_packages(include=['mmsn', 'mmsn.*']),
-    package_data={'mmsn': ['presets/*.yaml', 'presets/accelerate/*.yaml']},
+    package_data={'mmsn': ['presets/*.yaml', 'accelerate_configs/*.yaml']},
     entry_points=dict(console_scripts=lines('console_scripts'), nbdev=['mmsn=mmsn._modidx:d']),
 )

@@ -34,9 +34,7 @@ from .watch import collapsed
 # %% ../nbs/64_loop.ipynb #908d0008
 def training_rows(cohort:Cohort, config:Config)->np.ndarray:
     "Rows of `cohort` to train on; raises InputError where the config and the cohort do not fit."
-    for name, modality in config.modalities.items():
-        if name not in cohort.modalities: raise InputError(f'the config wants modality {name!r}, which {cohort.folder} does not have (it has {", ".join(cohort.modalities)})')
-        if (kind := cohort.modalities[name].kind) != modality.kind: raise InputError(f'modality {name!r} is of kind {kind} in {cohort.folder}, not {modality.kind}')
+    cohort.check_has({name: m.kind for name, m in config.modalities.items()}, 'the config')
     rows = cohort.rows('train', list(config.modalities), config.data.samples)
     if not len(rows): raise InputError(f'the train split of {cohort.folder} is empty for modalities {", ".join(config.modalities)} (data.samples={config.data.samples})')
     return rows
@@ -140,7 +138,7 @@ def make_accelerator(
     cpu = not torch.cuda.is_available() and int(os.environ.get('WORLD_SIZE', 1)) > 1
     a = Accelerator(cpu=cpu, mixed_precision=train.mixed_precision, **arguments)
     if train.mixed_precision == 'fp16' and a.device.type == 'cpu': raise InputError('train.mixed_precision=fp16 needs a GPU: bf16 works on a CPU too')
-    if a.distributed_type == DistributedType.FSDP: raise InputError('mmsn does not write the sharded checkpoints of FSDP: use configs/accelerate/gpu8.yaml, or torchrun')
+    if a.distributed_type == DistributedType.FSDP: raise InputError('mmsn does not write the sharded checkpoints of FSDP: use mmsn/accelerate_configs/gpu8.yaml, or torchrun')
     return a, tracking
 
 # %% ../nbs/64_loop.ipynb #c1890013

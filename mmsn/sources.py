@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'LIBRARIES', 'transformers_names', 'installed_layout', 'to_transformers', 'from_transformers',
-           'read_weights', 'shape_of', 'from_published', 'fold_channels', 'unfold_channels', 'renormalise', 'Source',
-           'for_images', 'read_source', 'load_encoder', 'init_model', 'ImageModel', 'any_encoder']
+           'read_weights', 'shape_of', 'from_published', 'fold_channels', 'unfold_channels', 'renormalise',
+           'ImageWeights', 'for_images', 'read_source', 'load_encoder', 'init_model', 'ImageModel', 'open_encoder']
 
 # %% ../nbs/54_sources.ipynb #b17cf82a
 import json, math, pickle, re, warnings
@@ -24,7 +24,7 @@ from torch import nn
 
 from .data.cohort import Cohort
 from .encoders.vit import ViT, hide_patches, resize_positions
-from .model import MMSN, _folder, _is_ours, _read
+from .model import MMSN, local_folder, is_mmsn_encoder, _read
 from .options import ImageEncoder, InputError, SIZES
 from .views.images import patch_keep, to_float
 from .views.random import make_key
@@ -203,7 +203,7 @@ def renormalise(
 
 # %% ../nbs/54_sources.ipynb #cc98a860
 @dataclass(frozen=True)
-class Source:
+class ImageWeights:
     "An image encoder from somewhere, in the names of `ViT`."
     what: str                   # for messages
     config: ImageEncoder        # its architecture
@@ -224,11 +224,11 @@ def _wanted(asked, had, channels):
 
 # %% ../nbs/54_sources.ipynb #c92c4d33
 def for_images(
-    source:Source,
+    source:ImageWeights,
     channels:int,  # 1 or 3
     mean=None,     # of the images that it will be given, one number (grey) or three; None: as it was, or the channels' average for one
     std=None,      # the same for the deviation
-)->Source:
+)->ImageWeights:
     "`source` with a stem for such images: the same tokens for grey ones. Raises InputError."
     if channels not in (1, 3): raise InputError(f'channels should be 1 or 3, not {channels}')
     stem = 'patch_embed.convs.0' if source.config.stem == 'conv' else 'patch_embed.proj'
@@ -248,12 +248,12 @@ def _usual(channels):
 
 # %% ../nbs/54_sources.ipynb #f27f2128
 def _from_file(path):
-    "The `Source` in a weights file."
+    "The `ImageWeights` in a weights file."
     encoder, prototypes = read_weights(path)
     theirs = any(k.removeprefix('vit.').startswith('embeddings.') for k in encoder)
     state = from_published(from_transformers(encoder) if theirs else encoder)
     config, size = shape_of(state)
-    return Source(f'the weights in {path}', config, size, state, *_usual(config.channels), prototypes=prototypes)
+    return ImageWeights(f'the weights in {path}', config, size, state, *_usual(config.channels), prototypes=prototypes)
 
 # %% ../nbs/54_sources.ipynb #12745745
 def _json(path):
@@ -267,7 +267,7 @@ def _json(path):
 _MUST = dict(model_type='vit_msn', hidden_act='gelu', layer_norm_eps=1e-6, qkv_bias=True)
 
 def _from_transformers_folder(folder):
-    "The `Source` in a folder of `ViTMSNModel.save_pretrained`."
+    "The `ImageWeights` in a folder of `ViTMSNModel.save_pretrained`."
     about, what = _json(folder/'config.json'), f'the transformers encoder in {folder}'
     for key, value in _MUST.items():
         if about.get(key, value) != value: raise InputError(f'{what} has {key}={about[key]!r}; mmsn has only {value!r}')
@@ -281,11 +281,11 @@ def _from_transformers_folder(folder):
         mean, std = (tuple(map(float, pre.get(k, usual))) for k, usual in (('image_mean', mean), ('image_std', std)))
         if {len(mean), len(std)} != {config.channels}:
             raise InputError(f'{folder}/preprocessor_config.json should have one image_mean and image_std for each of {config.channels} channels')
-    return Source(what, config, size, state, mean, std)
+    return ImageWeights(what, config, size, state, mean, std)
 
 # %% ../nbs/54_sources.ipynb #12a1d810
 def _from_ours(folder, modality):
-    "The `Source` in an exported encoder: its target network of one image modality."
+    "The `ImageWeights` in an exported encoder: its target network of one image modality."
     config, infos, tensors = _read(folder)
     names = [n for n, m in config.modalities.items() if m.kind == 'image']
     if not names: raise InputError(f'the encoder in {folder} has no image modality (it has {", ".join(config.modalities)})')
@@ -296,17 +296,17 @@ def _from_ours(folder, modality):
     state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     state = _fits(state, part.encoder, part.views.random_size, f'the weights in {folder}')
     mean, std = (tuple(v.tolist())*part.encoder.channels for v in (infos[name].mean, infos[name].std))
-    return Source(f'the {name} encoder in {folder}', part.encoder, part.views.random_size, state, mean, std, name, tensors.get('prototypes'))
+    return ImageWeights(f'the {name} encoder in {folder}', part.encoder, part.views.random_size, state, mean, std, name, tensors.get('prototypes'))
 
 # %% ../nbs/54_sources.ipynb #a9def2c7
 def read_source(
     source,       # weights file, folder of transformers or of mmsn, or owner/name on the hub
     modality='',  # which image modality of an encoder of mmsn; '': the only one
-)->Source:
+)->ImageWeights:
     "The image encoder at `source`. Raises InputError."
     if Path(source).is_file(): return _from_file(source)
-    folder = _folder(source)
-    if _is_ours(folder): return _from_ours(folder, modality)
+    folder = local_folder(source)
+    if is_mmsn_encoder(folder): return _from_ours(folder, modality)
     if not (folder/'config.json').is_file(): raise InputError(f'{source} is no encoder: a folder should hold config.json and model.safetensors')
     return _from_transformers_folder(folder)
 
@@ -367,7 +367,7 @@ def init_model(
     others = [n for n in model.config.modalities if n not in names]
     return lines + [f'not touched: {", ".join([*others, "projection head"] + (["fusion"] if len(model.infos) > 1 else []))}']
 
-# %% ../nbs/54_sources.ipynb #2575a52d
+# %% ../nbs/54_sources.ipynb #2c30f789
 class ImageModel(nn.Module):
     "Any network from images to features as an encoder of one image modality of a cohort."
     def __init__(self,
@@ -375,16 +375,17 @@ class ImageModel(nn.Module):
         modality:str,     # whose images it is given
         size:int,         # side in pixels that it takes
         mean,             # of the images it takes, in 0..1, one number a channel
-        std,              # the same for the deviation
+        std,              # the same for the standard deviation
         what:str='',      # where it comes from
+        again=None,       # () -> the same network with random weights
     ):
         super().__init__()
-        self.net, self.name, self.size = net.eval().requires_grad_(False), modality, size
+        self.net, self.name, self.size, self.again = net.eval().requires_grad_(False), modality, size, again
         for key, value in (('mean', mean), ('std', std)): self.register_buffer(key, torch.tensor(value, dtype=torch.float32).view(-1, 1, 1))
         self.patch = net.patch if isinstance(net, ViT) else next(p for p in (16, 14, 8, 4, 2, 1) if size % p == 0)
         self.config = SimpleNamespace(modalities={modality: SimpleNamespace(kind='image', source=what, size=size)})
 
-    def train(self, mode=True): "Always in evaluation mode: a batch norm must not learn from who is judged."; return super().train(False)
+    def train(self, mode=True): "Always in evaluation mode: a batch norm must not learn from test patients."; return super().train(False)
 
     def plain(self, x):
         "What the network sees of `x` (B, 1, H, W) uint8."
@@ -392,10 +393,18 @@ class ImageModel(nn.Module):
         if x.shape[2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True, align_corners=False)
         return (x - self.mean)/self.std
 
-    def embed(self, x, keep=None):
-        "(N, d) features of plain images with the patches `keep` (N, k) visible."
-        if isinstance(self.net, ViT): return self.net(x, keep)
-        return self.net(x if keep is None else hide_patches(x, keep, self.patch)).flatten(1)
+# %% ../nbs/54_sources.ipynb #98489dac
+@patch
+def embed(self:ImageModel, x, keep=None):
+    "(N, d) features of plain images with the patches `keep` (N, k) visible."
+    if isinstance(self.net, ViT): return self.net(x, keep)
+    return self.net(x if keep is None else hide_patches(x, keep, self.patch)).flatten(1)
+
+@patch
+def untrained(self:ImageModel, seed:int=0):
+    "The same network with the random weights of `seed`."
+    torch.manual_seed(seed)
+    return ImageModel(self.again(), self.name, self.size, self.mean.flatten().tolist(), self.std.flatten().tolist(), 'untrained', self.again)
 
 # %% ../nbs/54_sources.ipynb #c6cf0267
 @patch
@@ -429,7 +438,7 @@ def _timm(name, pretrained):
     "(network without its last layer, size, mean, std) of a model of timm."
     try: import timm
     except ImportError: raise InputError('timm: models need the package timm, which is not installed: pip install timm')
-    if not timm.is_model(name): raise InputError(f'timm has no model {name!r}: timm.list_models() lists them')
+    if not name.startswith('hf-hub:') and not timm.is_model(name): raise InputError(f'timm has no model {name!r}: timm.list_models() lists them')
     try: net = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as e: raise InputError(f'the weights of timm:{name} could not be had ({str(e).splitlines()[0]}): check the network, or use pretrained=False')
     about = timm.data.resolve_model_data_config(net)
@@ -440,46 +449,42 @@ LIBRARIES = dict(torchvision=_torchvision, timm=_timm)   # prefix of a source ->
 # %% ../nbs/54_sources.ipynb #c6caa37b
 def _image_modality(cohort, modality):
     "The image modality of `cohort` that is meant; raises InputError where that is not clear."
+    if cohort is None: return modality or 'cxr'
     names = [n for n, m in cohort.modalities.items() if m.kind == 'image']
     if not names: raise InputError(f'cohort {cohort.name!r} has no images (it has {", ".join(cohort.modalities)})')
     if modality and modality not in names: raise InputError(f'cohort {cohort.name!r} has no images {modality!r} (it has {", ".join(names)})')
     if not modality and len(names) > 1: raise InputError(f'cohort {cohort.name!r} has several image modalities: choose {" or ".join(names)}')
     return modality or names[0]
 
-# %% ../nbs/54_sources.ipynb #1698cd31
-def _check_cohort(model, cohort, source):
-    "`model` if the cohort has what it reads, column by column; raises InputError."
-    for name, info in model.infos.items():
-        theirs = cohort.modalities.get(name)
-        if theirs is None: raise InputError(f'the encoder in {source} reads {name!r}, which cohort {cohort.name!r} does not have (it has {", ".join(cohort.modalities)})')
-        if theirs.kind != info.kind: raise InputError(f'{name!r} is {info.kind} for the encoder in {source} and {theirs.kind} in cohort {cohort.name!r}')
-        if info.kind != 'image' and list(info.columns) != list(theirs.columns):
-            odd = sorted(set(info.columns) ^ set(theirs.columns))[:3]
-            raise InputError(f'columns of {name!r} are not those that the encoder in {source} learned ({", ".join(map(str, odd)) or "another order"}): prepare the cohort as its was')
-    return model
-
-# %% ../nbs/54_sources.ipynb #10ccacc8
-def any_encoder(
+# %% ../nbs/54_sources.ipynb #918ab937
+def open_encoder(
     source,                # of the table above
-    cohort:Cohort,         # whose patients it will be given
-    modality:str='',       # image modality for an image network; '': the only one
+    cohort:Cohort=None,    # whose patients it will be given, checked to fit; none: nothing is checked
+    modality:str='',       # image modality for an image network; '': the only one of the cohort, or cxr without a cohort
     pretrained:bool=True,  # for torchvision and timm: their weights (downloaded), or random ones from torch's generator
-)->nn.Module:              # has .config.modalities and .encode(batch, drop=, patches=) -> {name: (B, d)}
-    "The encoder at `source`, in evaluation mode, ready for this cohort. Raises InputError."
+)->nn.Module:              # has .config.modalities, .encode(batch, drop=, patches=) -> {name: (B, d)} and .untrained(seed)
+    "The encoder at `source`, in evaluation mode. Raises InputError."
     library, _, name = str(source).partition(':')
-    if library in LIBRARIES and name: return ImageModel(*_library_parts(library, name, cohort, modality, pretrained), str(source)).eval()
+    if library in LIBRARIES and name: return _library_model(library, name, cohort, modality, pretrained)
     folder = Path(source)/'encoder' if (Path(source)/'encoder'/'config.json').is_file() else source
-    about = Path(folder)/'config.json'
-    ours = about.is_file() and json.loads(about.read_text(encoding='utf-8')).get('format') == 'mmsn-encoder'
-    if ours: return _check_cohort(MMSN.from_pretrained(folder), cohort, source).eval()
+    if not Path(folder).is_file() and is_mmsn_encoder(folder := local_folder(folder)):
+        model = MMSN.from_pretrained(folder)
+        if cohort is not None: _check_fits(model, cohort, source)
+        return model
     found, name = read_source(folder), _image_modality(cohort, modality)
     net = ViT(found.config, found.size)
     net.load_state_dict(found.state)
-    return ImageModel(net, name, found.size, found.mean, found.std, found.what).eval()
+    return ImageModel(net, name, found.size, found.mean, found.std, found.what, lambda: ViT(found.config, found.size))
 
-# %% ../nbs/54_sources.ipynb #640539be
-def _library_parts(library, name, cohort, modality, pretrained):
-    "Arguments of `ImageModel` for a network of a library."
+# %% ../nbs/54_sources.ipynb #a5b3f69b
+def _library_model(library, name, cohort, modality, pretrained):
+    "A network of torchvision or timm as an `ImageModel`."
     chosen = _image_modality(cohort, modality)
-    net, *seen = LIBRARIES[library](name, pretrained)
-    return net, chosen, *seen
+    net, *images = LIBRARIES[library](name, pretrained)
+    return ImageModel(net, chosen, *images, f'{library}:{name}', lambda: LIBRARIES[library](name, False)[0])
+
+# %% ../nbs/54_sources.ipynb #78c0d366
+def _check_fits(model, cohort, source):
+    "Raise InputError unless the cohort has what the model reads, column by column."
+    infos = model.infos.items()
+    cohort.check_has({n: m.kind for n, m in infos}, f'the encoder in {source}', {n: m.columns for n, m in infos if m.kind != 'image'})

@@ -104,7 +104,7 @@ def model_step(wrap, start, stop, images, config):
     "Loss, metrics and gradients of one step of an MMSN on samples start to stop."
     from mmsn.options import Config
     from mmsn.config import build
-    from mmsn.data.loader import Batch
+    from mmsn.data.cohort import Batch
     from mmsn.data.cohort import ModalityInfo
     from mmsn.model import MMSN
     channel = dict(name='hr', kind='continuous', columns=[0, 1], mask=1, unit='', normal=0., low=-9., high=9., categories=None)

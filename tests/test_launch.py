@@ -172,7 +172,7 @@ def test_missing_tracker_is_one_line(monkeypatch, tmp_path):
 
 def test_accelerate_files():
     "Each loads with Accelerate's own class, goes into the wheel, and is no preset."
-    found = sorted((ROOT/'mmsn'/'presets'/'accelerate').glob('*'))
+    found = sorted((ROOT/'mmsn'/'accelerate_configs').glob('*'))
     assert [p.stem for p in found] == ['cpu2', 'fsdp2', 'gpu1', 'gpu2x8', 'gpu8']
     assert all(load_config_from_file(str(p)).num_processes for p in found)
     assert not {p.stem for p in found} & set(presets())
@@ -286,7 +286,7 @@ def test_slurm_job_that_fails_fails_the_command(words, monkeypatch, capsys):
 def test_processes_without_a_gpu_find_each_other(launcher, words, tmp_path):
     "torchrun says nothing of CPUs, and `accelerate launch` with a file starts one process: both are two processes of one run. A dry run is taken by both."
     start = dict(torchrun=['torch.distributed.run', '--nproc_per_node', 2, '--master_port', 29713, '-m', 'mmsn.train'],
-                 accelerate=['accelerate.commands.launch', '--config_file', ROOT/'mmsn'/'presets'/'accelerate'/'cpu2.yaml', '-m', 'mmsn.train'])[launcher]
+                 accelerate=['accelerate.commands.launch', '--config_file', ROOT/'mmsn'/'accelerate_configs'/'cpu2.yaml', '-m', 'mmsn.train'])[launcher]
     env = {k: v for k, v in os.environ.items() if not k.startswith(('ACCELERATE', 'MASTER'))} | dict(OMP_NUM_THREADS='1')
     done = run(*start, *words, *(['optim.epochs=1'] if launcher == 'torchrun' else ['--dry-run']), env=env)
     if launcher == 'torchrun':

@@ -14,7 +14,7 @@ import pandas as pd
 from .cohort import SPLITS
 from .images import store_images
 from .tables import _need, given_split, label_columns, numbers, read_text, split_of, subject_numbers
-from .writer import CohortWriter, publish
+from .writer import CohortWriter, close_with_summary
 from ..options import InputError
 
 # %% ../../nbs/25_data.folders.ipynb #da567f8c
@@ -75,7 +75,7 @@ def image_cohort(
         samples = pd.concat([samples, y.reset_index(drop=True)], axis=1)[stored.index >= 0].reset_index(drop=True)
         rows = [('images', 'rows', len(table)), *(('images', f'dropped: {r}', n) for r, n in stored.rejected.reason.value_counts().items())]
         rows += [('images', f'used, but {n}', k) for n, k in stored.noted.note.value_counts().items()]
-        return publish(writer, samples, rows + [('subjects', 'with an image', samples.subject_id.nunique())])
+        return close_with_summary(writer, samples, rows + [('subjects', 'with an image', samples.subject_id.nunique())])
 
 # %% ../../nbs/25_data.folders.ipynb #f6218e51
 def _check_images(table, where, images, size, id_column, subject_column=None):

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .tables import _need, given_split, header, label_columns, numbers, read_text, reader, split_of, subject_numbers
 from .timeseries import Channel, add_series
-from .writer import CohortWriter, publish
+from .writer import CohortWriter, close_with_summary
 from ..options import InputError
 
 # %% ../../nbs/24_data.long.ipynb #c556b072
@@ -188,4 +188,4 @@ def prepare_table(
         samples = _with_labels(stays, known, seed, table)
         samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
         rows = [('stays', 'in the table' if starts is None else 'in the table of starts', found), ('stays', 'with labels only', len(stays) - found), *rows]
-        return publish(writer, samples, rows, counts)
+        return close_with_summary(writer, samples, rows, counts)

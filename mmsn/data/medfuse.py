@@ -23,7 +23,7 @@ from .mimic.channels import NAMES, category_of, channel_set, score_of
 from .mimic.stays import DECOMPENSATION, MORTALITY, PHENOTYPES, REMAINING, _DAYS
 from .tables import label_columns, numbers, read_text
 from .timeseries import grid, layout, n_bins
-from .writer import CohortWriter, publish
+from .writer import CohortWriter, close_with_summary
 from ..options import InputError
 
 # %% ../../nbs/26_data.medfuse.ipynb #cc9038be
@@ -234,7 +234,7 @@ def prepare_medfuse(
         table[f'{modality}_start'], table[f'{modality}_length'] = offsets(rows)[number], np.where(seen[number] < length, length, 0)
         told = [('stays', 'listed', len(series)), ('stays', 'samples', len(samples)), ('events', 'cells of the series', int(counts.events.sum()))]
         told += [('unknown words', f'{c}: {w}', n) for (c, w), n in unknown.most_common(10)]
-        return publish(writer, table, told, counts)
+        return close_with_summary(writer, table, told, counts)
 
 # %% ../../nbs/26_data.medfuse.ipynb #526ce401
 _SCORES = [c.name for c in channel_set('benchmark') if c.categories]

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .tables import connect, header, numbers, read_text, run, split_of
 from .timeseries import Channel, add_series
-from .writer import CohortWriter, publish
+from .writer import CohortWriter, close_with_summary
 from ..options import InputError
 
 # %% ../../nbs/27_data.meds.ipynb #1dac3c1e
@@ -269,4 +269,4 @@ def prepare_meds(
             writer.add_tabular('demographics', known)
             samples['demographics_index'] = np.arange(len(samples))
         rows += [('subjects', 'without a split: divided by hash', unlisted)]*(unlisted > 0) + [('events', *e) for e in events]
-        return publish(writer, samples, rows, counts)
+        return close_with_summary(writer, samples, rows, counts)

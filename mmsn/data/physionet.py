@@ -17,7 +17,7 @@ import pyarrow.csv as pacsv
 
 from .tables import numbers, read_text, split_of
 from .timeseries import Channel, add_series
-from .writer import CohortWriter, publish
+from .writer import CohortWriter, close_with_summary
 from ..options import InputError
 
 # %% ../../nbs/23_data.physionet.ipynb #78237119
@@ -178,4 +178,4 @@ def prepare_physionet2012(
             samples[f'{name}_start'], samples[f'{name}_length'], n = add_series(writer, name, channels, e, np.full(len(records), 48.))
             counts.append(n)
         writer.add_tabular('demographics', facts)
-        return publish(writer, pd.concat([samples, outcomes_2012(source, records)], axis=1), [('stays', 'read', len(records)), *rows], pd.concat(counts))
+        return close_with_summary(writer, pd.concat([samples, outcomes_2012(source, records)], axis=1), [('stays', 'read', len(records)), *rows], pd.concat(counts))

@@ -1,6 +1,28 @@
-"Evaluation: what was learned, beside the baselines. The parts are in the notebooks 60 to 66."
-from .features import any_encoder, block_features, extract_features, feature_matrix, fingerprint, plain_features
-from .metrics import (Calibration, Predictions, Ranking, bootstrap, compare, difference_table, ensemble, interval, metric_table, open_predictions,
-                      paired_difference, reliability_curve, save_predictions, subgroup_columns, subgroups)
-from .probes import Task, draw_rows, finetune, fit_probe, fit_sgd, knn, linear_probe, low_shot, make_draws, probe_solver, summarise, supervised
-from .robustness import CORRUPTIONS, Corruption, missing, retrieval, robustness
+"""Evaluation: what an encoder has learned, beside its baselines. `mmsn.evaluate(run)` does all of it; the parts are the modules below."""
+from importlib import import_module
+
+from mmsn import callable_module
+
+_WHERE = {name: module for module, names in dict(
+    evaluation='evaluate', compare='evaluate_runs', features='block_features extract_features feature_matrix fingerprint plain_features',
+    metrics='Calibration Ranking bootstrap difference_table interval metric_table reliability_curve subgroup_columns subgroups',
+    predictions='Predictions compare ensemble open_predictions paired_difference save_predictions', task='Task draw_rows make_draws',
+    probes='fit_probe fit_sgd knn linear_probe low_shot probe_solver summarise', networks='finetune supervised',
+    robustness='CORRUPTIONS Corruption missing retrieval robustness').items() for name in names.split()}
+__all__ = list(_WHERE)
+
+
+def __getattr__(name):
+    if name not in _WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.{_WHERE[name]}'), name)
+
+
+def __dir__(): return sorted({*globals(), *__all__})
+
+
+def _evaluate(source, *args, **options):
+    from .evaluation import evaluate
+    return evaluate(source, *args, **options)
+
+
+callable_module(__name__, _evaluate)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['low_shot_figure', 'curve_points', 'roc_pr_figure', 'calibration_figure', 'subgroup_figure', 'comparison_figure',
-           'robustness_figure', 'training_figure', 'views_figure']
+           'robustness_figure', 'training_figure']
 
 # %% ../../nbs/80_evaluate.figures.ipynb #710e7efc
 import math
@@ -237,46 +237,4 @@ def training_figure(
         if title == 'gradient norm' and values.max() > 0: ax.set_yscale('log')
         _axes(ax, title=title, xlabel='step')
     _legend(fig, axes)
-    return fig
-
-# %% ../../nbs/80_evaluate.figures.ipynb #fa1d3d0a
-def _show_image(ax, x, keep, patch, title):
-    "One image view; patches that are not kept are greyed."
-    img = x[0].cpu().numpy()
-    low, high = np.percentile(img, (1, 99))
-    rgb = np.repeat(np.clip((img - low)/max(high - low, 1e-6), 0, 1)[..., None], 3, 2)
-    if keep is not None:
-        side = img.shape[0]//patch
-        hidden = np.ones(side*side, bool); hidden[keep.cpu().numpy()] = False
-        grey = np.kron(hidden.reshape(side, side), np.ones((patch, patch), bool))
-        rgb[grey] = rgb[grey]*.25 + np.array([.45, .5, .6])*.75
-    ax.imshow(rgb); ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=8)
-
-# %% ../../nbs/80_evaluate.figures.ipynb #90842bb6
-def _show_series(ax, x, length, title):
-    "One view of a stay: hours across, columns down, z-scores as colour."
-    ax.imshow(x[:length].T.cpu().numpy(), aspect='auto', cmap='RdBu_r', vmin=-2.5, vmax=2.5, interpolation='nearest')
-    ax.set(xticks=[], yticks=[]); ax.set_title(f'{title}, {length} h', fontsize=8)
-
-# %% ../../nbs/80_evaluate.figures.ipynb #dff283df
-@_drawn
-def views_figure(
-    views,                  # PatientViews of a batch (mmsn.views.patient)
-    modalities:dict,        # the config's modalities
-    sample:int=0,           # position in the batch
-):
-    "Target and anchor views of one patient, a row for each modality."
-    shown = [n for n, m in modalities.items() if m.kind != 'tabular']
-    fig, axes = plt.subplots(len(shown), views.n + 1, figsize=(1.9*(views.n + 1), 2*len(shown)), squeeze=False)
-    size = len(views.index)
-    for row, name in zip(axes, shown):
-        image = modalities[name].kind == 'image'
-        groups = [('target', views.targets[name])] + [('anchor', g) for g in views.anchors[name]]
-        ax = iter(row)
-        for what, group in groups:
-            for v in range(group.n):
-                i = v*size + sample                 # view-major
-                title = f'{name} {what}' if what == 'target' else f'{name} anchor'
-                if image: _show_image(next(ax), group.x[i], None if group.keep is None else group.keep[i], modalities[name].encoder.patch, title)
-                else: _show_series(next(ax), group.x[i], int(group.lengths[i]), title)
     return fig

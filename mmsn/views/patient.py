@@ -17,6 +17,7 @@ from ..options import InputError
 from .images import image_views, patch_keep, to_float
 from .random import fold_in, make_key
 from .timeseries import column_owners, continuous_columns, series_views
+from ..show import show_views
 
 # %% ../../nbs/43_views.patient.ipynb #f7d2eb6a
 @dataclass
@@ -25,6 +26,7 @@ class ImageView:
     x: torch.Tensor                # (n*B, 1, H, W) float32, normalised
     keep: Optional[torch.Tensor]   # (n*B, k) int64 kept patches; None: all
     n: int = 1                     # views a sample
+    patch: int = 0                 # side of a patch in pixels
     def args(self): "Arguments of the image encoder."; return self.x, self.keep
 
 # %% ../../nbs/43_views.patient.ipynb #b6106f62
@@ -53,6 +55,10 @@ class PatientViews:
     targets: dict         # name -> a view with n = 1
     anchors: dict         # name -> list of views, [random, focal]; a group of no views is left out
     n: int                # anchor views a sample, the same for all modalities
+
+    def show(self, sample:int=0):
+        "Target and anchor views of one patient of the batch, as a figure."
+        return show_views(self, sample)
 
 # %% ../../nbs/43_views.patient.ipynb #f863c1ac
 def _range(where, values, least, most):
@@ -83,11 +89,11 @@ class ImagePart(nn.Module):
         "Target and anchors of `x` (B, 1, H, W) uint8 with keys (1+R+F, B)."
         r, x, B, R = self.recipe, to_float(x), len(x), self.recipe.random
         large = self.normalise(image_views(x, key[:1+R], r.random_size, r.random_scale, r))
-        target, anchors = ImageView(large[:B], None), []
+        target, anchors = ImageView(large[:B], None, patch=self.patch), []
         if R:
             keep = patch_keep(fold_in(key[1:1+R], 'patches'), (r.random_size//self.patch)**2, r.patch_drop, r.shared_mask) if r.patch_drop else None
-            anchors.append(ImageView(large[B:], keep, R))
-        if r.focal: anchors.append(ImageView(self.normalise(image_views(x, key[1+R:], r.focal_size, r.focal_scale, r)), None, r.focal))
+            anchors.append(ImageView(large[B:], keep, R, self.patch))
+        if r.focal: anchors.append(ImageView(self.normalise(image_views(x, key[1+R:], r.focal_size, r.focal_scale, r)), None, r.focal, self.patch))
         return target, anchors
 
     def plain(self, x, lengths=None):
@@ -95,7 +101,7 @@ class ImagePart(nn.Module):
         size = 2*(self.recipe.random_size,)
         x = to_float(x)
         if x.shape[2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True, align_corners=False)
-        return ImageView(self.normalise(x), None)
+        return ImageView(self.normalise(x), None, patch=self.patch)
 
 # %% ../../nbs/43_views.patient.ipynb #30e0675c
 class SeriesPart(nn.Module):

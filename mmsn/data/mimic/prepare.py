@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'TABLES', 'CXR_TABLES', 'UNITS', 'MimicOptions', 'read_options', 'hours_read', 'label_names', 'check_fit',
-           'check_headers', 'Job', 'save_tables', 'load_tables', 'choose_stays', 'keep_paired', 'choose_images',
+           'check_headers', 'Preparation', 'save_tables', 'load_tables', 'choose_stays', 'keep_paired', 'choose_images',
            'read_events', 'decode_images', 'stay_samples', 'hour_samples', 'unit_facts', 'add_demographics',
-           'stay_labels', 'image_labels', 'make_rows', 'stay_cohort', 'image_cohort', 'complete', 'provenance',
+           'stay_labels', 'image_labels', 'make_rows', 'stay_cohort', 'xray_cohort', 'complete', 'provenance',
            'prepare_mimic']
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #aedf48e6
@@ -25,7 +25,7 @@ from .channels import channel_set
 from .events import fates, first_event, scan_events, unread, write_series
 from .stays import HOURLY, MORTALITY, PHENOTYPES, divide, hourly_labels, load_stays, mimic_layout, phenotypes, read_split, select_stays, split_counts, stay_rules
 from .xrays import CHEXPERT, RADIOLOGIST, all_images, findings, image_paths, load_images, load_reports, official_split, pair_images, view_facts
-from ..tables import Stages, connect, find_table, fingerprint, open_table, run
+from ..tables import Stages, connect, find_table, file_stamp, open_table, run
 from ..timeseries import layout
 from ..writer import CohortWriter
 from ...options import InputError
@@ -150,7 +150,7 @@ def check_headers(o:MimicOptions, mimic_iv, mimic_cxr):
     if mimic_cxr and o.samples != 'ehr': image_paths(mimic_cxr, pd.DataFrame(columns=['subject_id', 'study_id', 'dicom_id']))   # files/ or resized/
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #dbffb126
-class Job:
+class Preparation:
     "One preparation: options `o`, folders, connection `con`, stages, and `rows` (part, what, count) of the summary."
     def __init__(self, o:MimicOptions, mimic_iv, mimic_cxr, out, say=None):
         self.o, self.iv, self.cxr, self.out, self.hours, self.rows = o, mimic_iv, mimic_cxr if o.samples != 'ehr' else None, Path(out), hours_read(o), []
@@ -159,12 +159,12 @@ class Job:
 
     def __enter__(self): return self.begin()
     def __exit__(self, kind, *error): self.end(kind)
-    def prints(self, *names): "Fingerprints of tables of MIMIC-IV."; return [fingerprint(find_table(self.iv, n)) for n in names]
+    def prints(self, *names): "Fingerprints of tables of MIMIC-IV."; return [file_stamp(find_table(self.iv, n)) for n in names]
     def count(self, part, rows): "Note rows (what, count) for the summary."; self.rows += [(part, what, int(n)) for what, n in rows]
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #18804e70
 @patch
-def begin(self:Job):
+def begin(self:Preparation):
     "Open the connection and the stages; what a killed run has left half-written goes."
     self.con = connect(self.work/'spill', self.o.memory, self.o.threads)     # first, as it refuses what is no amount of memory
     self.stages = Stages(self.work)
@@ -173,7 +173,7 @@ def begin(self:Job):
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #db214c3e
 @patch
-def end(self:Job, kind):
+def end(self:Preparation, kind):
     "Close all; the stages stay only after an error, or if they are asked for."
     self.con.close()
     shutil.rmtree(self.work/'spill', ignore_errors=True)
@@ -183,7 +183,7 @@ def end(self:Job, kind):
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #e04ed4d2
 @patch
-def stage(self:Job, name, key, build)->Path:
+def stage(self:Preparation, name, key, build)->Path:
     "The folder of the finished stage `name`, from an earlier run if nothing that it depends on has changed."
     folder = self.stages.make(name, key, build)
     self.say(f'{name}: kept from an earlier run' if name in self.stages.reused else f'{name}: done')
@@ -201,7 +201,7 @@ def load_tables(con, folder):
     for p in sorted(Path(folder).glob('*.parquet')): con.execute(f"create or replace table {p.stem} as from read_parquet('{p}')")
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #9fae51d8
-def choose_stays(job:Job)->list:
+def choose_stays(job:Preparation)->list:
     "Stage 1: make `stays` and `chosen`; returns rows (what, count)."
     o = job.o
     rules = stay_rules(o.tasks, job.hours, o.rules, o.min_age, o.transfers, o.several_stays)
@@ -226,7 +226,7 @@ def keep_paired(con, images, stays)->tuple:
     return images.assign(stay=np.searchsorted(kept, images.stay)), stays[:-1] + counts
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #4f278043
-def choose_images(job:Job, stays)->tuple:
+def choose_images(job:Preparation, stays)->tuple:
     "The X-rays of the chosen stays by metadata alone, or None; and the rows of stays that are left."
     if job.cxr is None: return None, stays
     o = job.o
@@ -236,7 +236,7 @@ def choose_images(job:Job, stays)->tuple:
     return keep_paired(job.con, images, stays) if o.samples == 'paired' else (images, stays)
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #97884583
-def read_events(job:Job)->Path:
+def read_events(job:Preparation)->Path:
     "Stage 2: every row of the channels that belongs to a chosen stay, as parquet; returns its folder."
     ids = job.con.execute('select stay_id from chosen order by stay').fetchnumpy()['stay_id']
     key = dict(files=job.prints('icustays', 'admissions', 'patients', 'chartevents', 'labevents'), rules=job.o.rules, hours=job.hours,
@@ -244,7 +244,7 @@ def read_events(job:Job)->Path:
     return job.stage('events', key, lambda folder: scan_events(job.con, job.iv, folder, job.o.rules))
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #56bd84a5
-def decode_images(job:Job, writer, images)->pd.DataFrame:
+def decode_images(job:Preparation, writer, images)->pd.DataFrame:
     "Store `images` in the modality cxr; returns those that could be read, with their `cxr_index`."
     o = job.o
     images = images.reset_index(drop=True)
@@ -316,7 +316,7 @@ def add_demographics(writer, rows:pd.DataFrame, images=None)->pd.DataFrame:
     return rows.merge(index, 'left', on=by)
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #695d974d
-def stay_labels(job:Job)->tuple:
+def stay_labels(job:Preparation)->tuple:
     "(stays, K) labels of mortality and phenotyping for the chosen stays, and the group of each."
     parts, groups = [], {}
     if 'mortality' in job.o.tasks:
@@ -330,7 +330,7 @@ def stay_labels(job:Job)->tuple:
     return (pd.concat(parts, axis=1) if parts else pd.DataFrame()), groups
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #283fbed0
-def image_labels(job:Job, rows, groups)->tuple:
+def image_labels(job:Preparation, rows, groups)->tuple:
     "(samples, 14) labels of each sample's X-ray, NaN where there is none, and the group of each."
     o = job.o
     studies = rows.study_id.fillna(-1).astype('int64') if 'study_id' in rows else pd.Series(-1, index=rows.index)
@@ -339,7 +339,7 @@ def image_labels(job:Job, rows, groups)->tuple:
     return y.astype('float32'), {c: 'finding' for c in y}
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #ed8ef96f
-def make_rows(job:Job, images, events)->tuple:
+def make_rows(job:Preparation, images, events)->tuple:
     "The samples as a table (stay or hour), the labels of every sample, and the group of each label."
     chosen = job.con.execute('select stay, stay_id, subject_id, hadm_id, first_careunit, race, age, male, intime, read from chosen order by stay').df()
     if job.hourly:
@@ -362,7 +362,7 @@ def make_rows(job:Job, images, events)->tuple:
     return rows, y, groups
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #374acea8
-def stay_cohort(job:Job, writer, images, events)->tuple:
+def stay_cohort(job:Preparation, writer, images, events)->tuple:
     "Add the modalities of stays to `writer`; returns samples, labels and their groups."
     if images is not None: images = decode_images(job, writer, images)
     array = writer.add_timeseries('ehr', *layout(channel_set(job.o.channels)))
@@ -378,7 +378,7 @@ def stay_cohort(job:Job, writer, images, events)->tuple:
     return rows, y, groups
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #19d8893d
-def image_cohort(job:Job, writer)->tuple:
+def xray_cohort(job:Preparation, writer)->tuple:
     "Add the modalities of X-rays alone to `writer`; returns samples, labels and their groups."
     job.count('images', load_images(job.con, job.cxr))
     images, counts = all_images(job.con, job.o.views)
@@ -398,7 +398,7 @@ def image_cohort(job:Job, writer)->tuple:
 _INNER = ('stay', 'age', 'male', 'intime', 'read', 'view', 'position')   # columns that a cohort has elsewhere, or does not need
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #0493a180
-def complete(job:Job, writer, rows, y, groups)->pd.DataFrame:
+def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     "Split, reports and labels; closes the cohort; returns the summary (part, what, count)."
     o = job.o
     official = official_split(job.con, job.cxr) if o.split == 'cxr' else None
@@ -440,7 +440,7 @@ def prepare_mimic(
     check_fit(o, mimic_iv, mimic_cxr)
     check_headers(o, mimic_iv, mimic_cxr)
     CohortWriter(out, o.name).abort()                  # refuses a folder that is taken, before any work
-    with Job(o, mimic_iv, mimic_cxr, out, say) as job:
+    with Preparation(o, mimic_iv, mimic_cxr, out, say) as job:
         if o.samples != 'cxr':
             job.rows.append(('source', f'MIMIC-IV in the layout of {mimic_layout(mimic_iv)}', 1))
             images, stays = choose_images(job, choose_stays(job))
@@ -448,5 +448,5 @@ def prepare_mimic(
             events = read_events(job)
         with CohortWriter(out, o.name, provenance=provenance(o, mimic_iv)) as writer:
             (job.work/'writing').write_text(Path(writer.tmp.name).name)
-            parts = image_cohort(job, writer) if o.samples == 'cxr' else stay_cohort(job, writer, images, events)
+            parts = xray_cohort(job, writer) if o.samples == 'cxr' else stay_cohort(job, writer, images, events)
             return complete(job, writer, *parts)
