@@ -6,15 +6,17 @@ STAMP  := $(VENV)/.installed
 OUT    ?= mmsn-demo
 
 # Two cores, two processes: one thread each. Two threads on shared cores were three times slower.
+# Lessons on open data run where MMSN_DATA names the folder that holds them, and are skipped elsewhere.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help demo test notebooks unit readme clean lab
+.PHONY: help demo test notebooks unit readme site clean lab
 
 help:
 	@echo 'make demo    synthetic patients -> pre-training -> evaluation -> report, in $(OUT)/'
 	@echo 'make test    every notebook and every test'
 	@echo 'make lab     JupyterLab on the notebooks'
 	@echo 'make readme  README.md from nbs/index.ipynb'
+	@echo 'make site    the pages in _docs (needs quarto; GALLERY=FOLDER adds the reports that benchmarks/gallery.py made there)'
 
 $(STAMP): settings.ini setup.py pyproject.toml
 	@echo '== installing mmsn into $(VENV) (the first time takes a few minutes)'
@@ -39,6 +41,11 @@ unit: $(STAMP)
 # Without quarto: nbconvert makes it, and a test holds the two equal.
 readme: $(STAMP)
 	$(BIN)/python tests/readme.py
+
+# The gallery's reports are made by a script, not kept in the repository: with GALLERY the site gets them.
+site: $(STAMP)
+	test -z '$(GALLERY)' || $(BIN)/python benchmarks/gallery.py '$(GALLERY)' $(if $(OPEN),--open '$(OPEN)')
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/nbdev-docs
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab nbs

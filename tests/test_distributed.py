@@ -219,14 +219,24 @@ def without_keys(found):
     return {k: third(v) if k.endswith('qkv.bias') else v for k, v in found.items()}
 
 
+def summed_rows(batch):
+    "Rows that the gradient of an image encoder's weight sums over: samples, views of each, tokens of a view."
+    from mmsn.config import load_config
+    image = load_config('demo', TRAINER).modalities['cxr']
+    tokens = lambda size: (size//image.encoder.patch)**2
+    return batch*(image.views.random*tokens(image.views.random_size) + image.views.focal*tokens(image.views.focal_size))
+
+
 @pytest.mark.parametrize('split', SPLITS)
 def test_ten_steps_do_not_depend_on_processes(ten_steps, split):
     "Loss, gradients of every parameter, weights and target after ten steps, and gathered features; differences over the largest entry of each tensor."
     whole, seen = (without_keys(ten_steps[k]) for k in ('whole 16' if 'uneven' in split else 'whole 24', split))
     assert whole.keys() == seen.keys() and 'gradient prototypes' in whole
     assert whole['ids'].equal(seen['ids']), 'nobody is lost or counted twice in evaluation'
+    # a gradient is a sum over rows, which several processes add in another order: n float32 additions wander by eps*sqrt(n) of the largest term, in each of the two sums
+    rounding = 2*torch.finfo(torch.float32).eps*summed_rows(16 if 'uneven' in split else 24)**.5
     # an entry that was born 0 is nothing but ten of AdamW's steps, each a ratio of small numbers: single tensors are looser than the whole
-    for kind, most in {'loss of step 1': 2e-6, 'gradient': 2e-6, 'loss of step 10': 5e-6, 'features': 5e-6, 'target': 1e-4, 'after': 1e-4}.items():
+    for kind, most in {'loss of step 1': rounding, 'gradient': rounding, 'loss of step 10': 5e-6, 'features': 5e-6, 'target': 1e-4, 'after': 1e-4}.items():
         found = {k: difference(v, seen[k]) for k, v in whole.items() if k == kind or k.startswith(f'{kind} ') and kind in ('gradient', 'target', 'after')}
         if kind == 'features': assert whole[kind].isfinite().all()
         worst = max(found, key=found.get)

@@ -13,9 +13,10 @@ from mmsn.data.synthetic import synthesise
 from mmsn.data.synthetic_mimic import write_mimic
 from mmsn.data.tables import find_table
 from mmsn.prepare import main
+from mmsn.testing import open_data
 
-DEMO = Path(os.environ.get('MMSN_DATA', ROOT.parent/'shared'/'data'))/'mimic-iv-demo'
-needs_demo = pytest.mark.skipif(not (DEMO/'icu').is_dir(), reason='no MIMIC-IV demo: set MMSN_DATA to the folder that holds mimic-iv-demo')
+DEMO = open_data('mimic-iv-demo')
+needs_demo = pytest.mark.skipif(DEMO is None, reason='no MIMIC-IV demo: set MMSN_DATA to the folder that holds mimic-iv-demo')
 BOTH = ('clean', 'benchmark')
 
 

@@ -1,23 +1,13 @@
 "The contract of a notebook, and the agreement of what is generated with what it is generated from."
-import json, re, subprocess, sys
-from pathlib import Path
+import re, subprocess, sys
 
 import pytest
 
-from readme import ROOT, readme
+from notebook_metrics import EXPORT, ROOT, books, cells, measure, module, only_imports, over, table
+from readme import readme
 
 BOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-
-
-def cells(path): return [(c['cell_type'], ''.join(c['source']), c) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
-
-
-def module(path): return next((m[1] for t, s, _ in cells(path) if t == 'code' and (m := re.search(r'^#\|\s*default_exp\s+(\S+)', s, re.M))), None)
-
-
-MODULES = {p: m for p in BOOKS if (m := module(p))}
-EXPORT = re.compile(r'^#\|\s*exports?\b', re.M)
-PROOF = re.compile(r'\bassert\b|\btest_\w+\(|expect_fail|raises\(')
+MODULES = {p: module(p) for p in books()}
 
 
 def of(book): return book.relative_to(ROOT/'nbs').as_posix()
@@ -25,48 +15,60 @@ def of(book): return book.relative_to(ROOT/'nbs').as_posix()
 
 @pytest.mark.parametrize('book', BOOKS, ids=of)
 def test_has_title_and_purpose(book):
-    "Title, one line of what it is, a paragraph of what it is for."
-    kind, first, _ = cells(book)[0]
-    assert kind == 'markdown' and re.match(r'# \S', first), 'the first cell should be Markdown with a title'
-    assert re.search(r'^> \S', first, re.M), 'the first cell should say in one quoted line what the notebook is'
-    assert len(first.split()) >= 25, 'the first cell should say what the notebook is for'
+    "The first cell is the title and one line of what it is, and nothing else: the site takes the whole cell away. The second says what it is for."
+    (kind, title, _), (second_kind, purpose, _), *_ = cells(book)
+    assert kind == second_kind == 'markdown', 'the first two cells should be Markdown'
+    assert re.fullmatch(r'# \S[^\n]*\n+(> \S[^\n]*\n?)+', title), 'the first cell should hold a title and one quoted line, nothing else'
+    assert len(purpose.split()) >= 25, 'the second cell should say what the notebook is for'
 
 
 @pytest.mark.parametrize('book', MODULES, ids=of)
 def test_contract(book):
-    "Small export cells, each near its proof and its prose; committed outputs; the last cell exports."
-    all_cells = cells(book)
-    code = [(s, c) for t, s, c in all_cells if t == 'code']
-    exports = [s for s, _ in code if EXPORT.search(s)]
-    longest = max(len(s.splitlines()) for s in exports)
-    lines = sum(len(s.splitlines()) for s in exports)
-    words = sum(len(s.split()) for t, s, _ in all_cells if t == 'markdown')
-    proofs = sum(bool(PROOF.search(s)) for s, _ in code if not EXPORT.search(s))
-    assert len(all_cells) <= 120, f'{len(all_cells)} cells'
-    assert longest <= 40, f'an export cell of {longest} lines'
-    assert proofs >= max(1, len(exports)//3), f'{len(exports)} export cells, {proofs} that assert'
-    assert words >= lines/2, f'{words} words of prose for {lines} exported lines'
-    assert any(c.get('outputs') for _, c in code), 'no committed output'
+    "What every notebook keeps by itself; the numbers over all of them are in test_the_table."
+    code = [(s, c) for t, s, c in cells(book) if t == 'code']
+    n = measure(book)
+    assert n['cells'] <= 120, f'{n["cells"]} cells'
+    assert n['longest'] <= 40, f'an export cell of {n["longest"]} lines'
+    assert n['widest'] <= 140, f'an exported line of {n["widest"]} characters'
+    assert n['lesson_lines'] <= 6*n['lessons'], 'lesson cells of more than six lines on average'
+    assert n['asserting'] >= max(1, n['public']//2), f'{n["public"]} public symbols, {n["asserting"]} lesson cells that assert'
+    assert n['headings'] == n['headings_alone'], 'a heading that shares its cell'
+    assert n['use_runs'], 'the opening use shows nothing'
+    assert not n['timed'], 'a timed assertion'
     assert 'nbdev_export()' in code[-1][0], 'the last cell should export'
     assert not any(o.get('output_type') == 'error' for _, c in code for o in c.get('outputs', [])), 'a committed traceback'
 
 
+def test_the_table():
+    "The table of the redesign, over all notebooks: `python tests/notebook_metrics.py` prints it."
+    assert not over(table([measure(b) for b in MODULES]))
+
+
 @pytest.mark.parametrize('book', MODULES, ids=of)
-def test_imports_point_backwards(book):
-    "A notebook imports only from notebooks of lower number."
+def test_imports(book):
+    "A notebook exports imports only from notebooks of lower number, and keeps imports in cells of their own (the site runs every cell that has one)."
     rank = {m: of(p) for p, m in MODULES.items()}
     for t, s, _ in cells(book):
-        if t == 'code' and EXPORT.search(s):
+        if t != 'code': continue
+        if re.search(r'^(import|from \S+ import) ', s, re.M) and not re.search(r'^#\|\s*(hide|exec_doc)', s, re.M):
+            assert only_imports(s) or 'nbdev' in s, f'imports and other code in one cell:\n{s}'
+        if EXPORT.search(s):
             for used in re.findall(r'^\s*from (mmsn[\w.]*) import', s, re.M):
-                later = rank.get(used.removeprefix('mmsn.'), '')
-                assert later <= of(book), f'{of(book)} imports {used} of {later}'
+                name = used.removeprefix('mmsn.')
+                assert rank.get(name, '') <= of(book) or name in ('show',), f'{of(book)} imports {used} of {rank.get(name)}'
 
 
 @pytest.mark.parametrize('book', BOOKS, ids=of)
 def test_outputs_show_no_machine(book):
-    "No path of anybody's machine in what is committed."
-    text = book.read_text(encoding='utf-8')
-    assert not re.search(r'/(work|home|root|Users)/\w', text), 'an absolute path of a machine'
+    "No path of anybody's machine, and none that is gone tomorrow, in what is committed."
+    assert not re.search(r'/(work|home|root|Users|tmp)/\w', book.read_text(encoding='utf-8')), 'an absolute path of a machine'
+
+
+@pytest.mark.parametrize('book', BOOKS, ids=of)
+def test_names_no_numbers(book):
+    "Notebooks are renumbered now and then: prose names modules."
+    for t, s, _ in cells(book):
+        if t == 'markdown' and book.stem != 'index': assert not re.search(r'\b\d\d[a-f]?_[a-z]\w+(\.\w+)*\b(?!\.csv)', s), f'a notebook by its number:\n{s[:200]}'
 
 
 def test_readme_equals_index():
@@ -76,7 +78,14 @@ def test_readme_equals_index():
 def test_readme_names_every_module():
     "The map in the README is true: every exported module is in it, and nothing else."
     named = set(re.findall(r'`mmsn\.([\w.]+)`', readme().split('## The map')[1].split('\n## ')[0]))
-    assert named == set(MODULES.values()) - {m for m in MODULES.values() if m.endswith('__init__')}
+    assert named == set(MODULES.values())
+
+
+def test_results_say_where_they_come_from():
+    "nbs/results/README.md names every table and the script that makes it, and these scripts exist."
+    text = (ROOT/'nbs'/'results'/'README.md').read_text(encoding='utf-8')
+    assert set(re.findall(r'`([\w]+\.csv)`', text)) == {p.name for p in (ROOT/'nbs'/'results').glob('*.csv')}
+    for script in re.findall(r'`(benchmarks/\w+\.py)', text): assert (ROOT/script).is_file(), script
 
 
 def test_version():
@@ -93,8 +102,28 @@ def test_dynamic_fields_are_those_that_setup_sets():
     assert dynamic == {field[k] for k in re.findall(r'^    (\w+)=', setup, re.M) if k in field} | {'scripts'}
 
 
-@pytest.mark.parametrize('name', ['prepare', 'train', 'evaluate', 'demo'])
+@pytest.mark.parametrize('name', ['prepare', 'train', 'evaluate', 'convert', 'demo'])
 def test_help(name):
-    "Every command explains itself."
-    out = subprocess.run([sys.executable, '-m', f'mmsn.{name}', '--help'], capture_output=True, text=True)
-    assert out.returncode == 0 and 'usage' in out.stdout.lower()
+    "Every command explains itself, without loading torch first."
+    code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('mmsn.{name}', run_name='__main__')\nfinally: print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'usage' in out.stdout.lower() and out.stdout.rstrip().endswith('False'), out.stdout + out.stderr
+
+
+def test_front_door():
+    "The names at the top are there, lazily, with a docstring; importing mmsn loads no torch; modules that are functions too can be imported in any order."
+    code = '''if True:
+        import sys, mmsn
+        assert 'torch' not in sys.modules
+        names = ['Cohort', 'MMSN', 'load_config', 'prepare', 'train', 'evaluate', 'open_encoder']
+        assert set(names) <= set(dir(mmsn))
+        from mmsn import Cohort, MMSN, load_config, prepare, train, evaluate, open_encoder
+        assert all(getattr(mmsn, n).__doc__.strip() for n in names)
+        import mmsn.train as module
+        from mmsn.train import main
+        from mmsn import train as again
+        from mmsn.evaluate import evaluate as function, linear_probe, low_shot, knn, finetune, robustness, extract_features
+        assert again is module and callable(train) and callable(evaluate) and callable(function) and callable(prepare.synthetic)
+        print('fine')'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.stdout == 'fine\n', out.stderr
