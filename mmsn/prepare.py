@@ -87,7 +87,7 @@ def finish(
         if path.is_file() and len(path.read_text(encoding='utf-8').splitlines()) > 1: print(f'{path}: {what}')
     say(f'cohort written to {out}: name it with data.cohort={out} in mmsn-train')
 
-# %% ../nbs/28_prepare.ipynb #521fe12f
+# %% ../nbs/28_prepare.ipynb #79204741
 def _make(out, overwrite, say, lines, read)->Cohort:
     "The cohort that `read`, which returns a summary, writes at `out`; `lines` are said first."
     with replacing(out, overwrite):
@@ -114,7 +114,7 @@ def synthetic(
     return _make(out, overwrite, say, [f'drawing {patients:,} invented patients (seed {seed})'],
                  lambda: _by_files(synthesise(*draw), Path(out), out, image_size, seed, keep_files, say or len))
 
-# %% ../nbs/28_prepare.ipynb #ad5708cf
+# %% ../nbs/28_prepare.ipynb #4b843d00
 def _by_files(patients, out, shown, image_size, seed, keep_files, say):
     "Write patients as MIMIC files, read these; returns the summary."
     files = out.with_name(f'{out.name}-files')
@@ -169,7 +169,7 @@ def nih(
     return _make(out, overwrite, say, [f'reading {source}, images to {size} x {size} pixels, into {out}'],
                  lambda: prepare_nih(source, out, size, seed, workers))
 
-# %% ../nbs/28_prepare.ipynb #d10ad8a7
+# %% ../nbs/28_prepare.ipynb #8760f3e1
 def iu(
     source,                # folder with the tables and images/
     out,                   # folder of the cohort; new, or empty
@@ -296,7 +296,7 @@ def _option(p, name, kind, default, text):
     if shown not in (None, '') and 'default' not in text: text += f' (default {str(shown).removesuffix(".0")})'
     p.add_argument(flag, dest=name, type=parse, default=default, choices=choices, help=text.replace('%', '%%'))
 
-# %% ../nbs/28_prepare.ipynb #888ed444
+# %% ../nbs/28_prepare.ipynb #eac329b1
 def _add_source(sub, source, text):
     "A sub-command whose words are the arguments of the function `source`."
     p = sub.add_parser(source.__name__, help=text, description=source.__doc__)
@@ -343,7 +343,7 @@ _WORK_HELP = dict(
     work='folder for finished stages and what does not fit into memory (default a hidden one beside OUT)',
     keep_work='do not remove the stages at the end')
 
-# %% ../nbs/28_prepare.ipynb #de26c1c7
+# %% ../nbs/28_prepare.ipynb #3590e12b
 def _add_mimic(sub, text):
     "The sub-command of MIMIC: the options of `MimicOptions`, with words for what can be chosen."
     help = _STAY_HELP | _XRAY_HELP | _WORK_HELP

@@ -1,4 +1,4 @@
-"""Kill a run again and again with SIGKILL, go on each time with another number of workers, and compare its end, bit for bit, with the run never killed.
+"""Kill a run again and again with SIGKILL, resume each time with another number of workers, and compare its end, bit for bit, with the run never killed.
 
     python tests/kill_and_resume.py --kills 25 [--processes 2] [--seed 0]
 
@@ -124,7 +124,7 @@ def main(argv=None):
                 time.sleep(rng.uniform(0, .01))
                 return True
             try: killed = wait(start(tmp/'cohort', folder, workers, args.processes, rng.randint(1, 120) if kind == 'operation' else None), late, writing)
-            except RuntimeError: raise SystemExit(f'after kill {kills} the run did not go on:\n{Path(f"{folder}.log").read_text()[-3000:]}')
+            except RuntimeError: raise SystemExit(f'after kill {kills} the run did not resume:\n{Path(f"{folder}.log").read_text()[-3000:]}')
             if not killed: break
             kills, here = kills + 1, here + 1
             left = sorted(p.relative_to(folder).as_posix() for p in folder.rglob('.*')) if folder.exists() else []

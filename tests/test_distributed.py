@@ -1,4 +1,4 @@
-"Processes that share a batch are one process with all of it: loss, gradients, ten steps of training, evaluation; and the run goes on when their number changes."
+"Processes that share a batch are one process with all of it: loss, gradients, ten steps of training, evaluation; and the run resumes when their number changes."
 import json, os, signal, socket, time
 
 import pandas as pd, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
@@ -174,7 +174,7 @@ def train_worker(rank, world, port, folder, config, steps):
     from mmsn.loop import Trainer, gather_rows, train_step
     uneven = folder.endswith('uneven')
     trainer = Trainer(load_config('demo', [*config, f'train.run={folder}/none']))
-    if uneven: trainer.batch = 16           # as a run that began on one process and goes on on three
+    if uneven: trainer.batch = 16           # as a run that was started on one process and resumes on three
     inner, batches, seen = trainer.accelerator.unwrap_model(trainer.model), trainer.batches(), {}
     trainer.steps_per_epoch = len(trainer.rows)//trainer.batch
     for step in range(steps):

@@ -1,4 +1,4 @@
-"What stands around a run: options that change cost and not results, trackers, files for launchers, and a job that is pre-empted and goes on."
+"What stands around a run: options that change cost and not results, trackers, files for launchers, and a job that is pre-empted and resumes."
 import importlib.util, json, math, os, re, shutil, signal, subprocess, sys, time
 from fnmatch import fnmatch
 from pathlib import Path
@@ -202,7 +202,7 @@ def job_of(cohort, tmp_path, monkeypatch):
 
 
 def test_preempted_job_goes_on_exactly(job_of, cohort, tmp_path):
-    "Submitit's signal in the middle: the run saves, is queued again, goes on, and ends where a run that nobody disturbed does."
+    "Submitit's signal in the middle: the run saves, is queued again, resumes, and ends where a run that nobody disturbed does."
     job, folder = job_of('optim.epochs=30')
     metrics = folder/'metrics.jsonl'
     wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5)
@@ -210,7 +210,7 @@ def test_preempted_job_goes_on_exactly(job_of, cohort, tmp_path):
     job.wait()
     log = job.paths.stdout.read_text() + job.paths.stderr.read_text()
     assert job.state == 'FINISHED' and job.exception() is None, log
-    assert 'stopped at step' in log and 'going on from step' in log and 'Requeued job' in log, log
+    assert 'stopped at step' in log and 'resuming from step' in log and 'Requeued job' in log, log
     run('mmsn.train', 'demo', f'data.cohort={cohort}', 'train.run=whole', *SMALL, 'optim.epochs=30', cwd=tmp_path)
     for name in ('model.safetensors', 'optimizer.safetensors'):
         a, b = load_file(last(folder)/name), load_file(last(tmp_path/'whole')/name)

@@ -49,7 +49,7 @@ def test_run_folder(whole):
     assert list(rows.step) == list(range(1, len(rows) + 1)) and rows.notna().all().all()
 
 
-def test_terminated_run_goes_on_exactly(cohort, whole, tmp_path):
+def test_terminated_run_resumes_exactly(cohort, whole, tmp_path):
     "SIGTERM in the middle: exit code 0, and the same command ends where the uninterrupted run did."
     folder = tmp_path/'killed'
     command = [sys.executable, '-m', 'mmsn.train', 'demo', f'data.cohort={cohort}', f'train.run={folder}', *SMALL, 'optim.epochs=6']
@@ -66,7 +66,7 @@ def test_terminated_run_goes_on_exactly(cohort, whole, tmp_path):
 
 
 def test_killed_without_warning(cohort, whole, tmp_path):
-    "SIGKILL between checkpoints: the run goes on from the last one and ends the same."
+    "SIGKILL between checkpoints: the run resumes from the last one and ends the same."
     folder = tmp_path/'killed'
     command = [sys.executable, '-m', 'mmsn.train', 'demo', f'data.cohort={cohort}', f'train.run={folder}', *SMALL, 'optim.epochs=6', 'train.checkpoint_every=2']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -168,7 +168,7 @@ def test_golden_curve(tmp_path):
     np.testing.assert_allclose(np.array([x.split() for x in lines[1:]], float), np.array([x.split() for x in wanted[1:]], float), rtol=1e-4, atol=1e-6)
 
 
-# Faults. What happens to a checkpoint, and what is said; the one before it must be what a run goes on from
+# Faults. What happens to a checkpoint, and what is said; the one before it must be what a run resumes from
 
 def two(folder, n=2000):
     "Checkpoints of steps 1 and 2 of a few kilobytes, as bytes by file name of the second."
@@ -232,7 +232,7 @@ def test_a_pickle_does_not_run_even_if_the_manifest_vouches_for_it(cohort, whole
     assert not (tmp_path/'touched').exists()
     main(words(cohort, folder, 'optim.epochs=6'))
     seen = capsys.readouterr()
-    assert 'passing over' in seen.out + seen.err and 'going on from step 2' in seen.out
+    assert 'passing over' in seen.out + seen.err and 'resuming from step 2' in seen.out
     assert not (tmp_path/'touched').exists()
 
 

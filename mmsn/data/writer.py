@@ -3,7 +3,6 @@
 Every preparation ends here. It streams its stays and images, block by block, into a `CohortWriter`, and closes it with the table of samples; what comes out is the folder that `mmsn.data.cohort` reads. The writer adds what no preparation should have to think of: the scale of every column, fitted on the training split only; a hash of every file; and the guarantee that a cohort exists whole or not at all.
 
 ```python
-from mmsn.data.writer import CohortWriter
 folder, images = Path(tempfile.mkdtemp()), np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
 samples = pd.DataFrame(dict(sample_id=range(4), subject_id=range(4), split=['train', 'train', 'val', 'test'],
                             cxr_index=range(4), mass=[1, 0, 1, np.nan]))
