@@ -24,20 +24,25 @@ from ...options import InputError
 _KEYS = 'subject_id bigint, hadm_id bigint'
 _EVENT = 'charttime timestamp, itemid bigint, value varchar, valuenum double, valueuom varchar'
 _NEEDS = dict(patients='subject_id bigint, gender varchar, anchor_age integer, anchor_year integer, dod timestamp',
-              admissions=f'{_KEYS}, admittime timestamp, dischtime timestamp, deathtime timestamp, race|ethnicity varchar, '
+              admissions=f'{_KEYS}, admittime timestamp, dischtime timestamp, deathtime timestamp, race|ethnicity '
+                         f'varchar, '
                          'hospital_expire_flag integer',
-              icustays=f'{_KEYS}, stay_id bigint, first_careunit varchar, last_careunit varchar, intime timestamp, outtime timestamp',
+              icustays=f'{_KEYS}, stay_id bigint, first_careunit varchar, last_careunit varchar, intime timestamp, '
+                       f'outtime timestamp',
               d_items='itemid bigint, label varchar', d_labitems='itemid bigint, label varchar',
               diagnoses_icd='hadm_id bigint, icd_code varchar, icd_version integer',
               chartevents=f'{_KEYS}, stay_id bigint, {_EVENT}', labevents=f'{_KEYS}, specimen_id bigint, {_EVENT}')
 _LABELS = 'study_id bigint, ' + ', '.join(f'{_SAME.get(c, c)} double' for c in CHEXPERT)
-_NEEDS_CXR = dict(metadata='dicom_id varchar, subject_id bigint, study_id bigint, ViewPosition varchar, StudyDate double, StudyTime double',
-                  split='dicom_id varchar, subject_id bigint, study_id bigint, split varchar', chexpert=_LABELS, negbio=_LABELS)
+_NEEDS_CXR = dict(metadata='dicom_id varchar, subject_id bigint, study_id bigint, ViewPosition varchar, StudyDate '
+                           'double, StudyTime double',
+                  split='dicom_id varchar, subject_id bigint, study_id bigint, split varchar', chexpert=_LABELS,
+                  negbio=_LABELS)
 _LONG = ('diagnoses_icd', 'chartevents', 'labevents')
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #9cd5626d
 def _columns(path, columns):
-    "For each 'name|older type': name, type, and its name in the file `path` or None; and the rows (what, verdict) of those that are missing."
+    """For each 'name|older type': name, type, and its name in the file `path` or None; and the rows (what, verdict)
+    of those that are missing."""
     names, found, rows = header(path), [], []
     for column in columns.split(','):
         known, kind = column.strip().rsplit(maxsplit=1)
@@ -45,7 +50,8 @@ def _columns(path, columns):
         there = next((c for c in wanted if c in names), None)
         found.append((wanted[0], kind, there))
         near = _near(wanted[0], names, 0)
-        if there is None: rows.append((f'no column {wanted[0]}' + (f'; the nearest is {near}' if near else ''), 'missing'))
+        if there is None:
+            rows.append((f'no column {wanted[0]}' + (f'; the nearest is {near}' if near else ''), 'missing'))
     return found, rows
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #bb1aecc4
@@ -56,7 +62,8 @@ def _types(con, view, found):
         wrong = f'''t."{name}" <> '' and v."{name}" is null'''
         filled, bad, example = con.execute(f'''select count(nullif(t."{name}", '')), count(*) filter ({wrong}), min(t."{name}") filter ({wrong})
             from {view}_text t positional join {view}_typed v''').fetchone()
-        if bad: yield f'{name}: {bad:,} of {filled:,} cells ({bad/filled:.1%}) are no {kind}, for example {example!r}', 'odd'
+        if bad:
+            yield f'{name}: {bad:,} of {filled:,} cells ({bad/filled:.1%}) are no {kind}, for example {example!r}', 'odd'
         if not filled: empty.append(name)
     if empty: yield f'empty in every row: {", ".join(empty)}', 'info'
 
@@ -107,13 +114,18 @@ def _stays(con):
     if _has(con, 'icustays'):
         yield 'icustays', *_verdict(_count(con, 'icustays where not coalesce(outtime > intime, false)'),
                                     'stays without times, or that end before they begin')
-        yield 'icustays', *_verdict(_count(con, '(select stay_id from (select distinct * from icustays) group by 1 having count(*) > 1)'),
+        yield 'icustays', *_verdict(_count(con,
+                                           '(select stay_id from (select distinct * from icustays) group by 1 having '
+                                           'count(*) > 1)'),
                                     'stay_ids are there twice with different facts')
     if _has(con, 'icustays', 'admissions', 'patients'):
-        yield 'icustays', *_verdict(_count(con, 'icustays anti join admissions using (subject_id, hadm_id)'), 'stays have no row in admissions')
-        yield 'icustays', *_verdict(_count(con, 'icustays anti join patients using (subject_id)'), 'stays have no row in patients')
+        yield 'icustays', *_verdict(_count(con, 'icustays anti join admissions using (subject_id, hadm_id)'),
+                                    'stays have no row in admissions')
+        yield 'icustays', *_verdict(_count(con, 'icustays anti join patients using (subject_id)'),
+                                    'stays have no row in patients')
     if _has(con, 'admissions'):
-        yield 'admissions', *_verdict(_count(con, 'admissions where dischtime < admittime'), 'admissions end before they begin', 'info')
+        yield 'admissions', *_verdict(_count(con, 'admissions where dischtime < admittime'),
+                                      'admissions end before they begin', 'info')
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #743de938
 def _diagnoses(con):
@@ -121,10 +133,13 @@ def _diagnoses(con):
     if not _has(con, 'diagnoses_icd'): return
     nine, ten = (_count(con, f'diagnoses_icd where icd_version = {v}') for v in (9, 10))
     yield 'diagnoses_icd', f'{nine:,} codes of ICD-9 and {ten:,} of ICD-10', 'info'
-    yield 'diagnoses_icd', *_verdict(_count(con, 'diagnoses_icd where coalesce(icd_version not in (9, 10), true)'), 'codes of no known version')
-    yield 'diagnoses_icd', *_verdict(_count(con, "diagnoses_icd where icd_code like '%.%'"), 'codes with a point, which MIMIC leaves out')
+    yield 'diagnoses_icd', *_verdict(_count(con, 'diagnoses_icd where coalesce(icd_version not in (9, 10), true)'),
+                                     'codes of no known version')
+    yield 'diagnoses_icd', *_verdict(_count(con, "diagnoses_icd where icd_code like '%.%'"),
+                                     'codes with a point, which MIMIC leaves out')
     yield 'diagnoses_icd', *_verdict(_count(con, 'diagnoses_icd where icd_version = 9 and length(trim(icd_code)) < 3'),
-                                     'codes of ICD-9 with less than three characters: a spreadsheet took their leading zeros')
+                                     'codes of ICD-9 with less than three characters: a spreadsheet took their '
+                                     'leading zeros')
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #e659965b
 def _items(con):
@@ -158,10 +173,12 @@ def _units(con):
 def _words(con):
     "Rows (part, what, verdict) about words without a score, under either rule set."
     if not _has(con, 'chartevents'): return
-    words, spelled = word_table(), [(i, w) for i, c in enumerate(BENCHMARK) if c.name.startswith('Glascow') for w in c.categories]
+    words, spelled = word_table(), [(i, w) for i, c in enumerate(BENCHMARK) if c.name.startswith('Glascow')
+                                    for w in c.categories]
     con.register('words', words)
     con.register('spelled', pd.DataFrame(spelled, columns=['channel', 'value']))
-    con.register('spoken', item_table().assign(channel=lambda t: t.channel.map(NAMES.index)).query('channel in @words.channel'))
+    con.register('spoken',
+                 item_table().assign(channel=lambda t: t.channel.map(NAMES.index)).query('channel in @words.channel'))
     con.execute(r"""create or replace table said as select label, e.value, count(*) as n, bool_or(word is not null or valuenum is not null) as clean,
         bool_or(b.value is not null or s.channel not in (select channel from spelled)) as benchmark from chartevents e join spoken s using (itemid)
         left join words w on w.channel = s.channel and word = regexp_replace(lower(trim(e.value)), '^[0-9.]+ +', '')
@@ -180,10 +197,13 @@ def _times(con):
         count(*) filter (charttime > outtime)
         from chartevents left join (select distinct stay_id, intime, outtime from icustays) using (stay_id)''').fetchone()
     yield 'chartevents', *_verdict(lost, 'rows of the sample belong to no known stay', 'odd' if lost > n/20 else 'info')
-    yield 'chartevents', *_verdict(early + late, f'of {n:,} rows lie outside their stay ({early:,} before it, {late:,} after it)',
+    yield 'chartevents', *_verdict(early + late,
+                                   f'of {n:,} rows lie outside their stay ({early:,} before it, {late:,} after it)',
                                    'odd' if early + late > n/20 else 'info')
-    back = _count(con, '(select charttime < lag(charttime) over (partition by stay_id order by rowid) as back from chartevents_typed) where back')
-    yield 'chartevents', *_verdict(back, 'rows are earlier than the row of their stay before them: sorted while read', 'info')
+    back = _count(con, '(select charttime < lag(charttime) over (partition by stay_id order by rowid) as back from '
+                       'chartevents_typed) where back')
+    yield 'chartevents', *_verdict(back, 'rows are earlier than the row of their stay before them: sorted while read',
+                                   'info')
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #913c4302
 def _xray_tables(con, mimic_cxr):
@@ -196,10 +216,13 @@ def _xray_tables(con, mimic_cxr):
         yield 'metadata', *_verdict(lost, 'images have no time that can be read', 'odd' if lost > n/20 else 'info')
         short = _count(con, "metadata_text where length(split_part(StudyTime, '.', 1)) < 6")
         yield 'metadata', f'{short:,} times lost their leading zeros; they are read as HHMMSS all the same', 'info'
-        views = con.execute("select coalesce(view, 'none'), count(*) from images group by 1 order by 2 desc, 1 limit 6").fetchall()
+        views = con.execute("select coalesce(view, 'none'), count(*) from images group by 1 order by 2 desc, 1 limit "
+                            "6").fetchall()
         yield 'metadata', 'views: ' + ', '.join(f'{v} {c:,}' for v, c in views), 'info'
     if _has(con, 'metadata', 'split'):
-        yield 'split', *_verdict(_count(con, "split where coalesce(split not in ('train', 'validate', 'test'), true)"), 'images in no known part')
+        yield 'split', *_verdict(_count(con,
+                                        "split where coalesce(split not in ('train', 'validate', 'test'), true)"),
+                                        'images in no known part')
         yield 'split', *_verdict(_count(con, 'images anti join split using (dicom_id)'), 'images have no row in split')
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #3bb124b7
@@ -212,7 +235,8 @@ def _xray_labels(con):
         if name == 'radiologist': continue                            # the test set only
         bare = _count(con, f'(select distinct study_id from images) anti join {name} using (study_id)')
         n = _count(con, '(select distinct study_id from images)')
-        yield name, *_verdict(bare, 'studies have no row (8 in the published release)', 'odd' if bare > n/20 else 'info')
+        yield name, *_verdict(bare, 'studies have no row (8 in the published release)',
+                              'odd' if bare > n/20 else 'info')
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #70ba156c
 def _xray_files(con, mimic_cxr, most=100):
@@ -224,10 +248,13 @@ def _xray_files(con, mimic_cxr, most=100):
     except InputError as e: yield 'images', str(e), 'missing'; return
     there = [p for p in paths if (Path(mimic_cxr)/p).is_file()]
     gone = next((p for p in paths if p not in set(there)), '')
-    where = f'{len(there)} of {len(paths)} files tried are there' + (f', not {gone}' if gone else f', in {paths[0].split("/")[0]}/' if paths else '')
+    where = f'{len(there)} of {len(paths)} files tried are there' + (f', not {gone}' if gone
+                                                                     else f', in {paths[0].split("/")[0]}/' if paths
+                                                                     else '')
     yield 'images', where, 'ok' if there and not gone else 'odd' if there else 'missing'
     bad = [(p, c.reason) for p in there if (c := check_image(Path(mimic_cxr)/p)).reason]
-    yield 'images', f'{len(there) - len(bad)} of them can be decoded' + (f'; {bad[0][0]}: {bad[0][1]}' if bad else ''), 'odd' if bad else 'ok'
+    yield 'images', f'{len(there) - len(bad)} of them can be decoded' + (f'; {bad[0][0]}: {bad[0][1]}' if bad
+                                                                         else ''), 'odd' if bad else 'ok'
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #e71a8d6c
 def _both(con):
@@ -252,7 +279,8 @@ def _check_iv(con, folder, rows):
 def _check_cxr(con, folder):
     "Rows (part, what, verdict) about MIMIC-CXR-JPG."
     yield from _tables(con, folder, _NEEDS_CXR, 0, 'mimic-cxr-2.0.0-', optional=('split', 'chexpert', 'negbio'))
-    for name, *row in _tables(con, folder, {RADIOLOGIST: _LABELS}, 0, optional=(RADIOLOGIST,)): yield 'radiologist', *row
+    for name, *row in _tables(con, folder, {RADIOLOGIST: _LABELS}, 0, optional=(RADIOLOGIST,)):
+        yield 'radiologist', *row
     try: yield from _xray_tables(con, folder)
     except InputError as e: yield 'metadata', str(e), 'odd'
     yield from _xray_labels(con)
@@ -264,16 +292,21 @@ def check_mimic(
     mimic_cxr=None,      # folder of MIMIC-CXR-JPG, as downloaded or with resized/
     rows:int=200_000,    # rows read of each long table
 )->pd.DataFrame:
-    "part, what, verdict ('ok', 'odd', 'missing' or 'info') of everything looked at; writes nothing. Raises InputError without a folder."
-    if not (mimic_iv or mimic_cxr): raise InputError('nothing to check: give the folder of MIMIC-IV, of MIMIC-CXR-JPG, or both')
+    """part, what, verdict ('ok', 'odd', 'missing' or 'info') of everything looked at; writes nothing. Raises
+    InputError without a folder."""
+    if not (mimic_iv or mimic_cxr):
+        raise InputError('nothing to check: give the folder of MIMIC-IV, of MIMIC-CXR-JPG, or both')
     for folder in (mimic_iv, mimic_cxr):
-        if folder and not Path(folder).is_dir(): raise InputError(f'no folder {folder}: give the one that holds the downloaded tables')
+        if folder and not Path(folder).is_dir():
+            raise InputError(f'no folder {folder}: give the one that holds the downloaded tables')
     if rows < 1: raise InputError(f'rows should be positive, not {rows}')
     said = []
-    with tempfile.TemporaryDirectory() as spill, connect(spill, threads=1) as con:       # one thread keeps the order of rows
+    # one thread keeps the order of rows
+    with tempfile.TemporaryDirectory() as spill, connect(spill, threads=1) as con:
         if mimic_iv: said += _check_iv(con, mimic_iv, rows)
         if mimic_cxr: said += _check_cxr(con, mimic_cxr)
         if mimic_iv and mimic_cxr: said += _both(con)
     table = pd.DataFrame(said, columns=['part', 'what', 'verdict'])
-    first = {p: i for i, p in enumerate(dict.fromkeys(table.part))}                     # what is said about a table stands together
+    # what is said about a table stands together
+    first = {p: i for i, p in enumerate(dict.fromkeys(table.part))}
     return table.sort_values('part', key=lambda p: p.map(first), kind='stable', ignore_index=True)

@@ -70,8 +70,10 @@ class MimicOptions:
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #310eb994
 _MACHINE = ('workers', 'memory', 'threads', 'work', 'keep_work', 'reports')   # say nothing about what the cohort holds
-_CHOICES = dict(tasks=TASKS, rules=('clean', 'benchmark'), channels=('compact', 'benchmark'), samples=('partial', 'paired', 'ehr', 'cxr'),
-                closed=('right', 'left'), pick=('last', 'first', 'all'), labels_from=('chexpert', 'negbio'), uncertain=('zeros', 'ones', 'ignore'))
+_CHOICES = dict(tasks=TASKS, rules=('clean', 'benchmark'), channels=('compact', 'benchmark'),
+                samples=('partial', 'paired', 'ehr', 'cxr'),
+                closed=('right', 'left'), pick=('last', 'first', 'all'), labels_from=('chexpert', 'negbio'),
+                uncertain=('zeros', 'ones', 'ignore'))
 
 def read_options(options:dict)->MimicOptions:
     "`options` as `MimicOptions`; several names may be one text with commas. Raises InputError for what does not exist."
@@ -81,7 +83,8 @@ def read_options(options:dict)->MimicOptions:
     o = build(MimicOptions, plain)
     for k, known in _CHOICES.items():
         for given in (getattr(o, k) if k == 'tasks' else [getattr(o, k)]):
-            if given not in known: raise InputError(f'{k} should be one of {", ".join(known)}, not {given!r}{_nearest(given, known)}')
+            if given not in known:
+                raise InputError(f'{k} should be one of {", ".join(known)}, not {given!r}{_nearest(given, known)}')
     return o
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #e5845b54
@@ -99,57 +102,79 @@ def label_names(o:MimicOptions)->list:
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #c7182618
 def _clashes(o, mimic_iv, mimic_cxr):
     "Pairs (is it so?, why that cannot be)."
-    hourly, needs_cxr = set(o.tasks) & set(HOURLY), o.samples in ('paired', 'cxr') or 'radiology' in o.tasks or o.split == 'cxr'
+    hourly, needs_cxr = set(o.tasks) & set(HOURLY), o.samples in ('paired',
+                                                                  'cxr') or 'radiology' in o.tasks or o.split == 'cxr'
     return (
         (not o.tasks, f'name at least one task, of {", ".join(TASKS)}'),
-        (mimic_iv is None and o.samples != 'cxr', "MIMIC-IV is missing: give its folder (only samples='cxr' does without)"),
-        (mimic_cxr is None and needs_cxr, "paired samples, samples='cxr', radiology labels and split='cxr' need MIMIC-CXR-JPG: give its folder"),
-        (o.samples == 'cxr' and o.tasks != ('radiology',), "X-rays alone have radiology labels only: use tasks='radiology' with samples='cxr'"),
-        (o.samples == 'ehr' and 'radiology' in o.tasks, "radiology labels need images: use samples='partial' or 'paired'"),
-        ('mortality' in o.tasks and o.hours == 0, 'mortality is predicted from the first hours of a stay: give hours, such as 48'),
-        (hourly and set(o.tasks) - hourly, f'{" and ".join(sorted(hourly))} make a sample an hour, the other tasks one a stay: prepare two cohorts'),
+        (mimic_iv is None and o.samples != 'cxr',
+         "MIMIC-IV is missing: give its folder (only samples='cxr' does without)"),
+        (mimic_cxr is None and needs_cxr,
+         "paired samples, samples='cxr', radiology labels and split='cxr' need MIMIC-CXR-JPG: give its folder"),
+        (o.samples == 'cxr' and o.tasks != ('radiology',),
+         "X-rays alone have radiology labels only: use tasks='radiology' with samples='cxr'"),
+        (o.samples == 'ehr' and 'radiology' in o.tasks,
+         "radiology labels need images: use samples='partial' or 'paired'"),
+        ('mortality' in o.tasks and o.hours == 0,
+         'mortality is predicted from the first hours of a stay: give hours, such as 48'),
+        (hourly and set(o.tasks) - hourly,
+         f'{" and ".join(sorted(hourly))} make a sample an hour, the other tasks one a stay: prepare two cohorts'),
         (hourly and o.pick == 'all', "hourly samples see one X-ray: use pick='last' or 'first'"),
-        (o.reports and (mimic_cxr is None or o.samples == 'ehr'), 'reports belong to X-rays: give the folder of MIMIC-CXR-JPG'),
-        (o.every < 1, f'every should be 1 hour or more, not {o.every}'), (o.hours is not None and o.hours < 0, f'hours should be 0 or more, not {o.hours}'),
+        (o.reports and (mimic_cxr is None or o.samples == 'ehr'),
+         'reports belong to X-rays: give the folder of MIMIC-CXR-JPG'),
+        (o.every < 1, f'every should be 1 hour or more, not {o.every}'),
+        (o.hours is not None and o.hours < 0, f'hours should be 0 or more, not {o.hours}'),
         (not 8 <= o.image_size <= 4096, f'image_size should be 8 to 4096 pixels, not {o.image_size}'))
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #1d8466ef
 def check_fit(o:MimicOptions, mimic_iv, mimic_cxr):
-    "Raise InputError unless the options fit together, the sources that they need are given, and labels and lists exist."
+    """Raise InputError unless the options fit together, the sources that they need are given, and labels and lists
+    exist."""
     for wrong, why in _clashes(o, mimic_iv, mimic_cxr):
         if wrong: raise InputError(why)
     for n in o.labels or ():
-        if n not in label_names(o): raise InputError(f'{", ".join(o.tasks)}: there is no label {n!r}{_nearest(n, label_names(o))}')
+        if n not in label_names(o):
+            raise InputError(f'{", ".join(o.tasks)}: there is no label {n!r}{_nearest(n, label_names(o))}')
     if o.split not in ('hash', 'cxr'): read_split(o.split)
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #c715f306
-TABLES = dict(icustays='subject_id bigint, hadm_id bigint, stay_id bigint, first_careunit varchar, last_careunit varchar, intime timestamp, outtime timestamp',
-    admissions='subject_id bigint, hadm_id bigint, admittime timestamp, dischtime timestamp, deathtime timestamp, race|ethnicity varchar, hospital_expire_flag integer',
+TABLES = dict(icustays='subject_id bigint, hadm_id bigint, stay_id bigint, first_careunit varchar, last_careunit '
+                       'varchar, intime timestamp, outtime timestamp',
+    admissions='subject_id bigint, hadm_id bigint, admittime timestamp, dischtime timestamp, deathtime timestamp, '
+               'race|ethnicity varchar, hospital_expire_flag integer',
     patients='subject_id bigint, gender varchar, anchor_age integer, anchor_year integer, dod varchar',
-    chartevents='subject_id bigint, hadm_id bigint, stay_id bigint, charttime timestamp, itemid integer, value varchar, valuenum varchar',
-    labevents='subject_id bigint, hadm_id bigint, specimen_id bigint, charttime timestamp, itemid integer, value varchar, valuenum varchar',
+    chartevents='subject_id bigint, hadm_id bigint, stay_id bigint, charttime timestamp, itemid integer, value '
+                'varchar, valuenum varchar',
+    labevents='subject_id bigint, hadm_id bigint, specimen_id bigint, charttime timestamp, itemid integer, value '
+              'varchar, valuenum varchar',
     diagnoses_icd='hadm_id bigint, icd_code varchar, icd_version integer')
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #4d28e6bb
-CXR_TABLES = {'metadata': 'dicom_id varchar, subject_id bigint, study_id bigint, ViewPosition varchar, StudyDate double, StudyTime double',
-              'split': 'subject_id bigint, split varchar', 'chexpert': 'study_id bigint, Pneumonia double', 'negbio': 'study_id bigint, Pneumonia double'}
+CXR_TABLES = {'metadata': 'dicom_id varchar, subject_id bigint, study_id bigint, ViewPosition varchar, StudyDate '
+                          'double, StudyTime double',
+              'split': 'subject_id bigint, split varchar', 'chexpert': 'study_id bigint, Pneumonia double',
+              'negbio': 'study_id bigint, Pneumonia double'}
 
 def _needed(o, mimic_iv, mimic_cxr):
     "(folder, table, columns) of every table that the options need."
     asked = []
-    if o.samples != 'cxr': asked += [(mimic_iv, t, c) for t, c in TABLES.items() if t != 'diagnoses_icd' or 'phenotyping' in o.tasks]
+    if o.samples != 'cxr':
+        asked += [(mimic_iv, t, c) for t, c in TABLES.items() if t != 'diagnoses_icd' or 'phenotyping' in o.tasks]
     elif mimic_iv: asked.append((mimic_iv, 'patients', TABLES['patients']))
     if mimic_cxr and o.samples != 'ehr':
         kinds = ['metadata'] + [o.labels_from]*('radiology' in o.tasks) + ['split']*(o.split == 'cxr')
-        asked += [(mimic_cxr, f'mimic-cxr-2.0.0-{k}', CXR_TABLES[k]) for k in kinds] + [(mimic_cxr, RADIOLOGIST, 'study_id bigint')]*o.radiologist
+        asked += [(mimic_cxr, f'mimic-cxr-2.0.0-{k}', CXR_TABLES[k]) for k in kinds] + [(mimic_cxr, RADIOLOGIST,
+                'study_id bigint')]*o.radiologist
     return asked
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #541c0aeb
 def check_headers(o:MimicOptions, mimic_iv, mimic_cxr):
     "Raise InputError unless every table that the options need is there with its columns."
     with connect(tempfile.gettempdir(), '1GB', 1) as con:
-        for i, (folder, name, columns) in enumerate(_needed(o, mimic_iv, mimic_cxr)): open_table(con, folder, name, columns, view=f't{i}')
-    if mimic_cxr and o.samples != 'ehr': image_paths(mimic_cxr, pd.DataFrame(columns=['subject_id', 'study_id', 'dicom_id']))   # files/ or resized/
+        for i, (folder, name, columns) in enumerate(_needed(o, mimic_iv, mimic_cxr)):
+            open_table(con, folder, name, columns, view=f't{i}')
+    # files/ or resized/
+    if mimic_cxr and o.samples != 'ehr':
+        image_paths(mimic_cxr, pd.DataFrame(columns=['subject_id', 'study_id', 'dicom_id']))
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #dbffb126
 class Preparation:
@@ -161,16 +186,22 @@ class Preparation:
 
     def __enter__(self): return self.begin()
     def __exit__(self, kind, *error): self.end(kind)
-    def prints(self, *names): "Fingerprints of tables of MIMIC-IV."; return [file_stamp(find_table(self.iv, n)) for n in names]
-    def count(self, part, rows): "Note rows (what, count) for the summary."; self.rows += [(part, what, int(n)) for what, n in rows]
+    def prints(self, *names):
+        "Fingerprints of tables of MIMIC-IV."
+        return [file_stamp(find_table(self.iv, n)) for n in names]
+    def count(self, part, rows):
+        "Note rows (what, count) for the summary."
+        self.rows += [(part, what, int(n)) for what, n in rows]
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #18804e70
 @patch
 def begin(self:Preparation):
     "Open the connection and the stages; what a killed run has left half-written goes."
-    self.con = connect(self.work/'spill', self.o.memory, self.o.threads)     # first, as it refuses what is no amount of memory
+    # first, as it refuses what is no amount of memory
+    self.con = connect(self.work/'spill', self.o.memory, self.o.threads)
     self.stages = Stages(self.work)
-    if (note := self.work/'writing').is_file(): shutil.rmtree(self.out.parent/Path(note.read_text()).name, ignore_errors=True)
+    if (note := self.work/'writing').is_file():
+        shutil.rmtree(self.out.parent/Path(note.read_text()).name, ignore_errors=True)
     return self
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #db214c3e
@@ -200,7 +231,8 @@ def save_tables(con, folder):
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #d0cb5cc4
 def load_tables(con, folder):
     "The inverse of `save_tables`."
-    for p in sorted(Path(folder).glob('*.parquet')): con.execute(f"create or replace table {p.stem} as from read_parquet('{p}')")
+    for p in sorted(Path(folder).glob('*.parquet')):
+        con.execute(f"create or replace table {p.stem} as from read_parquet('{p}')")
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #9fae51d8
 def choose_stays(job:Preparation)->list:
@@ -220,7 +252,9 @@ def choose_stays(job:Preparation)->list:
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #61b9e427
 def keep_paired(con, images, stays)->tuple:
     "Reduce `chosen` to the stays that have an image; the numbers in `images` and the counts follow."
-    if not len(images): raise InputError('no stay has an X-ray: check that the two folders hold the same subjects, and the options views and window')
+    if not len(images):
+        raise InputError('no stay has an X-ray: check that the two folders hold the same subjects, and the options '
+                         'views and window')
     kept = np.unique(images.stay)
     con.execute('''create or replace table chosen as select (row_number() over (order by stay_id) - 1)::int as stay, * exclude (stay)
         from chosen where stay in (select unnest(?))''', [kept.tolist()])
@@ -241,7 +275,8 @@ def choose_images(job:Preparation, stays)->tuple:
 def read_events(job:Preparation)->Path:
     "Stage 2: every row of the channels that belongs to a chosen stay, as parquet; returns its folder."
     ids = job.con.execute('select stay_id from chosen order by stay').fetchnumpy()['stay_id']
-    key = dict(files=job.prints('icustays', 'admissions', 'patients', 'chartevents', 'labevents'), rules=job.o.rules, hours=job.hours,
+    key = dict(files=job.prints('icustays', 'admissions', 'patients', 'chartevents', 'labevents'), rules=job.o.rules,
+               hours=job.hours,
                stays=[len(ids), int(ids.sum()), int((ids*np.arange(1, len(ids) + 1) % 1_000_003).sum())])
     return job.stage('events', key, lambda folder: scan_events(job.con, job.iv, folder, job.o.rules))
 
@@ -250,7 +285,8 @@ def decode_images(job:Preparation, writer, images)->pd.DataFrame:
     "Store `images` in the modality cxr; returns those that could be read, with their `cxr_index`."
     o = job.o
     images = images.reset_index(drop=True)
-    stored = store_images(image_paths(job.cxr, images), o.image_size, writer.add_images('cxr', o.image_size, o.image_size), root=job.cxr,
+    stored = store_images(image_paths(job.cxr, images), o.image_size,
+                          writer.add_images('cxr', o.image_size, o.image_size), root=job.cxr,
                           workers=o.workers, resume=job.work/'images')
     if stored.reused: job.say(f'images: {stored.reused:,} of {len(images):,} kept from an earlier run')
     images = images.assign(cxr_index=stored.index)
@@ -266,9 +302,11 @@ def stay_samples(
 )->pd.DataFrame:
     "One row a stay, or one an X-ray of it, with the columns of both; no X-ray is `cxr_index` -1."
     if images is None: return chosen.assign(sample_id=chosen.stay_id)
-    rows = chosen.merge(images.drop(columns='subject_id'), 'left', on='stay').sort_values(['stay', 'cxr_index'], ignore_index=True)
+    rows = chosen.merge(images.drop(columns='subject_id'), 'left', on='stay').sort_values(['stay', 'cxr_index'],
+            ignore_index=True)
     rows = rows.assign(cxr_index=rows.cxr_index.fillna(-1).astype(int), study_id=rows.study_id.astype('Int64'))
-    return rows.assign(sample_id=rows.stay_id*10_000 + rows.groupby('stay').cumcount() if pick == 'all' else rows.stay_id)
+    return rows.assign(sample_id=rows.stay_id*10_000 + rows.groupby('stay').cumcount() if pick == 'all'
+                       else rows.stay_id)
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #6bdf4ff6
 def hour_samples(
@@ -293,19 +331,24 @@ def hour_samples(
     return rows.sort_values(['stay', 'hour'], ignore_index=True)
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #bb3bae6c
-UNITS = {'Cardiac Vascular Intensive Care Unit (CVICU)': 'CVICU', 'Coronary Care Unit (CCU)': 'CCU', 'Medical Intensive Care Unit (MICU)': 'MICU',
-         'Medical/Surgical Intensive Care Unit (MICU/SICU)': 'MICU/SICU', 'Neuro Intermediate': 'Neuro Intermediate', 'Neuro Stepdown': 'Neuro Stepdown',
-         'Neuro Surgical Intensive Care Unit (Neuro SICU)': 'Neuro SICU', 'Surgical Intensive Care Unit (SICU)': 'SICU', 'Trauma SICU (TSICU)': 'TSICU'}
+UNITS = {'Cardiac Vascular Intensive Care Unit (CVICU)': 'CVICU', 'Coronary Care Unit (CCU)': 'CCU',
+         'Medical Intensive Care Unit (MICU)': 'MICU',
+         'Medical/Surgical Intensive Care Unit (MICU/SICU)': 'MICU/SICU', 'Neuro Intermediate': 'Neuro Intermediate',
+         'Neuro Stepdown': 'Neuro Stepdown',
+         'Neuro Surgical Intensive Care Unit (Neuro SICU)': 'Neuro SICU',
+         'Surgical Intensive Care Unit (SICU)': 'SICU', 'Trauma SICU (TSICU)': 'TSICU'}
 
 def unit_facts(first_careunit)->pd.DataFrame:
     "(N, 10) columns careunit_<name> of 1 and 0, the last one careunit_other; NaN where the unit is unknown."
     unit = pd.Series(np.asarray(first_careunit, dtype=object))
     short = unit.map(UNITS).fillna('other')
-    return pd.DataFrame({f'careunit_{u}': (short == u).astype('float32').mask(unit.isna()) for u in (*UNITS.values(), 'other')})
+    return pd.DataFrame({f'careunit_{u}': (short == u).astype('float32').mask(unit.isna())
+                         for u in (*UNITS.values(), 'other')})
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #3fefff45
 def add_demographics(writer, rows:pd.DataFrame, images=None)->pd.DataFrame:
-    "Add the modality demographics, a row for each stay and X-ray that occur together; returns `rows` with `demographics_index`."
+    """Add the modality demographics, a row for each stay and X-ray that occur together; returns `rows` with
+    `demographics_index`."""
     by = [c for c in ('stay', 'cxr_index') if c in rows]
     who = rows.drop_duplicates(by)
     parts = [who[[c for c in ('age', 'male') if c in who]].astype('float32')]
@@ -343,7 +386,8 @@ def image_labels(job:Preparation, rows, groups)->tuple:
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #ed8ef96f
 def make_rows(job:Preparation, images, events)->tuple:
     "The samples as a table (stay or hour), the labels of every sample, and the group of each label."
-    chosen = job.con.execute('select stay, stay_id, subject_id, hadm_id, first_careunit, race, age, male, intime, read from chosen order by stay').df()
+    chosen = job.con.execute('select stay, stay_id, subject_id, hadm_id, first_careunit, race, age, male, intime, '
+                             'read from chosen order by stay').df()
     if job.hourly:
         hours = hourly_labels(job.con, job.o.tasks, job.o.every, job.o.rules)
         rows = hour_samples(chosen, hours, first_event(job.con, events), images, job.o.pick)
@@ -370,13 +414,18 @@ def stay_cohort(job:Preparation, writer, images, events)->tuple:
     array = writer.add_timeseries('ehr', *layout(channel_set(job.o.channels)))
     lengths = write_series(job.con, events, array, job.o.channels, job.o.rules, job.o.closed)
     rows, y, groups = make_rows(job, images, events)
-    if rows.empty: raise InputError('no sample is left: ' + ', '.join(f'{n} {what}' for part, what, n in job.rows if part != 'events' and n))
-    rows = rows.assign(ehr_start=offsets(lengths)[rows.stay], ehr_length=rows.hour if job.hourly else lengths[rows.stay])
+    if rows.empty:
+        raise InputError('no sample is left: ' + ', '.join(f'{n} {what}'
+                                                           for part, what, n in job.rows if part != 'events' and n))
+    rows = rows.assign(ehr_start=offsets(lengths)[rows.stay], ehr_length=rows.hour if job.hourly
+                       else lengths[rows.stay])
     rows = add_demographics(writer, rows, images)
     table = fates(job.con, events)
     job.count('events', [('rows of the 17 channels', table.to_numpy().sum())])
-    job.count('events', [(f'dropped: {f}', table[f].sum()) for f in table if f != 'used'] + [('used', table.used.sum())])
-    job.count('words without a number', [(f'{channel}: {text}', n) for channel, text, n in unread(job.con, events).itertuples(index=False)])
+    job.count('events', [(f'dropped: {f}', table[f].sum()) for f in table if f != 'used']
+              + [('used', table.used.sum())])
+    job.count('words without a number', [(f'{channel}: {text}', n) for channel, text, n in unread(job.con,
+            events).itertuples(index=False)])
     return rows, y, groups
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #19d8893d
@@ -388,16 +437,20 @@ def xray_cohort(job:Preparation, writer)->tuple:
     if images.empty: raise InputError(f'no X-ray is of the views {", ".join(job.o.views)}')
     rows = images = decode_images(job, writer, images)
     if job.iv:
-        open_table(job.con, job.iv, 'patients', 'subject_id bigint, gender varchar, anchor_age integer, anchor_year integer')
-        who = run(job.con, "select distinct subject_id, anchor_age, anchor_year, (gender = 'M')::int as male from patients").df()
+        open_table(job.con, job.iv, 'patients',
+                   'subject_id bigint, gender varchar, anchor_age integer, anchor_year integer')
+        who = run(job.con, "select distinct subject_id, anchor_age, anchor_year, (gender = 'M')::int as male from "
+                           "patients").df()
         rows = rows.merge(who, 'left', on='subject_id')
         years = rows.anchor_age + pd.to_datetime(rows.taken).dt.year - rows.anchor_year
-        rows = rows.assign(age=np.where(rows.anchor_age > 89, 91, years.clip(0, 91))).drop(columns=['anchor_age', 'anchor_year'])
+        rows = rows.assign(age=np.where(rows.anchor_age > 89, 91, years.clip(0, 91))).drop(columns=['anchor_age',
+                'anchor_year'])
     rows = add_demographics(writer, rows.assign(sample_id=np.arange(len(rows))), images)
     return rows, *image_labels(job, rows, {})
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #a8f6ace8
-_INNER = ('stay', 'age', 'male', 'intime', 'read', 'view', 'position')   # columns that a cohort has elsewhere, or does not need
+# columns that a cohort has elsewhere, or does not need
+_INNER = ('stay', 'age', 'male', 'intime', 'read', 'view', 'position')
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #0493a180
 def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
@@ -416,9 +469,11 @@ def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     rows = rows.drop(columns=[c for c in _INNER if c in rows]).reset_index(drop=True)
     job.count('samples', [(s, (rows.split == s).sum()) for s in SPLITS])
     job.count('positive', [(name, kept[name].sum()) for name in kept])
-    order = {p: i for i, p in enumerate(('source', 'stays', 'images', 'events', 'words without a number', 'samples', 'positive'))}
+    order = {p: i for i, p in enumerate(('source', 'stays', 'images', 'events', 'words without a number', 'samples',
+                                         'positive'))}
     summary = pd.DataFrame(sorted(job.rows, key=lambda r: order[r[0]]), columns=['part', 'what', 'count'])
-    summary[summary.part != 'source'].to_csv(writer.part/'summary.csv', index=False)     # without the layout: the same data in another is the same cohort
+    # without the layout: the same data in another is the same cohort
+    summary[summary.part != 'source'].to_csv(writer.part/'summary.csv', index=False)
     writer.close(pd.concat([rows, kept.reset_index(drop=True)], axis=1))
     return summary
 
@@ -427,7 +482,8 @@ def provenance(o:MimicOptions, mimic_iv)->dict:
     "What `cohort.json` says about where a cohort came from: layout, rules, every option that shaped it. No paths."
     kept = {k: v for k, v in asdict(o).items() if k not in _MACHINE} | dict(hours=hours_read(o))
     if o.split not in ('hash', 'cxr'): kept['split'] = ','.join(Path(p).name for p in o.split.split(','))
-    return dict(command='prepare_mimic', layout=mimic_layout(mimic_iv) if mimic_iv else None, rules=o.rules, options=kept)
+    return dict(command='prepare_mimic', layout=mimic_layout(mimic_iv) if mimic_iv else None, rules=o.rules,
+                options=kept)
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #759c59b7
 def prepare_mimic(

@@ -28,18 +28,23 @@ def load_images(
     con,         # DuckDB connection that gets the table `images`
     mimic_cxr,   # folder of MIMIC-CXR-JPG, or of its tables
 )->list:
-    "Make `images` (subject_id, study_id, dicom_id, view, position, taken; the last three may be NULL); returns rows (what, count)."
+    """Make `images` (subject_id, study_id, dicom_id, view, position, taken; the last three may be NULL); returns
+    rows (what, count)."""
     known = _POSITION in header(find_table(mimic_cxr, _METADATA))
-    open_table(con, mimic_cxr, _METADATA, 'subject_id bigint, study_id bigint, dicom_id varchar, ViewPosition varchar, StudyDate double, '
+    open_table(con, mimic_cxr, _METADATA,
+               'subject_id bigint, study_id bigint, dicom_id varchar, ViewPosition varchar, StudyDate double, '
                'StudyTime double' + f', {_POSITION} varchar'*known, view='metadata')
     run(con, f'''create or replace table images as select distinct subject_id, study_id, dicom_id, nullif(upper(trim(ViewPosition)), '') as view,
         {_POSITION if known else 'null::varchar'} as position, case when StudyTime between 0 and 240000 then {_TAKEN} end as taken
         from metadata where subject_id is not null and study_id is not null and dicom_id is not null''')
     twice = con.execute('select dicom_id from images group by 1 having count(*) > 1 order by 1 limit 1').fetchall()
-    if twice: raise InputError(f'{find_table(mimic_cxr, _METADATA)} holds image {twice[0][0]} twice with different facts: download it again')
+    if twice:
+        raise InputError(f'{find_table(mimic_cxr, _METADATA)} holds image {twice[0][0]} twice with different facts: '
+                         f'download it again')
     (there,), = run(con, 'select count(*) from metadata').fetchall()
     kept, timeless = con.execute('select count(*), count(*) filter (taken is null) from images').fetchall()[0]
-    return [('rows of metadata', there), ('dropped: no number, or there before', there - kept), ('without a time', timeless)]
+    return [('rows of metadata', there), ('dropped: no number, or there before', there - kept),
+            ('without a time', timeless)]
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #3fe88837
 def _check_views(con, views):
@@ -48,7 +53,8 @@ def _check_views(con, views):
     if views == ['ALL']: return 'true'
     known = [v for v, in con.execute('select distinct view from images where view is not null order by 1').fetchall()]
     for v in views:
-        if v not in known and v not in VIEWS: raise InputError(f'no image has the view {v!r}; there are {", ".join(known) or "none"}, or all')
+        if v not in known and v not in VIEWS:
+            raise InputError(f'no image has the view {v!r}; there are {", ".join(known) or "none"}, or all')
     return f'coalesce(view in ({", ".join(map(_literal, views))}), false)'
 
 VIEWS = ('AP', 'PA', 'LATERAL', 'LL')    # nearly all images; the rest are rare angles
@@ -62,9 +68,11 @@ def pair_images(
     window=None,        # hours after intime, at most
     guard:bool=True,    # never later than what is read of the stay
 )->tuple:
-    "Images of the stays (stay, subject_id, study_id, dicom_id, taken, view, position), and rows (what, count). Raises InputError."
+    """Images of the stays (stay, subject_id, study_id, dicom_id, taken, view, position), and rows (what, count).
+    Raises InputError."""
     if pick not in _PICKS: raise InputError(f"pick should be 'last', 'first' or 'all', not {pick!r}")
-    if window is not None and not window > 0: raise InputError(f'the window should be a number of hours above 0, not {window}')
+    if window is not None and not window > 0:
+        raise InputError(f'the window should be a number of hours above 0, not {window}')
     seen, hours = _check_views(con, views), f'c.intime + to_seconds({float(window or 0)*3600:.0f})'
     ends = ['c.intime + to_seconds(c.read)']*guard + [hours]*(window is not None)
     rank = f'row_number() over (partition by stay, fits {_PICKS[pick]})' if _PICKS[pick] else '1'
@@ -84,7 +92,8 @@ def _pair_counts(con, views, pick, guard, window):
     counts = con.execute('''select count(*), count(*) filter (taken is null), count(*) filter (stay is null and taken is not null),
         count(*) filter (stay is not null and not fits), count(*) filter (rank > 1), count(*) filter (rank = 1),
         count(distinct stay) filter (rank = 1) from candidates''').fetchall()[0]
-    what = ('of the subjects of these stays', 'dropped: time unknown', f'dropped: outside {where}', f'dropped: view is not {names}',
+    what = ('of the subjects of these stays', 'dropped: time unknown', f'dropped: outside {where}',
+            f'dropped: view is not {names}',
             f'dropped: not the {pick} of its stay', 'kept', 'stays with an image')
     return list(zip(what, counts))
 
@@ -115,7 +124,8 @@ def image_paths(
     raise InputError(f'no images in {mimic_cxr}: it should hold files/ (as downloaded) or resized/')
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #69d28cac
-CHEXPERT = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged Cardiomediastinum', 'Fracture', 'Lung Lesion', 'Lung Opacity',
+CHEXPERT = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged Cardiomediastinum', 'Fracture',
+            'Lung Lesion', 'Lung Opacity',
             'No Finding', 'Pleural Effusion', 'Pleural Other', 'Pneumonia', 'Pneumothorax', 'Support Devices')
 RADIOLOGIST = 'mimic-cxr-2.1.0-test-set-labeled'
 _SAME = {'Lung Opacity': 'Lung Opacity|Airspace Opacity', 'No Finding': 'No Finding|No Findings'}
@@ -123,11 +133,14 @@ _UNCERTAIN = dict(zeros='0', ones='1', ignore='null')
 
 def _label_rows(con, mimic_cxr, name, uncertain):
     "(studies, 14) labels of one table, indexed by study_id."
-    open_table(con, mimic_cxr, name, 'study_id bigint, ' + ', '.join(f'{_SAME.get(c, c)} double' for c in CHEXPERT), view='labels')
+    open_table(con, mimic_cxr, name, 'study_id bigint, ' + ', '.join(f'{_SAME.get(c, c)} double' for c in CHEXPERT),
+               view='labels')
     odd = ' or '.join(f'"{c}" not in (-1, 0, 1)' for c in CHEXPERT)
     strange = run(con, f'select study_id from labels where {odd} limit 1').fetchall()
-    if strange: raise InputError(f'{find_table(mimic_cxr, name)}, study {strange[0][0]}: a label should be 1, 0, -1 or empty')
-    one = ', '.join(f'(case when max("{c}") = 1 then 1 when min("{c}") = -1 then {_UNCERTAIN[uncertain]} else 0 end)::float as "{c}"'
+    if strange:
+        raise InputError(f'{find_table(mimic_cxr, name)}, study {strange[0][0]}: a label should be 1, 0, -1 or empty')
+    one = ', '.join(f'(case when max("{c}") = 1 then 1 when min("{c}") = -1 then {_UNCERTAIN[uncertain]} else 0 '
+                    f'end)::float as "{c}"'
                     for c in CHEXPERT)
     return run(con, f'select study_id, {one} from labels where study_id is not null group by 1').df().set_index('study_id')
 
@@ -141,8 +154,10 @@ def findings(
     radiologist:bool=False,   # the radiologist's rows, where there are some, replace the program's (release 2.1.0)
 )->pd.DataFrame:
     "(studies, 14) labels 1, 0 or NaN (unknown), indexed by study_id, each once; raises InputError."
-    if source not in ('chexpert', 'negbio'): raise InputError(f"labels come from 'chexpert' or 'negbio', not {source!r}")
-    if uncertain not in _UNCERTAIN: raise InputError(f"uncertain should be 'zeros', 'ones' or 'ignore', not {uncertain!r}")
+    if source not in ('chexpert', 'negbio'):
+        raise InputError(f"labels come from 'chexpert' or 'negbio', not {source!r}")
+    if uncertain not in _UNCERTAIN:
+        raise InputError(f"uncertain should be 'zeros', 'ones' or 'ignore', not {uncertain!r}")
     known = _label_rows(con, mimic_cxr, f'mimic-cxr-2.0.0-{source}', uncertain)
     if radiologist:
         read = _label_rows(con, mimic_cxr, RADIOLOGIST, uncertain)
@@ -154,12 +169,14 @@ def official_split(
     con,         # DuckDB connection
     mimic_cxr,   # folder of MIMIC-CXR-JPG, or of its tables
 )->pd.DataFrame:
-    "subject_id, split ('train', 'val', 'test') of every subject; raises InputError for an unknown word and for a subject in two splits."
+    """subject_id, split ('train', 'val', 'test') of every subject; raises InputError for an unknown word and for a
+    subject in two splits."""
     name = 'mimic-cxr-2.0.0-split'
     open_table(con, mimic_cxr, name, 'subject_id bigint, split varchar', view='official')
     table = run(con, '''select subject_id, min(case split when 'validate' then 'val' else split end) as split, count(distinct split) as n
         from official where subject_id is not null group by 1 order by 1''').df()
-    for what, wrong in (('is in several splits', table.n > 1), ('has an unknown split', ~table.split.isin(['train', 'val', 'test']))):
+    for what, wrong in (('is in several splits', table.n > 1), ('has an unknown split',
+                                                                ~table.split.isin(['train', 'val', 'test']))):
         if wrong.any():
             who = f'{find_table(mimic_cxr, name)}: subject {table.subject_id[wrong].iloc[0]}'
             raise InputError(f'{who} {what}; it should be in one of train, validate, test')
@@ -177,11 +194,14 @@ def view_facts(
         one = {f'{kind}_{n}': (values == n).to_numpy() for n in names}
         if kind == 'view': one['view_other'] = ~values.isin(names).to_numpy()
         return {c: np.where(known, x, np.nan).astype(np.float32) for c, x in one.items()}
-    return pd.DataFrame(columns(images['view'], VIEWS, 'view') | columns(images.position, _POSITIONS, 'position'), index=images.index)
+    return pd.DataFrame(columns(images['view'], VIEWS, 'view') | columns(images.position, _POSITIONS, 'position'),
+                        index=images.index)
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #b01ae86d
-_HEADING = re.compile(r'^[ \t]*([A-Z][A-Z ()/,&.-]{1,70}|(?:[Ff]indings?|[Ii]mpression)(?: (?:and|AND) [Ii]mpression)?)[ \t]*:', re.M)
-_SECTION = dict(FINDING='findings', FINDINGS='findings', IMPRESSION='impression', CONCLUSION='impression', OPINION='impression')
+_HEADING = re.compile(r'^[ \t]*([A-Z][A-Z ()/,&.-]{1,70}|(?:[Ff]indings?|[Ii]mpression)(?: (?:and|AND) '
+                      r'[Ii]mpression)?)[ \t]*:', re.M)
+_SECTION = dict(FINDING='findings', FINDINGS='findings', IMPRESSION='impression', CONCLUSION='impression',
+                OPINION='impression')
 
 def _sections(heading):
     "Which of findings and impression a heading announces."
@@ -205,7 +225,8 @@ def load_reports(
     folder,               # of MIMIC-CXR: holds files/
     images:pd.DataFrame,  # subject_id, study_id
 )->pd.DataFrame:
-    "study_id, report (path below `folder`, '' where there is none), findings, impression of each study once; raises InputError if all are missing."
+    """study_id, report (path below `folder`, '' where there is none), findings, impression of each study once;
+    raises InputError if all are missing."""
     studies, rows = images[['subject_id', 'study_id']].drop_duplicates('study_id'), []
     for subject, study in tqdm(studies.itertuples(index=False), total=len(studies), desc='reports', disable=None):
         path = f'{_folder(subject, study)}.txt'
@@ -214,5 +235,6 @@ def load_reports(
         rows.append(dict(study_id=study, report=path if there else '') | text)
     table = pd.DataFrame(rows, columns=['study_id', 'report', 'findings', 'impression'])
     if len(table) and not table.report.any():
-        raise InputError(f'no report of these studies in {folder}: it should hold files/p10/… with .txt files, as MIMIC-CXR is downloaded')
+        raise InputError(f'no report of these studies in {folder}: it should hold files/p10/… with .txt files, as '
+                         f'MIMIC-CXR is downloaded')
     return table
