@@ -51,7 +51,8 @@ def prediction_head(
 def _prototypes(k, config):
     "(K, D) uniform in +-sqrt(1/D), learned unless frozen."
     bound = config.head.output**-.5
-    return nn.Parameter(torch.empty(k, config.head.output).uniform_(-bound, bound), requires_grad=not config.loss.freeze_prototypes)
+    return nn.Parameter(torch.empty(k, config.head.output).uniform_(-bound, bound),
+                        requires_grad=not config.loss.freeze_prototypes)
 
 # %% ../nbs/51_heads.ipynb #51d63978
 def _prior(k, config):
@@ -68,6 +69,8 @@ class Space(nn.Module):
     ):
         super().__init__()
         k = config.modalities[name].prototypes or config.loss.prototypes
-        self.head, self.prototypes, self.predictor = ProjectionHead(widths[name], config.head), _prototypes(k, config), prediction_head(config.head)
-        self.cross = nn.ModuleDict({other: ProjectionHead(d, config.head) for other, d in widths.items() if other != name})
+        self.head, self.prototypes, self.predictor = ProjectionHead(widths[name], config.head), _prototypes(k,
+                config), prediction_head(config.head)
+        self.cross = nn.ModuleDict({other: ProjectionHead(d, config.head)
+                                    for other, d in widths.items() if other != name})
         self.register_buffer('prior', _prior(k, config), persistent=False)

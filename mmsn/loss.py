@@ -72,7 +72,8 @@ class _Gather(torch.autograd.Function):
 def gather_grad(
     x,  # any float tensor, of one shape on all ranks
 ):
-    "The tensor `x` of every rank, stacked (ranks, *x.shape), differentiable in this rank's part; see the formula above."
+    """The tensor `x` of every rank, stacked (ranks, *x.shape), differentiable in this rank's part; see the formula
+    above."""
     return _Gather.apply(x)
 
 # %% ../nbs/50_loss.ipynb #ee1177cb
@@ -80,7 +81,8 @@ def sinkhorn(
     logt,           # (B, K) log assignments of this rank's samples
     iterations=3,   # rounds; 0 returns logt
 ):
-    "Log assignments balanced over prototypes, (B, K); every row still sums to 1 (Cuturi 2013; MSN, section 3). No gradient."
+    """Log assignments balanced over prototypes, (B, K); every row still sums to 1 (Cuturi 2013; MSN, section 3). No
+    gradient."""
     logt = logt.detach()
     for _ in range(iterations):
         used = gather(logt.logsumexp(0)).logsumexp(0)     # (K,) log of each prototype's share, over all ranks
@@ -148,7 +150,8 @@ def _summary(logp, t):
     views = logp.view(-1, *t.shape).sum(0) if len(t) else logp       # (B, K), summed over the views of a sample
     n = len(logp)//max(len(t), 1)                                    # views per sample
     hits = torch.bincount(t.argmax(1), minlength=t.shape[1]).to(logp) if len(t) else logp.new_zeros(t.shape[1])
-    sums = [-(t*views).sum(), -(logp.exp()*logp).sum(), -torch.xlogy(t, t).sum()*n, t.amax(1).sum() if len(t) else t.sum()]
+    sums = [-(t*views).sum(), -(logp.exp()*logp).sum(), -torch.xlogy(t, t).sum()*n,
+            t.amax(1).sum() if len(t) else t.sum()]
     return torch.cat([logp.logsumexp(0), hits, torch.stack(sums), logp.new_tensor([len(logp), len(t)])])
 
 # %% ../nbs/50_loss.ipynb #225f553d
@@ -159,7 +162,8 @@ def msn_terms(
     entropy_weight=0.,  # weight of the mean entropy
     prior=None,         # as in `me_max`
 )->MSNTerms:
-    "The loss from assignments that are already made. A rank may hold no anchors at all; then it only takes part in the sums."
+    """The loss from assignments that are already made. A rank may hold no anchors at all; then it only takes part
+    in the sums."""
     k = t.shape[1]
     rows = gather_grad(_summary(logp, t))                            # (ranks, 2K + 6)
     ce, entropy, floor, confidence, count, samples = rows[:, 2*k:].sum(0).unbind()
@@ -177,19 +181,23 @@ def _check(anchors, targets, prototypes, temperature, sharpen, sinkhorn_iteratio
     "Raise ValueError, in one line, for arguments that cannot be meant."
     for name, x in dict(anchors=anchors, targets=targets, prototypes=prototypes).items():
         if x.ndim != 2: raise ValueError(f'{name} should have two dimensions, not shape {tuple(x.shape)}')
-        if x.shape[1] != prototypes.shape[-1]: raise ValueError(f'{name} have {x.shape[1]} dimensions, prototypes {prototypes.shape[-1]}')
+        if x.shape[1] != prototypes.shape[-1]:
+            raise ValueError(f'{name} have {x.shape[1]} dimensions, prototypes {prototypes.shape[-1]}')
     if len(prototypes) < 2: raise ValueError(f'at least two prototypes are needed, not {len(prototypes)}')
     if len(targets) == 0 != len(anchors) or (len(targets) and (len(anchors) == 0 or len(anchors) % len(targets))):
-        raise ValueError(f'{len(anchors)} anchors are no multiple of {len(targets)} targets: anchors are view-major, V views of the same B samples')
+        raise ValueError(f'{len(anchors)} anchors are no multiple of {len(targets)} targets: anchors are view-major, '
+                         f'V views of the same B samples')
     if not temperature > 0: raise ValueError(f'temperature should be positive, not {temperature}')
     if not sharpen > 0: raise ValueError(f'sharpen should be positive, not {sharpen}')
     if sinkhorn_iterations != int(sinkhorn_iterations) or sinkhorn_iterations < 0:
         raise ValueError(f'sinkhorn_iterations should be a whole number, 0 or more, not {sinkhorn_iterations}')
-    if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing should be at least 0 and below 1, not {label_smoothing}')
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f'label_smoothing should be at least 0 and below 1, not {label_smoothing}')
     if prior is not None and not isinstance(prior, (int, float)):
         shares = torch.as_tensor(prior, dtype=torch.float32)
         if shares.shape != prototypes.shape[:1] or (shares < 0).any() or not shares.sum() > 0:
-            raise ValueError(f'prior should hold {len(prototypes)} shares, none of them negative, not {tuple(shares.shape)} with sum {float(shares.sum()):.4g}')
+            raise ValueError(f'prior should hold {len(prototypes)} shares, none of them negative, not '
+                             f'{tuple(shares.shape)} with sum {float(shares.sum()):.4g}')
 
 # %% ../nbs/50_loss.ipynb #6905052e
 def msn_loss(
@@ -204,7 +212,8 @@ def msn_loss(
     prior=None,             # None: uniform; float: exponent of PMSN's power law; K shares
     label_smoothing=0.,     # s, of the prototypes' labels, for anchors and targets
 )->MSNTerms:
-    "The masked siamese loss over all ranks (arXiv 2204.07141, equations 1-2; with a prior 2210.07277). Raises ValueError."
+    """The masked siamese loss over all ranks (arXiv 2204.07141, equations 1-2; with a prior 2210.07277). Raises
+    ValueError."""
     _check(anchors, targets, prototypes, temperature, sharpen, sinkhorn_iterations, prior, label_smoothing)
     t = assign(targets, prototypes, temperature, sharpen, sinkhorn_iterations, label_smoothing)
     logp = smooth_log(log_probs(anchors, prototypes, temperature), label_smoothing)

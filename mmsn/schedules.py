@@ -48,7 +48,8 @@ def schedule(
     if step < warmup: lr = line(optim.start_lr, optim.lr, step/warmup)
     else: lr = cosine(optim.lr, optim.final_lr, (step - warmup)/max(total - warmup, 1))
     u = step/max(total, 1)
-    return Values(lr, cosine(optim.weight_decay, optim.final_weight_decay, u), line(optim.momentum, optim.final_momentum, u))
+    return Values(lr, cosine(optim.weight_decay, optim.final_weight_decay, u),
+                  line(optim.momentum, optim.final_momentum, u))
 
 # %% ../nbs/60_schedules.ipynb #522aa5ed
 def total_steps(
@@ -67,7 +68,8 @@ def steps_per_epoch(
     "Optimiser steps in one pass: whole global batches only. Raises InputError when there is not one."
     step = optim.batch_size*optim.accumulation*processes
     if samples < step:
-        raise InputError(f'{samples} training samples do not fill one step of {step} (optim.batch_size {optim.batch_size} × accumulation '
+        raise InputError(f'{samples} training samples do not fill one step of {step} (optim.batch_size '
+                         f'{optim.batch_size} × accumulation '
                          f'{optim.accumulation} × {processes} processes): lower optim.batch_size')
     return samples//step
 

@@ -17,11 +17,13 @@ import torch
 def effective_rank(
     x,  # (N, d) features
 ):
-    "exp of the entropy of the normalised singular values of centred features; NaN for fewer than two rows or features that are not finite."
+    """exp of the entropy of the normalised singular values of centred features; NaN for fewer than two rows or
+    features that are not finite."""
     if len(x) < 2: return x.new_tensor(math.nan, dtype=torch.float32)
     x = x.float() - x.float().mean(0)
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x       # the smaller one has the same non-zero spectrum
-    finite = gram.isfinite().all()                                # the solver raises for what is not, and the loop has a better message
+    # the solver raises for what is not, and the loop has a better message
+    finite = gram.isfinite().all()
     s = torch.linalg.eigvalsh(torch.where(finite, gram, 0.)).clamp_min(0).sqrt()
     p = s/s.sum().clamp_min(1e-12)
     return torch.where(finite, torch.special.entr(p).sum().exp(), math.nan)

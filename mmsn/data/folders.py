@@ -25,20 +25,25 @@ def fact_table(
     names,     # its columns that are facts
     where,     # what to call it in messages
 )->pd.DataFrame:
-    "(N, F) numbers: a column of numbers as it is, of words (12 at most) as one column of 1, 0, NaN a word. Raises InputError."
+    """(N, F) numbers: a column of numbers as it is, of words (12 at most) as one column of 1, 0, NaN a word. Raises
+    InputError."""
     parts = []
     for n in names:
         _need(table, n, where)
         value, text = pd.to_numeric(table[n], errors='coerce'), table[n].str.strip()
         words = sorted(text.dropna().unique())
         if value.notna().any() and (value.notna() == table[n].notna()).all(): parts.append(value.astype(float))
-        elif 0 < len(words) <= 12: parts.append(pd.DataFrame({f'{n}_{w}': (text == w).astype(float).where(text.notna()) for w in words}))
-        else: raise InputError(f'column {n!r} of {where} has {len(words)} different texts: a fact is a number or one of at most 12 words')
+        elif 0 < len(words) <= 12:
+            parts.append(pd.DataFrame({f'{n}_{w}': (text == w).astype(float).where(text.notna()) for w in words}))
+        else:
+            raise InputError(f'column {n!r} of {where} has {len(words)} different texts: a fact is a number or one '
+                             f'of at most 12 words')
     return pd.concat(parts, axis=1)
 
 # %% ../../nbs/25_data.folders.ipynb #6b7ba1cb
 def image_names(ids, folder)->list:
-    "File name of each id, relative to `folder`: as it is, or with the ending that most of the first hundred have there."
+    """File name of each id, relative to `folder`: as it is, or with the ending that most of the first hundred have
+    there."""
     ids = [str(i) for i in ids]
     there = {e: sum((Path(folder)/(i + e)).is_file() for i in ids[:100]) for e in ('', '.jpg', '.jpeg', '.png')}
     return [i + max(there, key=there.get) for i in ids]
@@ -62,20 +67,25 @@ def image_cohort(
     workers:int=2,        # processes that decode
     provenance:dict=None, # goes to cohort.json
 )->pd.DataFrame:
-    "The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises InputError."
+    """The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises
+    InputError."""
     _check_images(table, where, images, size, id_column, subject_column)
     subject = np.arange(len(table)) if subject_column is None else subject_numbers(table[subject_column], where)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
     split = split_of(subject, seed) if split_column is None else given_split(table, split_column, where)
-    samples = pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split, image=table[id_column].to_numpy()))
-    with CohortWriter(out, name, list(labels), provenance=dict(provenance or {}, size=size, fit=fit, seed=seed)) as writer:
-        stored = store_images(image_names(table[id_column], images), size, writer.add_images(modality, size, size), root=images, fit=fit, workers=workers)
+    samples = pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split,
+                                image=table[id_column].to_numpy()))
+    with CohortWriter(out, name, list(labels), provenance=dict(provenance or {}, size=size, fit=fit,
+                                                               seed=seed)) as writer:
+        stored = store_images(image_names(table[id_column], images), size, writer.add_images(modality, size, size),
+                              root=images, fit=fit, workers=workers)
         samples[f'{modality}_index'] = stored.index
         if tabular is not None:
             writer.add_tabular('demographics', tabular)
             samples['demographics_index'] = np.arange(len(table))
         samples = pd.concat([samples, y.reset_index(drop=True)], axis=1)[stored.index >= 0].reset_index(drop=True)
-        rows = [('images', 'rows', len(table)), *(('images', f'dropped: {r}', n) for r, n in stored.rejected.reason.value_counts().items())]
+        rows = [('images', 'rows', len(table)), *(('images', f'dropped: {r}', n)
+                                                  for r, n in stored.rejected.reason.value_counts().items())]
         rows += [('images', f'used, but {n}', k) for n, k in stored.noted.note.value_counts().items()]
         return close_with_summary(writer, samples, rows + [('subjects', 'with an image', samples.subject_id.nunique())])
 
@@ -84,9 +94,11 @@ def _check_images(table, where, images, size, id_column, subject_column=None):
     "Raise InputError unless there are rows, ids that are there once, a folder and a size."
     for c in filter(None, (id_column, subject_column)): _need(table, c, where)
     if not len(table): raise InputError(f'{where} holds no rows')
-    if table[id_column].isna().any(): raise InputError(f'column {id_column!r} of {where} is empty in row {int(table[id_column].isna().argmax()) + 1}')
+    if table[id_column].isna().any():
+        raise InputError(f'column {id_column!r} of {where} is empty in row {int(table[id_column].isna().argmax()) + 1}')
     twice = table[id_column][table[id_column].duplicated()]
-    if len(twice): raise InputError(f'column {id_column!r} of {where} holds {len(twice)} duplicate ids, such as {twice.iloc[0]!r}')
+    if len(twice):
+        raise InputError(f'column {id_column!r} of {where} holds {len(twice)} duplicate ids, such as {twice.iloc[0]!r}')
     if not Path(images).is_dir(): raise InputError(f'no folder of images at {images}')
     if not 8 <= size <= 4096: raise InputError(f'size should be 8 to 4096 pixels, not {size}')
 
@@ -106,7 +118,8 @@ def prepare_images(
 # %% ../../nbs/25_data.folders.ipynb #fc9f98c4
 NIH_LABELS = ('Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltration', 'Mass', 'Nodule', 'Pneumonia', 'Pneumothorax',
               'Consolidation', 'Edema', 'Emphysema', 'Fibrosis', 'Pleural_Thickening', 'Hernia')
-_NIH_NAMES = {'Image Index': 'image', 'Finding Labels': 'finding_labels', 'Patient ID': 'patient_id', 'Patient Age': 'age',
+_NIH_NAMES = {'Image Index': 'image', 'Finding Labels': 'finding_labels', 'Patient ID': 'patient_id',
+              'Patient Age': 'age',
               'Patient Gender': 'sex', 'Patient Sex': 'sex', 'View Position': 'view'}
 
 # %% ../../nbs/25_data.folders.ipynb #2919b4b9
@@ -140,10 +153,13 @@ def prepare_nih(
     if listed.is_file():
         test, split = set(listed.read_text().split()), 'split'
         patients = subject_numbers(table.patient_id, path)
-        rest = np.array(SPLITS)[(split_of(patients, seed, (.875, .125)) == 'val').astype(int)]     # the official list has no validation split
+        # the official list has no validation split
+        rest = np.array(SPLITS)[(split_of(patients, seed, (.875, .125)) == 'val').astype(int)]
         table['split'] = np.where([Path(i).name in test for i in table.image], 'test', rest)
-    provenance = dict(command='prepare_nih', source='NIH ChestX-ray14, NIH Clinical Center', licence='free with attribution')
-    return image_cohort(table, path, images, out, size, 'image', 'patient_id', split, (*NIH_LABELS, 'No Finding'), ('age', 'sex', 'view'),
+    provenance = dict(command='prepare_nih', source='NIH ChestX-ray14, NIH Clinical Center',
+                      licence='free with attribution')
+    return image_cohort(table, path, images, out, size, 'image', 'patient_id', split, (*NIH_LABELS, 'No Finding'),
+                        ('age', 'sex', 'view'),
                         name='nih', seed=seed, workers=workers, provenance=provenance)
 
 # %% ../../nbs/25_data.folders.ipynb #794d18c8
@@ -154,12 +170,18 @@ def prepare_iu(
     seed:int=0,       # of the division by report
     workers:int=2,    # processes that decode
 )->pd.DataFrame:
-    "Turn the frontal Indiana University radiographs into a cohort; returns the summary (part, what, count). Raises InputError."
+    """Turn the frontal Indiana University radiographs into a cohort; returns the summary (part, what, count).
+    Raises InputError."""
     source = Path(source)
-    table, labels = read_text(source/'images.csv', ['image', 'uid', 'projection']), read_text(source/'labels_from_mesh.csv', ['uid', 'Normal'])
-    if labels.uid.duplicated().any(): raise InputError(f'{source/"labels_from_mesh.csv"} holds uid {labels.uid[labels.uid.duplicated()].iloc[0]} twice')
+    table, labels = read_text(source/'images.csv',
+                              ['image', 'uid', 'projection']), read_text(source/'labels_from_mesh.csv',
+                                                                         ['uid', 'Normal'])
+    if labels.uid.duplicated().any():
+        raise InputError(f'{source/"labels_from_mesh.csv"} holds uid {labels.uid[labels.uid.duplicated()].iloc[0]} '
+                         f'twice')
     names = [c for c in labels if c not in ('uid', 'MeSH')]
     table = table[table.projection == 'Frontal'].merge(labels, on='uid', how='left').reset_index(drop=True)
     provenance = dict(command='prepare_iu', source='Indiana University chest X-rays', licence='CC BY-NC-ND 4.0')
-    return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', labels=names, fit='squash',
+    return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', labels=names,
+                        fit='squash',
                         name='iu', seed=seed, workers=workers, provenance=provenance)

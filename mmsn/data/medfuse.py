@@ -29,13 +29,15 @@ from .writer import CohortWriter, close_with_summary
 from ..options import InputError
 
 # %% ../../nbs/26_data.medfuse.ipynb #cc9038be
-TASK_FOLDERS = {'mortality': 'in-hospital-mortality', 'phenotyping': 'phenotyping', 'decompensation': 'decompensation', 'los': 'length-of-stay'}
+TASK_FOLDERS = {'mortality': 'in-hospital-mortality', 'phenotyping': 'phenotyping',
+                'decompensation': 'decompensation', 'los': 'length-of-stay'}
 _SERIES = r'(\d{1,18})_episode(\d{1,6})_timeseries\.csv'
 _GROUPS = {name: group for _, name, group in PHENOTYPES}
 
 def _label(name, task):
     "The name of a label: that of the task for `y_true`, that of our phenotype for one of its longer spellings."
-    if name == 'y_true': return dict(mortality=MORTALITY, decompensation=DECOMPENSATION, los='remaining_hours').get(task, name)
+    if name == 'y_true':
+        return dict(mortality=MORTALITY, decompensation=DECOMPENSATION, los='remaining_hours').get(task, name)
     return next((n for n in (name, name.split(' (')[0]) if n in _GROUPS), name)
 
 # %% ../../nbs/26_data.medfuse.ipynb #47e74e27
@@ -43,14 +45,17 @@ def _files(table, path):
     "Subject and episode of each stay, from the names of the files."
     name = table.stay.fillna('').astype(str)
     wrong = name[~name.str.fullmatch(_SERIES)]
-    if len(wrong): raise InputError(f'{path}: a stay should be a file such as 10001217_episode1_timeseries.csv, not {wrong.iloc[0]!r}')
+    if len(wrong):
+        raise InputError(f'{path}: a stay should be a file such as 10001217_episode1_timeseries.csv, not '
+                         f'{wrong.iloc[0]!r}')
     return name.str.extract(_SERIES).astype('int64').set_axis(['subject_id', 'episode'], axis=1)
 
 # %% ../../nbs/26_data.medfuse.ipynb #0ccb3da3
 def _periods(table, path):
     "Hours of each sample."
     period = numbers(table, 'period_length', path) if 'period_length' in table else pd.Series(0., table.index)
-    if not (period >= 0).all(): raise InputError(f'{path} has an empty or negative period_length, in row {int((~(period >= 0)).argmax()) + 1}')
+    if not (period >= 0).all():
+        raise InputError(f'{path} has an empty or negative period_length, in row {int((~(period >= 0)).argmax()) + 1}')
     return period.where(period > 0, 48.)
 
 # %% ../../nbs/26_data.medfuse.ipynb #e0dba26f
@@ -63,14 +68,16 @@ def _whole(ids, path):
 def _remaining(hours):
     "Remaining hours as the ten ranges of days, and as they are."
     bucket = np.searchsorted(_DAYS, hours.clip(lower=0)/24, side='right') - 1
-    return pd.DataFrame(np.eye(len(REMAINING), dtype='float32')[bucket], index=hours.index, columns=REMAINING).assign(remaining_hours=hours)
+    return pd.DataFrame(np.eye(len(REMAINING), dtype='float32')[bucket], index=hours.index,
+                        columns=REMAINING).assign(remaining_hours=hours)
 
 # %% ../../nbs/26_data.medfuse.ipynb #36a35602
 def read_listfile(
     path,       # {train,val,test}_listfile.csv
     task:str,   # a key of TASK_FOLDERS
 )->pd.DataFrame:
-    "One row a sample: stay (file name), subject_id, episode, period (hours), stay_id if there, labels. Raises InputError."
+    """One row a sample: stay (file name), subject_id, episode, period (hours), stay_id if there, labels. Raises
+    InputError."""
     table = read_text(path, ['stay'])
     made = table[['stay']].join(_files(table, path)).assign(period=_periods(table, path))
     if 'stay_id' in table: made['stay_id'] = _whole(numbers(table, 'stay_id', path), path)
@@ -112,8 +119,10 @@ def _parse(names, bodies):
     kinds = {n: pa.float64() if n == 'Hours' else pa.dictionary(pa.int32(), pa.string()) for n in names}
     text = b''.join(bodies)
     if not text: return pd.DataFrame({n: pd.Series(dtype=float if n == 'Hours' else 'category') for n in names})
-    return pacsv.read_csv(io.BytesIO(text), pacsv.ReadOptions(column_names=names), pacsv.ParseOptions(ignore_empty_lines=False),
-                          pacsv.ConvertOptions(column_types=kinds, null_values=[''], strings_can_be_null=True)).to_pandas()
+    return pacsv.read_csv(io.BytesIO(text), pacsv.ReadOptions(column_names=names),
+                          pacsv.ParseOptions(ignore_empty_lines=False),
+                          pacsv.ConvertOptions(column_types=kinds, null_values=[''],
+                                               strings_can_be_null=True)).to_pandas()
 
 # %% ../../nbs/26_data.medfuse.ipynb #78f39d7f
 def _parse_all(paths, names, bodies):
@@ -122,7 +131,8 @@ def _parse_all(paths, names, bodies):
     except pa.ArrowInvalid:
         for path, body in zip(paths, bodies):
             try: _parse(names, [body])
-            except pa.ArrowInvalid as e: raise InputError(f'{path} is not rows of Hours and 17 cells: {str(e).splitlines()[0]}')
+            except pa.ArrowInvalid as e:
+                raise InputError(f'{path} is not rows of Hours and 17 cells: {str(e).splitlines()[0]}')
         raise
 
 # %% ../../nbs/26_data.medfuse.ipynb #97f8e5f7
@@ -140,9 +150,11 @@ def read_series(
     paths:list,      # of Path, one a stay
     channels:list,   # 17 of Channel, in the order of NAMES
 )->tuple:
-    "Events of all stays (stay = number in `paths`, hours, channel, value: NaN for unknown words), and a Counter of (channel, unknown word)."
+    """Events of all stays (stay = number in `paths`, hours, channel, value: NaN for unknown words), and a Counter
+    of (channel, unknown word)."""
     files, parts, unknown = [_read_file(p) for p in paths], [], Counter()
-    for names in dict.fromkeys(n for n, _ in files):                                  # nearly always one order of columns
+    # nearly always one order of columns
+    for names in dict.fromkeys(n for n, _ in files):
         mine = [i for i, (n, _) in enumerate(files) if n == names]
         bodies = [files[i][1] for i in mine]
         table = _parse_all([paths[i] for i in mine], names, bodies)
@@ -152,13 +164,15 @@ def read_series(
 
 # %% ../../nbs/26_data.medfuse.ipynb #ce5f31a3
 def _longest(samples):
-    "Of samples, the table of series (folder, stay, period, the longest) and for each sample the number of its series. Raises InputError."
+    """Of samples, the table of series (folder, stay, period, the longest) and for each sample the number of its
+    series. Raises InputError."""
     key = samples.folder + '/' + samples.stay
     number, names = pd.factorize(key)
     many = samples.groupby(key).period.nunique().gt(1)
     torn = samples[key.map(many) & (samples.period % 1 != 0)]
     if len(torn):
-        raise InputError(f'{torn.stay.iloc[0]} is listed with several periods, and one of them, {torn.period.iloc[0]:g} h, is not whole hours')
+        raise InputError(f'{torn.stay.iloc[0]} is listed with several periods, and one of them, '
+                         f'{torn.period.iloc[0]:g} h, is not whole hours')
     return pd.DataFrame(dict(path=names, hours=samples.groupby(number).period.max().to_numpy())), number
 
 # %% ../../nbs/26_data.medfuse.ipynb #e7d373fb
@@ -170,13 +184,15 @@ def grid_series(
     bounded:bool,     # leave out values beyond low and high
     block:int=2000,   # series held in memory at once
 )->tuple:
-    "Append the grids of all series; returns rows (N,), first row with an observation (N,; beyond the end: none), counts of `grid`, of unknown words."
+    """Append the grids of all series; returns rows (N,), first row with an observation (N,; beyond the end: none),
+    counts of `grid`, of unknown words."""
     rows, seen, counts, unknown = [], [], 0, Counter()
     with tqdm(total=len(series), desc='series', unit='stay', disable=None) as bar:
         for a in range(0, len(series), block):
             part = series.iloc[a:a + block]
             e, words = read_series([folder/p for p in part.path], channels)
-            g = grid(e.stay, e.hours, e.channel, e.value, part.hours, channels, ties='last', drop_outside=bounded, grace=1e-6)
+            g = grid(e.stay, e.hours, e.channel, e.value, part.hours, channels, ties='last', drop_outside=bounded,
+                     grace=1e-6)
             writer.append(g.values)
             observed = np.append(np.flatnonzero(g.values[:, -len(channels):].any(1)), len(g.values))
             rows.append(g.lengths)
@@ -198,7 +214,8 @@ def read_lists(
     for split, where in (('train', 'train'), ('val', 'train'), ('test', 'test')):
         path = inside/f'{split}_listfile.csv'
         if not path.is_file():
-            raise InputError(f'no {path.name} in {inside} or its {TASK_FOLDERS[task]}/: the step that splits off validation should have made it')
+            raise InputError(f'no {path.name} in {inside} or its {TASK_FOLDERS[task]}/: the step that splits off '
+                             f'validation should have made it')
         parts.append(read_listfile(path, task).assign(split=split, folder=where))
         if set(parts[0]) != set(parts[-1]): raise InputError(f'{path} has other columns than train_listfile.csv')
     samples = pd.concat(parts).sort_values(['subject_id', 'episode', 'period'], ignore_index=True)
@@ -211,7 +228,8 @@ def read_lists(
 def _sample_ids(samples, task):
     "stay_id where it is known, with the hour where a stay has many samples; else a running number."
     if 'stay_id' not in samples: return np.arange(len(samples))
-    return samples.stay_id*10_000 + samples.period.round().astype('int64') if task in ('decompensation', 'los') else samples.stay_id
+    return samples.stay_id*10_000 + samples.period.round().astype('int64') if task in ('decompensation',
+            'los') else samples.stay_id
 
 # %% ../../nbs/26_data.medfuse.ipynb #5b1d0f45
 def prepare_medfuse(
@@ -222,9 +240,11 @@ def prepare_medfuse(
     modality:str='ehr',         # name of the time series
     name:str='medfuse',         # of the cohort
 )->pd.DataFrame:
-    "Turn a folder of the published extraction into a cohort; returns the summary (part, what, count). Raises InputError."
+    """Turn a folder of the published extraction into a cohort; returns the summary (part, what, count). Raises
+    InputError."""
     kinds, (inside, samples) = channel_set(channels), read_lists(folder, task)
-    labels = [c for c in samples if c not in ('stay', 'subject_id', 'episode', 'period', 'stay_id', 'split', 'folder', 'remaining_hours')]
+    labels = [c for c in samples if c not in ('stay', 'subject_id', 'episode', 'period', 'stay_id', 'split', 'folder',
+                                              'remaining_hours')]
     series, number = _longest(samples)
     provenance = dict(command='prepare_medfuse', source=inside.name, task=task, channels=channels)
     with CohortWriter(out, name, labels, {n: _GROUPS[n] for n in labels if n in _GROUPS}, provenance) as writer:
@@ -234,7 +254,8 @@ def prepare_medfuse(
         table = samples.drop(columns=['folder', 'episode']).rename(columns=dict(stay='file', period='period_length'))
         table.insert(0, 'sample_id', _sample_ids(samples, task))
         table[f'{modality}_start'], table[f'{modality}_length'] = offsets(rows)[number], np.where(seen[number] < length, length, 0)
-        told = [('stays', 'listed', len(series)), ('stays', 'samples', len(samples)), ('events', 'cells of the series', int(counts.events.sum()))]
+        told = [('stays', 'listed', len(series)), ('stays', 'samples', len(samples)),
+                ('events', 'cells of the series', int(counts.events.sum()))]
         told += [('unknown words', f'{c}: {w}', n) for (c, w), n in unknown.most_common(10)]
         return close_with_summary(writer, table, told, counts)
 
@@ -247,7 +268,8 @@ def _texts(values, seen, channel):
         return pa.array(np.array(channel['categories'], dtype=object)[values.argmax(1)], pa.string(), mask=~seen)
     if channel['name'] not in _SCORES: return pa.array(np.ascontiguousarray(values[:, 0]), pa.float32(), mask=~seen)
     score, which = np.unique(values[:, 0], return_inverse=True)
-    return pa.array(np.array([_word(channel['name'], float(s)) for s in score], dtype=object)[which], pa.string(), mask=~seen)
+    return pa.array(np.array([_word(channel['name'], float(s)) for s in score], dtype=object)[which], pa.string(),
+                    mask=~seen)
 
 # %% ../../nbs/26_data.medfuse.ipynb #96b5cc8a
 def _word(name, score):
@@ -266,7 +288,9 @@ def series_lines(
     row, hour = np.flatnonzero(seen.any(1)), np.arange(len(values)) - np.repeat(offsets(lengths), lengths) + 1.
     columns = [_texts(values[row, c['columns'][0]:c['columns'][1]], seen[row, k], c) for k, c in enumerate(channels)]
     sink = io.BytesIO()
-    table, plain = pa.table([pa.array(hour[row]), *columns], ['Hours', *NAMES]), pacsv.WriteOptions(include_header=False, quoting_style='none')
+    table, plain = pa.table([pa.array(hour[row]), *columns], ['Hours',
+                                                              *NAMES]), pacsv.WriteOptions(include_header=False,
+                                                                      quoting_style='none')
     pacsv.write_csv(table, sink, plain)
     lines = sink.getvalue().splitlines(keepends=True)
     ends = np.searchsorted(row, np.cumsum(lengths))
@@ -280,7 +304,8 @@ def _task_labels(cohort, task, labels, modality):
     if [c['name'] for c in info.channels] != NAMES or info.info['timestep'] != 1:
         raise InputError(f'{modality} of {cohort.name!r} is not the 17 channels by the hour')
     if task == 'los': labels = [n for n in ('remaining_hours',) if n in cohort.samples]
-    elif labels is None: labels = [n for n in cohort.labels if n in (_GROUPS if task == 'phenotyping' else [_label('y_true', task)])]
+    elif labels is None:
+        labels = [n for n in cohort.labels if n in (_GROUPS if task == 'phenotyping' else [_label('y_true', task)])]
     else: labels = cohort._names(labels, cohort.labels, 'label')
     if not labels or any(',' in n for n in labels):
         has = ', '.join(cohort.labels[:3]) + ' …'*(len(cohort.labels) > 3)
@@ -291,7 +316,8 @@ def _task_labels(cohort, task, labels, modality):
 def _to_write(cohort, labels, modality):
     "The samples that can be written, with file, folder, first row and rows; raises InputError if there are none."
     table = cohort.samples[cohort.present(modality) & cohort.samples[labels].notna().all(axis=1)]
-    table = table.rename(columns={f'{modality}_start': 'first', f'{modality}_length': 'rows'}).drop_duplicates(['first', 'rows'])
+    table = table.rename(columns={f'{modality}_start': 'first',
+                                  f'{modality}_length': 'rows'}).drop_duplicates(['first', 'rows'])
     if not len(table): raise InputError(f'no sample of {cohort.name!r} has both {modality} and known labels')
     episode = table.groupby('subject_id')['first'].rank('dense').astype(int)
     file = table.subject_id.astype(str) + '_episode' + episode.astype(str) + '_timeseries.csv'
@@ -304,7 +330,8 @@ def _write_lists(table, labels, task, folder):
     y = table[labels].map('{:.6f}'.format) if task == 'los' else table[labels].astype(int)
     made = pd.DataFrame(dict(stay=table.file, period_length=period, stay_id=table.get('stay_id', table.sample_id)))
     made = made.join(y.set_axis(['y_true'] if len(labels) == 1 else labels, axis=1))
-    for split in ('train', 'val', 'test'): made[table.split == split].to_csv(folder/f'{split}_listfile.csv', index=False, lineterminator='\n')
+    for split in ('train', 'val', 'test'):
+        made[table.split == split].to_csv(folder/f'{split}_listfile.csv', index=False, lineterminator='\n')
 
 # %% ../../nbs/26_data.medfuse.ipynb #1e20e59e
 def _write_files(series, array, channels, folder, block):
@@ -327,11 +354,13 @@ def write_medfuse(
     modality:str='ehr',       # name of the time series
     block:int=2000,           # series held in memory at once
 )->pd.DataFrame:
-    "Write a cohort as a folder of the published extraction; returns the summary (part, what, count). Raises InputError."
+    """Write a cohort as a folder of the published extraction; returns the summary (part, what, count). Raises
+    InputError."""
     cohort, out = Cohort.open(cohort), Path(out)
     labels = _task_labels(cohort, task, labels, modality)
     table = _to_write(cohort, labels, modality)
-    if (place := out/TASK_FOLDERS[task]).exists(): raise InputError(f'{place} exists already: remove it or choose another folder')
+    if (place := out/TASK_FOLDERS[task]).exists():
+        raise InputError(f'{place} exists already: remove it or choose another folder')
     out.mkdir(parents=True, exist_ok=True)
     series = table.sort_values('rows').drop_duplicates('first', keep='last').sort_values('first')
     with tempfile.TemporaryDirectory(prefix='.writing-', dir=out) as near:      # whole or not at all
@@ -339,6 +368,8 @@ def write_medfuse(
         _write_files(series, cohort.array(modality), cohort.modalities[modality].channels, part, block)
         _write_lists(table, labels, task, part)
         part.rename(place)
-    rows = [('samples', 'in the cohort', len(cohort)), ('samples', 'not written: no series, or a label unknown', len(cohort) - len(table))]
-    rows += [('stays', 'written', len(series)), *(('samples', s, int((table.split == s).sum())) for s in ('train', 'val', 'test'))]
+    rows = [('samples', 'in the cohort', len(cohort)), ('samples', 'not written: no series, or a label unknown',
+                                                        len(cohort) - len(table))]
+    rows += [('stays', 'written', len(series)), *(('samples', s, int((table.split == s).sum()))
+                                                  for s in ('train', 'val', 'test'))]
     return pd.DataFrame(rows, columns=['part', 'what', 'count'])

@@ -23,14 +23,16 @@ from ..options import InputError
 def _agreed(table, column, channel, path):
     "The one value that the rows of `channel` give for `column`; NaN if none does. Raises InputError where they differ."
     given = table[column].dropna().unique() if column in table else []
-    if len(given) > 1: raise InputError(f'{path} gives the channel {channel!r} more than one {column}: {given[0]} and {given[1]}')
+    if len(given) > 1:
+        raise InputError(f'{path} gives the channel {channel!r} more than one {column}: {given[0]} and {given[1]}')
     return given[0] if len(given) else np.nan
 
 # %% ../../nbs/27_data.meds.ipynb #7dc09116
 def _channel(name, rows, path):
     "The Channel of its rows."
     unit, low, high, normal = (_agreed(rows, c, name, path) for c in ('unit', 'low', 'high', 'normal'))
-    if np.isnan(normal) or normal < low or normal > high: raise InputError(f'{path}: {name!r} needs a normal value within its low and high')
+    if np.isnan(normal) or normal < low or normal > high:
+        raise InputError(f'{path}: {name!r} needs a normal value within its low and high')
     limit = lambda x: None if np.isnan(x) else float(x)
     return Channel(name, '' if pd.isna(unit) else unit, float(normal), limit(low), limit(high))
 
@@ -38,16 +40,19 @@ def _channel(name, rows, path):
 def read_codes(
     path,   # CSV: code, channel, unit, low, high, normal, scale, offset
 )->tuple:
-    "The channels, in the order of their first row, and the table code, channel (number), scale, offset. Raises InputError."
+    """The channels, in the order of their first row, and the table code, channel (number), scale, offset. Raises
+    InputError."""
     table = read_text(path, ['code', 'channel', 'normal'])
     for c in ('code', 'channel'):
         table[c] = table[c].str.strip()
         if table[c].isna().any(): raise InputError(f'{path} has no {c} in row {int(table[c].isna().argmax()) + 1}')
     if not len(table): raise InputError(f'{path} names no code')
-    if table.code.duplicated().any(): raise InputError(f'{path} has the code {table.code[table.code.duplicated()].iloc[0]!r} twice')
+    if table.code.duplicated().any():
+        raise InputError(f'{path} has the code {table.code[table.code.duplicated()].iloc[0]!r} twice')
     for c in ('low', 'high', 'normal', 'scale', 'offset'): table[c] = numbers(table, c, path) if c in table else np.nan
     number, channels = pd.factorize(table.channel)
-    made = pd.DataFrame(dict(code=table.code, channel=number, scale=table.scale.fillna(1.), offset=table.offset.fillna(0.)))
+    made = pd.DataFrame(dict(code=table.code, channel=number, scale=table.scale.fillna(1.),
+                             offset=table.offset.fillna(0.)))
     return [_channel(name, table[number == i], path) for i, name in enumerate(channels)], made
 
 # %% ../../nbs/27_data.meds.ipynb #02fbf77b
@@ -55,10 +60,13 @@ def match_codes(
     codes,   # the codes of a data set
     table,   # of `read_codes`
 )->pd.DataFrame:
-    "For each code that some row of `table` means: code, channel, scale, offset; the exact row wins, then the longest beginning."
+    """For each code that some row of `table` means: code, channel, scale, offset; the exact row wins, then the
+    longest beginning."""
     exact = table[~table.code.str.endswith('*')].set_index('code')
-    begins = {c[:-1]: c for c in sorted(table.code[table.code.str.endswith('*')], key=len)}       # later ones, the longer, win below
-    of = {c: c if c in exact.index else next((b for a, b in reversed(begins.items()) if c.startswith(a)), None) for c in dict.fromkeys(codes)}
+    # later ones, the longer, win below
+    begins = {c[:-1]: c for c in sorted(table.code[table.code.str.endswith('*')], key=len)}
+    of = {c: c if c in exact.index else next((b for a, b in reversed(begins.items()) if c.startswith(a)), None)
+          for c in dict.fromkeys(codes)}
     found = pd.DataFrame([(c, row) for c, row in of.items() if row], columns=['code', 'row'])
     return found.merge(table.rename(columns=dict(code='row')), on='row').drop(columns='row')
 
@@ -77,7 +85,8 @@ def _open(con, view, files, needed, kinds):
         missing = [c for c in needed if c not in header(f)]
         if missing: raise InputError(f'{f} has no column {missing[0]!r}')
     there = set.intersection(*(set(header(f)) for f in files))
-    columns = ', '.join(f'try_cast("{c}" as {k}) as "{c}"' if c in there else f'null::{k} as "{c}"' for c, k in kinds.items())
+    columns = ', '.join(f'try_cast("{c}" as {k}) as "{c}"' if c in there else f'null::{k} as "{c}"'
+                        for c, k in kinds.items())
     listed = ', '.join("'" + str(f).replace("'", "''") + "'" for f in files)
     con.execute(f'create or replace view {view} as select {columns} from read_parquet([{listed}], union_by_name=true)')
 
@@ -86,7 +95,8 @@ def open_meds(
     con,      # DuckDB connection that gets the views `meds` and `splits`
     folder,   # with data/ and metadata/
 ):
-    "Make the view `meds` of all events and the table `splits`; raises InputError for files that are not there or not MEDS."
+    """Make the view `meds` of all events and the table `splits`; raises InputError for files that are not there or
+    not MEDS."""
     files = _shards(Path(folder)/'data', 'a MEDS data set has them in data/')
     kinds = dict(subject_id='bigint', time='timestamp', code='varchar', numeric_value='double', text_value='varchar')
     _open(con, 'meds', files, ('subject_id', 'time', 'code'), kinds)
@@ -101,32 +111,40 @@ def load_mapped(
     con,     # with `meds`
     table,   # of `read_codes`
 )->list:
-    "Make `mapped` (subject_id, time, channel, x): the events of mapped codes; returns rows (what, count). Raises InputError where no code is mapped."
+    """Make `mapped` (subject_id, time, channel, x): the events of mapped codes; returns rows (what, count). Raises
+    InputError where no code is mapped."""
     codes = run(con, 'select code, count(*) as n from meds group by 1 order by 2 desc', desc='codes').df()
     known = match_codes(codes.code.dropna(), table)
-    if not len(known): raise InputError(f'no code of the data set is in the table of codes; there is, for one, {codes.code.iloc[0]!r}')
+    if not len(known):
+        raise InputError(f'no code of the data set is in the table of codes; there is, for one, {codes.code.iloc[0]!r}')
     run(con, '''create or replace table mapped as select subject_id, time, k.channel::int as channel, x*k.scale + k."offset" as x
         from (select *, coalesce(numeric_value, try_cast(text_value as double)) as x from meds) join known k using (code)
         where time is not null and subject_id is not null''', desc='events', known=known)
     mapped, timed = codes.n[codes.code.isin(known.code)].sum(), con.execute('select count(*) from mapped').fetchone()[0]
-    return [('in the data set', int(codes.n.sum())), ('of codes in the table', int(mapped)), ('dropped: no time or subject', int(mapped - timed))]
+    return [('in the data set', int(codes.n.sum())), ('of codes in the table', int(mapped)),
+            ('dropped: no time or subject', int(mapped - timed))]
 
 # %% ../../nbs/27_data.meds.ipynb #89ac8c96
 def load_labels(
     con,            # DuckDB connection that gets the table
     labels:list,    # folders (or files) of MEDS labels
 )->list:
-    "Make `asked` (subject_id, prediction_time, one column a label, y0, y1…: 1, 0, NULL); returns the names. Raises InputError."
-    names, kinds = [Path(p).stem for p in labels], dict(subject_id='bigint', prediction_time='timestamp', boolean_value='boolean')
+    """Make `asked` (subject_id, prediction_time, one column a label, y0, y1…: 1, 0, NULL); returns the names.
+    Raises InputError."""
+    names, kinds = [Path(p).stem for p in labels], dict(subject_id='bigint', prediction_time='timestamp',
+                                                        boolean_value='boolean')
     if len(set(names)) < len(names): raise InputError(f'two label folders have one name: {", ".join(names)}')
-    for i, path in enumerate(labels): _open(con, f'label_{i}', _shards(path, 'labels are parquet files, or a folder of them'), kinds, kinds)
+    for i, path in enumerate(labels):
+        _open(con, f'label_{i}', _shards(path, 'labels are parquet files, or a folder of them'), kinds, kinds)
     union = ' union all '.join(f'select *, {i} as task from label_{i}' for i in range(len(names)))
-    run(con, f'create or replace table answers as select * from ({union}) where subject_id is not null and prediction_time is not null')
+    run(con, f'create or replace table answers as select * from ({union}) where subject_id is not null and '
+             f'prediction_time is not null')
     twice = con.execute('''select subject_id from answers group by task, subject_id, prediction_time
         having count(distinct boolean_value) > 1 limit 1''').fetchone()
     if twice: raise InputError(f'the labels of subject {twice[0]} at one prediction_time contradict each other')
     columns = ', '.join(f'max(boolean_value::int) filter (task = {i})::float as y{i}' for i in range(len(names)))
-    con.execute(f'create or replace table asked as select subject_id, prediction_time, {columns} from answers group by all')
+    con.execute(f'create or replace table asked as select subject_id, prediction_time, {columns} from answers group '
+                f'by all')
     return names
 
 # %% ../../nbs/27_data.meds.ipynb #fc2c47e6
@@ -160,7 +178,8 @@ def start_windows(
     end:str='',     # code of the event where it ends
     hours:float=0,  # longest window; 0: no limit
 )->list:
-    "Make `windows` (sample, subject_id, a, b), one a start event; returns rows (what, count). Raises InputError where there is none."
+    """Make `windows` (sample, subject_id, a, b), one a start event; returns rows (what, count). Raises InputError
+    where there is none."""
     ends = f'min(e.time) filter ({_is(end, "e.code")})' if end else 'null'
     limit = f'least(b, a + to_seconds({hours}*3600))' if hours else 'b'
     run(con, f"""create or replace table windows as
@@ -175,12 +194,14 @@ def start_windows(
 
 # %% ../../nbs/27_data.meds.ipynb #b4eb0ef2
 def load_found(con)->list:
-    "Make `found` (stay = sample, hours, channel, value), sorted by stay: what lies in the windows; returns rows (what, count)."
+    """Make `found` (stay = sample, hours, channel, value), sorted by stay: what lies in the windows; returns rows
+    (what, count)."""
     run(con, """create or replace table found as select w.sample as stay, (epoch(m.time) - epoch(w.a))/3600 as hours, channel, x as value
         from mapped m join windows w on w.subject_id = m.subject_id and m.time >= w.a and m.time <= w.b order by stay""", desc='windows')
     outside = run(con, """select count(*) from mapped m where not exists (
         from windows w where w.subject_id = m.subject_id and m.time >= w.a and m.time <= w.b)""").fetchone()[0]
-    return [('dropped: in no window', outside), ('in windows, once for each', con.execute('select count(*) from found').fetchone()[0])]
+    return [('dropped: in no window', outside), ('in windows, once for each',
+                                                 con.execute('select count(*) from found').fetchone()[0])]
 
 # %% ../../nbs/27_data.meds.ipynb #f940e014
 def _block(con):
@@ -191,15 +212,19 @@ def _block(con):
 _MEDS_SPLITS = dict(train='train', tuning='val', held_out='test', validation='val', val='val', test='test')
 
 def meds_splits(con, subject_id, seed:int)->tuple:
-    "(N,) splits of the subjects, and how many were not listed; raises InputError for a split of another name or a subject in two."
+    """(N,) splits of the subjects, and how many were not listed; raises InputError for a split of another name or a
+    subject in two."""
     table = con.execute('select subject_id, split from splits').df()
     strange = table.split[~table.split.isin(_MEDS_SPLITS)]
-    if len(strange): raise InputError(f'subject_splits.parquet has the split {strange.iloc[0]!r}: known are {", ".join(_MEDS_SPLITS)}')
+    if len(strange):
+        raise InputError(f'subject_splits.parquet has the split {strange.iloc[0]!r}: known are '
+                         f'{", ".join(_MEDS_SPLITS)}')
     twice = table.subject_id[table.subject_id.duplicated()]
     if len(twice): raise InputError(f'subject_splits.parquet puts subject {twice.iloc[0]} into two splits')
     listed = pd.Series(subject_id).map(table.set_index('subject_id').split).map(_MEDS_SPLITS)
     unlisted = pd.Series(subject_id)[listed.isna()].nunique()
-    return listed.where(listed.notna(), pd.Series(split_of(subject_id, seed))).to_numpy(object), unlisted if len(table) else 0
+    return listed.where(listed.notna(), pd.Series(split_of(subject_id,
+                                                           seed))).to_numpy(object), unlisted if len(table) else 0
 
 # %% ../../nbs/27_data.meds.ipynb #0ee1ec79
 def meds_facts(con, facts=())->pd.DataFrame:
@@ -210,16 +235,21 @@ def meds_facts(con, facts=())->pd.DataFrame:
     for pattern in facts:
         had = run(con, f"""select distinct sample, code from meds e join windows w using (subject_id)
             where {_is(pattern)} and (e.time is null or e.time <= w.b)""").df()
-        if not 0 < had.code.nunique() <= 12: raise InputError(f'{had.code.nunique()} codes fit the fact {pattern!r}: it should be 1 to 12')
+        if not 0 < had.code.nunique() <= 12:
+            raise InputError(f'{had.code.nunique()} codes fit the fact {pattern!r}: it should be 1 to 12')
         table = pd.crosstab(had['sample'], had.code).clip(upper=1).reindex(range(len(born))).astype(float)
-        parts.append(table if len(table.columns) > 1 else table.fillna(0.))             # of a single code: has it, or has it not
+        # of a single code: has it, or has it not
+        parts.append(table if len(table.columns) > 1 else table.fillna(0.))
     return pd.concat(parts, axis=1) if parts else pd.DataFrame()
 
 # %% ../../nbs/27_data.meds.ipynb #04932049
 def _windows(con, labels, start, end, hours):
     "Make `windows` as the options say; returns the names of labels and the rows (part, what, count)."
-    if not labels and not start: raise InputError('say where windows lie: by labels, or by the code of an event where they start, like ICU_ADMISSION//*')
-    if end and (labels or not start): raise InputError('an end event belongs to start events without labels: with labels prediction_time is the end')
+    if not labels and not start:
+        raise InputError('say where windows lie: by labels, or by the code of an event where they start, like '
+                         'ICU_ADMISSION//*')
+    if end and (labels or not start):
+        raise InputError('an end event belongs to start events without labels: with labels prediction_time is the end')
     names = load_labels(con, labels) if labels else []
     rows = label_windows(con, start, hours) if labels else start_windows(con, start, end, hours)
     if not con.execute('select count(*) from windows').fetchone()[0]:
@@ -231,7 +261,8 @@ def _samples(con, names, seed):
     "The table of samples of `windows`, and the number of subjects without a split."
     table = con.execute('select * from windows order by sample').df()
     split, unlisted = meds_splits(con, table.subject_id.to_numpy(), seed)
-    made = pd.DataFrame(dict(sample_id=table['sample'], subject_id=table.subject_id, split=split, window_start=table.a, window_end=table.b))
+    made = pd.DataFrame(dict(sample_id=table['sample'], subject_id=table.subject_id, split=split,
+                             window_start=table.a, window_end=table.b))
     return made.assign(**{n: table[f'y{i}'] for i, n in enumerate(names)}), unlisted
 
 # %% ../../nbs/27_data.meds.ipynb #dae11d0d
@@ -252,7 +283,8 @@ def prepare_meds(
     threads:int=0,         # CPU threads of DuckDB; 0: all
 )->pd.DataFrame:
     "Turn a MEDS data set into a cohort; returns the summary (part, what, count). Raises InputError."
-    if hours < 0 or timestep <= 0: raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
+    if hours < 0 or timestep <= 0:
+        raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
     labels, facts = (x.split(',') if isinstance(x, str) else list(x) for x in (labels, facts))
     channels, table = read_codes(codes)
     provenance = dict(command='prepare_meds', source=Path(folder).name, codes=Path(codes).name, start=start, end=end,
@@ -266,9 +298,11 @@ def prepare_meds(
         samples, unlisted = _samples(con, names, seed)
         length = (samples.window_end - samples.window_start).dt.total_seconds()/3600
         length = length.clip(timestep/2).to_numpy()                                    # hour 0 needs a row
-        samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, channels, _block(con), length, timestep)
+        samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, channels,
+                _block(con), length, timestep)
         if len(known := meds_facts(con, facts)):
             writer.add_tabular('demographics', known)
             samples['demographics_index'] = np.arange(len(samples))
-        rows += [('subjects', 'without a split: divided by hash', unlisted)]*(unlisted > 0) + [('events', *e) for e in events]
+        rows += [('subjects', 'without a split: divided by hash', unlisted)]*(unlisted > 0) + [('events', *e)
+                for e in events]
         return close_with_summary(writer, samples, rows, counts)

@@ -25,12 +25,16 @@ from ..options import InputError
 ITEMS = {   # channel: ((itemid, label, unit, factor, plus, decimals), ...); the first is the common one
     'Capillary refill rate': ((223951, 'Capillary Refill R', '', 1, 0, 0), (224308, 'Capillary Refill L', '', 1, 0, 0)),
     'Diastolic blood pressure': (
-        (220180, 'Non Invasive Blood Pressure diastolic', 'mmHg', 1, 0, 0), (220051, 'Arterial Blood Pressure diastolic', 'mmHg', 1, 0, 0)),
+        (220180, 'Non Invasive Blood Pressure diastolic', 'mmHg', 1, 0, 0),
+        (220051, 'Arterial Blood Pressure diastolic', 'mmHg', 1, 0, 0)),
     'Mean blood pressure': (
-        (220181, 'Non Invasive Blood Pressure mean', 'mmHg', 1, 0, 0), (220052, 'Arterial Blood Pressure mean', 'mmHg', 1, 0, 0)),
+        (220181, 'Non Invasive Blood Pressure mean', 'mmHg', 1, 0, 0),
+        (220052, 'Arterial Blood Pressure mean', 'mmHg', 1, 0, 0)),
     'Systolic blood pressure': (
-        (220179, 'Non Invasive Blood Pressure systolic', 'mmHg', 1, 0, 0), (220050, 'Arterial Blood Pressure systolic', 'mmHg', 1, 0, 0)),
-    'Fraction inspired oxygen': ((223835, 'Inspired O2 Fraction', '', 100, 0, 0), (223835, 'Inspired O2 Fraction', '', 1, 0, 2)),
+        (220179, 'Non Invasive Blood Pressure systolic', 'mmHg', 1, 0, 0),
+        (220050, 'Arterial Blood Pressure systolic', 'mmHg', 1, 0, 0)),
+    'Fraction inspired oxygen': ((223835, 'Inspired O2 Fraction', '', 100, 0, 0),
+                                 (223835, 'Inspired O2 Fraction', '', 1, 0, 2)),
     'Glascow coma scale eye opening': ((220739, 'GCS - Eye Opening', '', 1, 0, 0),)*2,
     'Glascow coma scale motor response': ((223901, 'GCS - Motor Response', '', 1, 0, 0),)*2,
     'Glascow coma scale verbal response': ((223900, 'GCS - Verbal Response', '', 1, 0, 0),)*2,
@@ -39,13 +43,16 @@ ITEMS = {   # channel: ((itemid, label, unit, factor, plus, decimals), ...); the
     'Height': ((226730, 'Height (cm)', 'cm', 1, 0, 0), (226707, 'Height', 'Inch', 1/2.54, 0, 1)),
     'Oxygen saturation': ((220277, 'O2 saturation pulseoxymetry', '%', 1, 0, 0),)*2,
     'Respiratory rate': ((220210, 'Respiratory Rate', 'insp/min', 1, 0, 0),)*2,
-    'Temperature': ((223761, 'Temperature Fahrenheit', '°F', 1.8, 32, 1), (223762, 'Temperature Celsius', '°C', 1, 0, 1)),
+    'Temperature': ((223761, 'Temperature Fahrenheit', '°F', 1.8, 32, 1),
+                    (223762, 'Temperature Celsius', '°C', 1, 0, 1)),
     'Weight': ((224639, 'Daily Weight', 'kg', 1, 0, 1), (226531, 'Admission Weight (lbs.)', '', 1/.453592, 0, 1)),
     'pH': ((223830, 'PH (Arterial)', 'units', 1, 0, 2), (50820, 'pH', 'units', 1, 0, 2))}
-_LABS = {50931: ('Blood', 'Chemistry'), 50820: ('Blood', 'Blood Gas'), 51478: ('Urine', 'Hematology'), 51491: ('Urine', 'Hematology')}
+_LABS = {50931: ('Blood', 'Chemistry'), 50820: ('Blood', 'Blood Gas'), 51478: ('Urine', 'Hematology'),
+         51491: ('Urine', 'Hematology')}
 _SECOND = {'pressure': .4, 'Fraction inspired oxygen': .1, 'coma': .15, 'Height': .25, 'Temperature': .2, 'Weight': .25,
            'Capillary refill rate': .5}        # share of patients for whom the second item is used
-_WARD = {**{c: 'pressure' for c in CHANNELS if c.endswith('blood pressure')}, **{c: 'coma' for c in CHANNELS if c.startswith('Glascow')}}
+_WARD = {**{c: 'pressure' for c in CHANNELS if c.endswith('blood pressure')},
+         **{c: 'coma' for c in CHANNELS if c.startswith('Glascow')}}
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #abff16f2
 WORDS = {   # channel: (spellings of the newer system, spellings of the older one), lowest score first
@@ -55,7 +62,8 @@ WORDS = {   # channel: (spellings of the newer system, spellings of the older on
         ('1 No Response', '2 To pain', '3 To speech', '4 Spontaneously')),
     'Glascow coma scale motor response': (
         ('No response', 'Abnormal extension', 'Abnormal Flexion', 'Flex-withdraws', 'Localizes Pain', 'Obeys Commands'),
-        ('1 No Response', '2 Abnorm extensn', '3 Abnorm flexion', '4 Flex-withdraws', '5 Localizes Pain', '6 Obeys Commands')),
+        ('1 No Response', '2 Abnorm extensn', '3 Abnorm flexion', '4 Flex-withdraws', '5 Localizes Pain',
+         '6 Obeys Commands')),
     'Glascow coma scale verbal response': (
         ('No Response-ETT', 'Incomprehensible sounds', 'Inappropriate Words', 'Confused', 'Oriented'),
         ('1.0 ET/Trach', '2 Incomp sounds', '3 Inapprop words', '4 Confused', '5 Oriented'))}
@@ -81,18 +89,22 @@ def _keys(p, rng):
     outtime = intime + (3600*p.stay).astype(int)
     admit = (intime - rng.integers(600, 86400, n))//60*60
     discharge = np.where(p.truth.death, outtime, outtime + rng.integers(86400, 10*86400, n))//60*60
-    discharge = np.maximum(discharge, -(-outtime//60)*60)                          # in whole minutes, never before the stay ends
+    # in whole minutes, never before the stay ends
+    discharge = np.maximum(discharge, -(-outtime//60)*60)
     second = {name: rng.random(n) < share for name, share in _SECOND.items()}
-    return _Keys(subject, rng.permutation(hadm), rng.permutation(stay), rng.permutation(study), dicom, admit, intime, outtime, discharge,
+    return _Keys(subject, rng.permutation(hadm), rng.permutation(stay), rng.permutation(study), dicom, admit, intime,
+                 outtime, discharge,
                  intime + (3600*p.taken).astype(int), second)
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #5019335b
 def _channel_rows(p, keys, channel, minute, rng):
-    "Dictionary of arrays for the rows of one channel: patient, time, itemid, number, unit, text ('' where the number is the text)."
+    """Dictionary of arrays for the rows of one channel: patient, time, itemid, number, unit, text ('' where the
+    number is the text)."""
     c = CHANNELS.index(channel)
     who, hour = np.nonzero(p.observed[..., c] & p.has_chart[:, None])
     second = keys.second.get(_WARD.get(channel, channel))
-    second = rng.random(len(who)) < .4 if second is None else second[who]        # glucose and pH: here and there, row by row
+    # glucose and pH: here and there, row by row
+    second = rng.random(len(who)) < .4 if second is None else second[who]
     if channel == 'Weight': second = second & (hour == 0)
     kinds = ITEMS[channel]
     pick = lambda i: np.where(second, kinds[1][i], kinds[0][i])
@@ -103,7 +115,8 @@ def _channel_rows(p, keys, channel, minute, rng):
         score = exact.astype(int) - (channel != 'Capillary refill rate')
         text = np.where(second, *[np.array(words, object)[score] for words in WORDS[channel][::-1]])
         if channel == 'Capillary refill rate': number = np.full(len(who), np.nan)     # MIMIC has only the words
-    return dict(who=who, time=(keys.intime[who] + 3600*hour + 60*minute[who, hour])//60*60, itemid=pick(0), number=number, unit=pick(2), text=text)
+    return dict(who=who, time=(keys.intime[who] + 3600*hour + 60*minute[who, hour])//60*60, itemid=pick(0),
+                number=number, unit=pick(2), text=text)
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #b50a5bdd
 def _event_rows(p, keys, rng):
@@ -128,7 +141,9 @@ def _write_table(folder, name, columns):
 def _times(seconds): return pa.array(np.asarray(seconds).astype('datetime64[s]'))
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #3e53f1ec
-def _words(x): return pc.replace_with_mask(pa.array(x, pa.string()), pa.array(np.asarray(x) == ''), pa.scalar(None, pa.string()))   # '' -> null
+# '' -> null
+def _words(x):
+    return pc.replace_with_mask(pa.array(x, pa.string()), pa.array(np.asarray(x) == ''), pa.scalar(None, pa.string()))
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #10ad0c20
 def _value(text, number):
@@ -142,19 +157,25 @@ def _write_events(folder, p, keys, rng):
     lab = np.isin(e['itemid'], list(_LABS))
     c = {k: v[~lab] for k, v in e.items()}
     who = c['who']
-    _write_table(folder, 'icu/chartevents', dict(subject_id=keys.subject[who], hadm_id=keys.hadm[who], stay_id=keys.stay[who], caregiver_id=None,
-        charttime=_times(c['time']), storetime=_times(c['time'] + 600), itemid=c['itemid'], value=_value(c['text'], c['number']),
+    _write_table(folder, 'icu/chartevents', dict(subject_id=keys.subject[who], hadm_id=keys.hadm[who],
+                                                 stay_id=keys.stay[who], caregiver_id=None,
+        charttime=_times(c['time']), storetime=_times(c['time'] + 600), itemid=c['itemid'],
+        value=_value(c['text'], c['number']),
         valuenum=c['number'], valueuom=_words(c['unit']), warning=None))
     wet = np.flatnonzero(p.has_chart & (rng.random(len(p)) < .2))
-    urine = dict(who=np.tile(wet, 2), time=np.tile(keys.intime[wet] + 3*3600, 2), itemid=np.repeat([51478, 51491], len(wet)),
+    urine = dict(who=np.tile(wet, 2), time=np.tile(keys.intime[wet] + 3*3600, 2),
+                 itemid=np.repeat([51478, 51491], len(wet)),
                  number=np.repeat([300, 5.], len(wet)),
                  unit=np.repeat(np.array(['mg/dL', 'units'], object), len(wet)))
     e = {k: np.concatenate([e[k][lab], urine[k]]) for k in urine}
     who, n = e['who'], len(e['who'])
     _write_table(folder, 'hosp/labevents', dict(labevent_id=np.arange(1, n + 1), subject_id=keys.subject[who],
-        hadm_id=pa.array(keys.hadm[who], mask=rng.random(n) < .05), specimen_id=60_000_000 + np.arange(n), itemid=e['itemid'], order_provider_id=None,
-        charttime=_times(e['time']), storetime=_times(e['time'] + 2400), value=_value(np.where(e['itemid'] == 50931, '___', ''), e['number']),
-        valuenum=e['number'], valueuom=e['unit'], ref_range_lower=None, ref_range_upper=None, flag=None, priority=None, comments=None))
+        hadm_id=pa.array(keys.hadm[who], mask=rng.random(n) < .05), specimen_id=60_000_000 + np.arange(n),
+        itemid=e['itemid'], order_provider_id=None,
+        charttime=_times(e['time']), storetime=_times(e['time'] + 2400),
+        value=_value(np.where(e['itemid'] == 50931, '___', ''), e['number']),
+        valuenum=e['number'], valueuom=e['unit'], ref_range_lower=None, ref_range_upper=None, flag=None,
+        priority=None, comments=None))
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #90560638
 def _write_people(folder, p, keys, rng):
@@ -171,8 +192,10 @@ def _write_people(folder, p, keys, rng):
     _write_table(folder, 'hosp/admissions', dict(subject_id=keys.subject[r], hadm_id=keys.hadm[r],
         admittime=_times(keys.admit[r]), dischtime=_times(keys.discharge[r]), deathtime=end,
         admission_type=pick('EW EMER.', 'URGENT', 'OBSERVATION ADMIT'), admit_provider_id=None,
-        admission_location=pick('EMERGENCY ROOM', 'TRANSFER FROM HOSPITAL'), discharge_location=np.where(died[r], 'DIED', 'HOME'),
-        insurance=pick('Medicare', 'Medicaid', 'Other'), language=pick('ENGLISH', '?'), marital_status=None, race=pick('UNKNOWN', 'OTHER'),
+        admission_location=pick('EMERGENCY ROOM', 'TRANSFER FROM HOSPITAL'),
+        discharge_location=np.where(died[r], 'DIED', 'HOME'),
+        insurance=pick('Medicare', 'Medicaid', 'Other'), language=pick('ENGLISH', '?'), marital_status=None,
+        race=pick('UNKNOWN', 'OTHER'),
         edregtime=None, edouttime=None, hospital_expire_flag=died[r].astype(int)))
     unit = pick('Medical Intensive Care Unit (MICU)', 'Surgical Intensive Care Unit (SICU)', 'Coronary Care Unit (CCU)')
     _write_table(folder, 'icu/icustays', dict(subject_id=keys.subject[r], hadm_id=keys.hadm[r], stay_id=keys.stay[r],
@@ -184,7 +207,8 @@ def _write_diagnoses(folder, p, keys, rng):
     "diagnoses_icd and the titles of its codes."
     n, named = len(p), {c: p.truth.has(c) for c in CODES if c in _AT}
     named['respiratory failure'] = p.truth.failure
-    named['reflux'] = (rng.random(n) < 1/3) | ~np.any(list(named.values()), 0)      # nobody leaves without any diagnosis: that would be unknown
+    # nobody leaves without any diagnosis: that would be unknown
+    named['reflux'] = (rng.random(n) < 1/3) | ~np.any(list(named.values()), 0)
     nine = rng.random(n) < .4
     parts = []
     for codes, has in ((CODES[c], has) for c, has in named.items()):
@@ -193,7 +217,8 @@ def _write_diagnoses(folder, p, keys, rng):
     who, code = (np.concatenate(x) for x in zip(*parts))
     order = rng.permutation(len(who))
     who, code = who[order], code[order]
-    _write_table(folder, 'hosp/diagnoses_icd', dict(subject_id=keys.subject[who], hadm_id=keys.hadm[who], seq_num=1 + np.arange(len(who)) % 9,
+    _write_table(folder, 'hosp/diagnoses_icd', dict(subject_id=keys.subject[who], hadm_id=keys.hadm[who],
+                                                    seq_num=1 + np.arange(len(who)) % 9,
         icd_code=code, icd_version=np.where(nine[who], 9, 10)))
     titles = [(code, 9 if i > 1 else 10, f'{c} (code {i % 2 + 1} of the synthetic patients)')
               for c, codes in CODES.items() for i, code in enumerate(codes)]
@@ -207,15 +232,19 @@ def _write_dictionaries(folder):
     used.update({51478: ('', 'Glucose', 'mg/dL'), 51491: ('', 'pH', 'units')})
     def write(name, ids, **more):
         label, unit = (np.array([used[i][k] for i in ids], object) for k in (1, 2))
-        _write_table(folder, name, dict(itemid=np.array(ids), label=label) | {k: v(label, unit) if callable(v) else v for k, v in more.items()})
+        _write_table(folder, name, dict(itemid=np.array(ids), label=label)
+                     | {k: v(label, unit) if callable(v) else v for k, v in more.items()})
     lab, chart = [i for i in used if i in _LABS], [i for i in used if i not in _LABS]
     write('icu/d_items', chart, abbreviation=lambda label, _: label, linksto=np.full(len(chart), 'chartevents'),
         category=np.full(len(chart), 'Routine Vital Signs'), unitname=lambda _, unit: _words(unit),
-        param_type=np.array(['Text' if used[i][0] in WORDS else 'Numeric' for i in chart]), lownormalvalue=None, highnormalvalue=None)
-    write('hosp/d_labitems', lab, fluid=np.array([_LABS[i][0] for i in lab]), category=np.array([_LABS[i][1] for i in lab]))
+        param_type=np.array(['Text' if used[i][0] in WORDS else 'Numeric' for i in chart]), lownormalvalue=None,
+        highnormalvalue=None)
+    write('hosp/d_labitems', lab, fluid=np.array([_LABS[i][0] for i in lab]),
+          category=np.array([_LABS[i][1] for i in lab]))
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #da91d2fb
-CHEXPERT = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged Cardiomediastinum', 'Fracture', 'Lung Lesion', 'Lung Opacity',
+CHEXPERT = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged Cardiomediastinum', 'Fracture',
+            'Lung Lesion', 'Lung Opacity',
             'No Finding', 'Pleural Effusion', 'Pleural Other', 'Pneumonia', 'Pneumothorax', 'Support Devices')
 
 def _write_xray_tables(folder, p, keys, rng):
@@ -230,12 +259,16 @@ def _write_xray_tables(folder, p, keys, rng):
         StudyDate=np.array([int(f'{x:%Y%m%d}') for x in at]),
         StudyTime=np.array([float(f'{x:%H%M%S}') for x in at]) + rng.integers(0, 8, n)/8,
         ProcedureCodeSequence_CodeMeaning=full('CHEST (PORTABLE AP)'),
-        ViewCodeSequence_CodeMeaning=full('antero-posterior'), PatientOrientationCodeSequence_CodeMeaning=full('Recumbent')))
-    truth = {CONDITIONS[c]: t.has(c)[r] for c in FINDINGS} | {'No Finding': ~t.conditions[r].any(1), 'Support Devices': t.hardware[r].any(1)}
+        ViewCodeSequence_CodeMeaning=full('antero-posterior'),
+        PatientOrientationCodeSequence_CodeMeaning=full('Recumbent')))
+    truth = {CONDITIONS[c]: t.has(c)[r] for c in FINDINGS} | {'No Finding': ~t.conditions[r].any(1),
+                                                              'Support Devices': t.hardware[r].any(1)}
     absent = lambda: rng.choice([np.nan, 0, -1], n, p=[.6, .367, .033])
-    _write_table(folder, 'mimic-cxr-2.0.0-chexpert', key | {name: np.where(truth[name], 1, absent()) if name in truth else None for name in CHEXPERT})
+    _write_table(folder, 'mimic-cxr-2.0.0-chexpert', key | {name: np.where(truth[name], 1, absent()) if name in truth
+                                                            else None for name in CHEXPERT})
     split = np.array(['train', 'validate', 'test'])[np.searchsorted([.6, .8], rng.random(n))]
-    _write_table(folder, 'mimic-cxr-2.0.0-split', dict(dicom_id=keys.dicom[r], study_id=keys.study[r], subject_id=keys.subject[r], split=split))
+    _write_table(folder, 'mimic-cxr-2.0.0-split', dict(dicom_id=keys.dicom[r], study_id=keys.study[r],
+                                                       subject_id=keys.subject[r], split=split))
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #2a47ed9a
 def _write_images(folder, p, keys):
@@ -251,7 +284,8 @@ def _write_truth(folder, p, keys):
     t = p.truth
     numbers = {name: getattr(t, name).round(3) for name in ('severity', 'image_severity', 'chart_severity', 'course')}
     phenotype = np.array(list(PHENOTYPES))[t.phenotype]
-    table = pa.table(dict(subject_id=keys.subject, phenotype=phenotype) | numbers | {c: t.has(c).astype('u1') for c in CONDITIONS})
+    table = pa.table(dict(subject_id=keys.subject, phenotype=phenotype) | numbers
+                     | {c: t.has(c).astype('u1') for c in CONDITIONS})
     pacsv.write_csv(table, folder/'truth.csv')
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #c59767be
@@ -259,7 +293,8 @@ def write_mimic(
     patients:Patients,   # from `synthesise`
     folder,              # to make: mimic-iv/, mimic-cxr-jpg/ and truth.csv; must not exist yet
 )->Path:
-    "Write `patients` as MIMIC-IV 2.2 and MIMIC-CXR-JPG 2.0.0 files; the folder appears when it is whole. Raises InputError if it exists."
+    """Write `patients` as MIMIC-IV 2.2 and MIMIC-CXR-JPG 2.0.0 files; the folder appears when it is whole. Raises
+    InputError if it exists."""
     folder = Path(folder)
     if folder.exists(): raise InputError(f'{folder} exists already: choose another folder or remove it')
     folder.parent.mkdir(parents=True, exist_ok=True)

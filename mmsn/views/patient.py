@@ -66,7 +66,8 @@ class PatientViews:
 def _range(where, values, least, most):
     "InputError unless `values` is a range within least..most."
     low, high = values
-    if not least < low <= high <= most: raise InputError(f'{where} should be a range above {least} and up to {most}, not [{low}, {high}]')
+    if not least < low <= high <= most:
+        raise InputError(f'{where} should be a range above {least} and up to {most}, not [{low}, {high}]')
 
 # %% ../../nbs/43_views.patient.ipynb #4aa2eff2
 class ImagePart(nn.Module):
@@ -80,12 +81,18 @@ class ImagePart(nn.Module):
         self.name, self.recipe, self.patch = name, modality.views, modality.encoder.patch
         for key in ('random_size', 'focal_size'):
             size = getattr(self.recipe, key)
-            if size <= 0 or size % self.patch: raise InputError(f'modalities.{name}.views.{key}={size} is not a multiple of encoder.patch={self.patch}')
-        for key in ('random_scale', 'focal_scale'): _range(f'modalities.{name}.views.{key}', getattr(self.recipe, key), 0, 1)
+            if size <= 0 or size % self.patch:
+                raise InputError(f'modalities.{name}.views.{key}={size} is not a multiple of '
+                                 f'encoder.patch={self.patch}')
+        for key in ('random_scale', 'focal_scale'):
+            _range(f'modalities.{name}.views.{key}', getattr(self.recipe, key), 0, 1)
         _range(f'modalities.{name}.views.ratio', self.recipe.ratio, 0, 100)
-        for key in ('mean', 'std'): self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32).reshape(-1, 1, 1))
+        for key in ('mean', 'std'):
+            self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32).reshape(-1, 1, 1))
 
-    def normalise(self, x): "(…, H, W) of 0..1 to mean 0, deviation 1 over the cohort's training images."; return (x - self.mean)/self.std
+    def normalise(self, x):
+        "(…, H, W) of 0..1 to mean 0, deviation 1 over the cohort's training images."
+        return (x - self.mean)/self.std
 
     def forward(self, x, lengths, key):
         "Target and anchors of `x` (B, 1, H, W) uint8 with keys (1+R+F, B)."
@@ -93,9 +100,12 @@ class ImagePart(nn.Module):
         large = self.normalise(image_views(x, key[:1+R], r.random_size, r.random_scale, r))
         target, anchors = ImageView(large[:B], None, patch=self.patch), []
         if R:
-            keep = patch_keep(fold_in(key[1:1+R], 'patches'), (r.random_size//self.patch)**2, r.patch_drop, r.shared_mask) if r.patch_drop else None
+            keep = patch_keep(fold_in(key[1:1+R], 'patches'), (r.random_size//self.patch)**2, r.patch_drop,
+                              r.shared_mask) if r.patch_drop else None
             anchors.append(ImageView(large[B:], keep, R, self.patch))
-        if r.focal: anchors.append(ImageView(self.normalise(image_views(x, key[1+R:], r.focal_size, r.focal_scale, r)), None, r.focal, self.patch))
+        if r.focal:
+            anchors.append(ImageView(self.normalise(image_views(x, key[1+R:], r.focal_size, r.focal_scale, r)), None,
+                                     r.focal, self.patch))
         return target, anchors
 
     def plain(self, x, lengths=None):
@@ -114,12 +124,15 @@ class SeriesPart(nn.Module):
         _range(f'modalities.{name}.views.focal_window', self.recipe.focal_window, 0, 1)
         if not self.recipe.downsample or min(self.recipe.downsample) < 1:
             raise InputError(f'modalities.{name}.views.downsample should list whole numbers from 1 on')
-        for key in ('mean', 'std', 'normal'): self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32))
+        for key in ('mean', 'std', 'normal'):
+            self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32))
         self.register_buffer('owner', column_owners(info), persistent=False)
         self.register_buffer('continuous', continuous_columns(info), persistent=False)
         names = [c['name'] for c in info.channels]
-        if unknown := [c for c in modality.ignore if c not in names]: raise InputError(f'modalities.{name}.ignore names {unknown[0]!r}, which is no channel ({", ".join(names)})')
-        self.register_buffer('ignored', torch.tensor([names[i] in modality.ignore for i in self.owner]), persistent=False)
+        if unknown := [c for c in modality.ignore if c not in names]:
+            raise InputError(f'modalities.{name}.ignore names {unknown[0]!r}, which is no channel ({", ".join(names)})')
+        self.register_buffer('ignored', torch.tensor([names[i] in modality.ignore for i in self.owner]),
+                             persistent=False)
 
     def plain(self, x, lengths):
         "The stay as it is, (B, T, C) in physical units to normalised."
@@ -132,7 +145,8 @@ class SeriesPart(nn.Module):
         target, r, R = self.plain(x, lengths), self.recipe, self.recipe.random
         groups = [(R, key[1:1+R], r.random_masks, None), (r.focal, key[1+R:], r.focal_masks, r.focal_window)]
         columns = (self.channels, self.owner, self.normal, self.continuous)
-        return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n) for n, k, masks, share in groups if n]
+        return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n)
+                        for n, k, masks, share in groups if n]
 
 # %% ../../nbs/43_views.patient.ipynb #9d753fa0
 class TabularPart(nn.Module):
@@ -142,7 +156,9 @@ class TabularPart(nn.Module):
         self.name = name
         for key in ('mean', 'std'): self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32))
 
-    def plain(self, x, lengths=None): "(B, F) standardised."; return TabularView(torch.nan_to_num((x - self.mean)/self.std, nan=0.0))
+    def plain(self, x, lengths=None):
+        "(B, F) standardised."
+        return TabularView(torch.nan_to_num((x - self.mean)/self.std, nan=0.0))
     def forward(self, x, lengths, key):
         "Target and anchors of `x` (B, F); `key` (1+n, B) only says how many."
         target = self.plain(x)
@@ -162,7 +178,9 @@ class Views(nn.Module):
         for name, modality in modalities.items():
             if name not in infos: raise InputError(f'the cohort has no modality {name!r}; it has {", ".join(infos)}')
             kinds = modality.kind, infos[name].kind
-            if kinds[0] != kinds[1]: raise InputError(f'modality {name!r} is of kind {kinds[0]!r} in the config, but {kinds[1]!r} in the cohort')
+            if kinds[0] != kinds[1]:
+                raise InputError(f'modality {name!r} is of kind {kinds[0]!r} in the config, but {kinds[1]!r} in the '
+                                 f'cohort')
             parts[name] = PARTS[modality.kind](name, modality, infos[name])
         counts = {m.views.random + m.views.focal for m in modalities.values() if m.kind != 'tabular'}
         if len(counts) > 1: raise InputError('modalities need equally many views (random + focal)')

@@ -19,21 +19,25 @@ from ...options import InputError
 
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #d72ed2a6
 #            name                                  unit     normal  low    high   source of the range
-_CHANNELS = [('Capillary refill rate',              '',         0.,    0.,    1., 'two words; 1: longer than three seconds'),
+_CHANNELS = [('Capillary refill rate',              '',         0.,    0.,    1.,
+              'two words; 1: longer than three seconds'),
              ('Diastolic blood pressure',           'mmHg',    59.,    1.,  299., 'vitalsign'),
              ('Fraction inspired oxygen',           '',         .21,  .21,    1., 'ranges; from room air on'),
-             ('Glascow coma scale eye opening',     'points',   4.,    1.,    4., 'the scale (Teasdale and Jennett 1974)'),
+             ('Glascow coma scale eye opening',     'points',   4.,    1.,    4.,
+              'the scale (Teasdale and Jennett 1974)'),
              ('Glascow coma scale motor response',  'points',   6.,    1.,    6., 'the scale'),
              ('Glascow coma scale total',           'points',  15.,    3.,   15., 'the scale'),
              ('Glascow coma scale verbal response', 'points',   5.,    1.,    5., 'the scale'),
-             ('Glucose',                            'mg/dL',  128.,    1., 2000., 'ranges, high; ours, low: 33 is survived'),
+             ('Glucose',                            'mg/dL',  128.,    1., 2000.,
+              'ranges, high; ours, low: 33 is survived'),
              ('Heart Rate',                         'bpm',     86.,    1.,  299., 'vitalsign'),
              ('Height',                             'cm',     170.,  120.,  230., 'height'),
              ('Mean blood pressure',                'mmHg',    77.,    1.,  299., 'vitalsign'),
              ('Oxygen saturation',                  '%',       98.,    1.,  100., 'vitalsign'),
              ('Respiratory rate',                   '/min',    19.,    1.,   69., 'vitalsign'),
              ('Systolic blood pressure',            'mmHg',   118.,    1.,  399., 'vitalsign'),
-             ('Temperature',                        '°C',      36.6,  20.,   45., 'ranges, high; ours, low: deep hypothermia is survived'),
+             ('Temperature',                        '°C',      36.6,  20.,   45.,
+              'ranges, high; ours, low: deep hypothermia is survived'),
              ('Weight',                             'kg',      81.,   20.,  500., 'ours: ranges stop at 250'),
              ('pH',                                 '',         7.4,   6.3,   8.4, 'ranges')]
 CHANNELS = [Channel(*row[:5]) for row in _CHANNELS]
@@ -42,39 +46,51 @@ SOURCES = {row[0]: row[5] for row in _CHANNELS}
 
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #443ee0eb
 _CATEGORIES = {'Capillary refill rate': ('0.0', '1.0'),
-               'Glascow coma scale eye opening': ('To Pain', '3 To speech', '1 No Response', '4 Spontaneously', 'None', 'To Speech',
+               'Glascow coma scale eye opening': ('To Pain', '3 To speech', '1 No Response', '4 Spontaneously',
+                                                  'None', 'To Speech',
                                                   'Spontaneously', '2 To pain'),
-               'Glascow coma scale motor response': ('1 No Response', '3 Abnorm flexion', 'Abnormal extension', 'No response',
-                                                     '4 Flex-withdraws', 'Localizes Pain', 'Flex-withdraws', 'Obeys Commands',
-                                                     'Abnormal Flexion', '6 Obeys Commands', '5 Localizes Pain', '2 Abnorm extensn'),
+               'Glascow coma scale motor response': ('1 No Response', '3 Abnorm flexion', 'Abnormal extension',
+                                                     'No response',
+                                                     '4 Flex-withdraws', 'Localizes Pain', 'Flex-withdraws',
+                                                     'Obeys Commands',
+                                                     'Abnormal Flexion', '6 Obeys Commands', '5 Localizes Pain',
+                                                     '2 Abnorm extensn'),
                'Glascow coma scale total': ('11', '10', '13', '12', '15', '14', '3', '5', '4', '7', '6', '9', '8'),
-               'Glascow coma scale verbal response': ('1 No Response', 'No Response', 'Confused', 'Inappropriate Words', 'Oriented',
-                                                      'No Response-ETT', '5 Oriented', 'Incomprehensible sounds', '1.0 ET/Trach',
+               'Glascow coma scale verbal response': ('1 No Response', 'No Response', 'Confused',
+                                                      'Inappropriate Words', 'Oriented',
+                                                      'No Response-ETT', '5 Oriented', 'Incomprehensible sounds',
+                                                      '1.0 ET/Trach',
                                                       '4 Confused', '2 Incomp sounds', '3 Inapprop words')}
-_NORMAL = {'Capillary refill rate': '0.0', 'Glascow coma scale eye opening': '4 Spontaneously', 'Glascow coma scale total': '15',
+_NORMAL = {'Capillary refill rate': '0.0', 'Glascow coma scale eye opening': '4 Spontaneously',
+           'Glascow coma scale total': '15',
            'Glascow coma scale motor response': '6 Obeys Commands', 'Glascow coma scale verbal response': '5 Oriented'}
-BENCHMARK = [Channel(c.name, normal=_NORMAL[c.name], categories=_CATEGORIES[c.name]) if c.name in _CATEGORIES else c for c in CHANNELS]
+BENCHMARK = [Channel(c.name, normal=_NORMAL[c.name], categories=_CATEGORIES[c.name]) if c.name in _CATEGORIES else c
+             for c in CHANNELS]
 
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #ed988702
 def channel_set(
     name:str='compact',   # 'compact': 17 numbers; 'benchmark': the 76 columns of the published extraction
 )->list:
     "The channels of the set `name`; raises InputError."
-    if name not in ('compact', 'benchmark'): raise InputError(f"channels should be 'compact' or 'benchmark', not {name!r}")
+    if name not in ('compact', 'benchmark'):
+        raise InputError(f"channels should be 'compact' or 'benchmark', not {name!r}")
     return CHANNELS if name == 'compact' else BENCHMARK
 
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #edb3ced1
 WORDS = {'Capillary refill rate': {0: 'normal <3 seconds', 1: 'abnormal >3 seconds'},
          'Glascow coma scale eye opening': {1: 'none|no response', 2: 'to pain', 3: 'to speech', 4: 'spontaneously'},
-         'Glascow coma scale motor response': {1: 'no response', 2: 'abnormal extension|abnorm extensn', 3: 'abnormal flexion|abnorm flexion',
+         'Glascow coma scale motor response': {1: 'no response', 2: 'abnormal extension|abnorm extensn',
+                                               3: 'abnormal flexion|abnorm flexion',
                                                4: 'flex-withdraws', 5: 'localizes pain', 6: 'obeys commands'},
-         'Glascow coma scale verbal response': {1: 'no response|no response-ett|et/trach', 2: 'incomprehensible sounds|incomp sounds',
+         'Glascow coma scale verbal response': {1: 'no response|no response-ett|et/trach',
+                                                2: 'incomprehensible sounds|incomp sounds',
                                                 3: 'inappropriate words|inapprop words', 4: 'confused', 5: 'oriented'}}
 
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #3a6227b2
 def word_table()->pd.DataFrame:
     "WORDS by row: channel (its number), word, score."
-    rows = [(NAMES.index(c), w, float(n)) for c, scores in WORDS.items() for n, words in scores.items() for w in words.split('|')]
+    rows = [(NAMES.index(c), w, float(n)) for c, scores in WORDS.items() for n, words in scores.items()
+            for w in words.split('|')]
     return pd.DataFrame(rows, columns=['channel', 'word', 'score'])
 
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #62bab06b
@@ -163,7 +179,8 @@ ITEMS += (_items('chartevents', 'Heart Rate',
             [(50817,  '%',        2,    'arterial', 'digits, x 100 up to 1', 'Oxygen Saturation')])
         + _items('chartevents', 'Fraction inspired oxygen',
             [(223835, '',         0,    'fraction', '/ 100', 'Inspired O2 Fraction')])
-        + _items('chartevents', 'Capillary refill rate',                         # the benchmark has only ids of the older system
+        + _items('chartevents',
+                 'Capillary refill rate',                         # the benchmark has only ids of the older system
             [(223951, '',         0,    'as it is', '',      'Capillary Refill R'),
              (224308, '',         1,    'as it is', '',      'Capillary Refill L')]))
 
@@ -180,7 +197,8 @@ ITEMS += (_items('chartevents', 'Glascow coma scale eye opening',
              (226329, '°C',    2,    'as it is', '',          'Blood Temperature CCO (C)')])
         + _items('chartevents', 'Height',
             [(226730, 'cm',    0,    'as it is', 'number',    'Height (cm)'),
-             (226707, 'Inch',  1,    'inches',   'number',    'Height')])       # the benchmark keeps inches as centimetres
+             # the benchmark keeps inches as centimetres
+             (226707, 'Inch',  1,    'inches',   'number',    'Height')])
         + _items('chartevents', 'Weight',
             [(224639, 'kg',    0,    'as it is', 'number',    'Daily Weight'),
              (226512, 'kg',    1,    'as it is', 'number',    'Admission Weight (Kg)'),
@@ -189,7 +207,8 @@ ITEMS += (_items('chartevents', 'Glascow coma scale eye opening',
 
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #d33f8145
 ITEMS += (_items('labevents', 'Glucose',
-            [(50931,  'mg/dL', 0,    'as it is', 'digits', 'Glucose'),                # chemistry; the text is '___' in every row of the demo
+            [(50931,  'mg/dL', 0,    'as it is', 'digits',
+              'Glucose'),                # chemistry; the text is '___' in every row of the demo
              (52569,  'mg/dL', 1,    'as it is', '',       'Glucose'),                # chemistry
              (50809,  'mg/dL', 2,    'as it is', 'digits', 'Glucose'),                # blood gas
              (52027,  'mg/dL', 3,    'as it is', '',       'Glucose, Whole Blood'),
@@ -224,8 +243,10 @@ CONVERSIONS = {'as it is': 'v',
                'category': 'category',                                                  # the number of the category with this very text
                'x 5 / 9':  'case when v >= 79 then ((v - 32) * 5) / 9 else v end',
                '/ 100':    'v / 100',
-               'a of a/b': r"coalesce(try_cast(nullif(regexp_extract(said, '^([0-9]+)/([0-9]+)$', 1), '') as double), v)",
-               'b of a/b': r"coalesce(try_cast(nullif(regexp_extract(said, '^([0-9]+)/([0-9]+)$', 2), '') as double), v)",
+               'a of a/b': r"coalesce(try_cast(nullif(regexp_extract(said, '^([0-9]+)/([0-9]+)$', 1), '') as "
+                           r"double), v)",
+               'b of a/b': r"coalesce(try_cast(nullif(regexp_extract(said, '^([0-9]+)/([0-9]+)$', 2), '') as "
+                           r"double), v)",
                'digits':   f'case when {_DIGITS} then v end',
                'digits, x 100 up to 1': f'case when {_DIGITS} then case when v <= 1 then v * 100 else v end end'}
 

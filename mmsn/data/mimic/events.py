@@ -31,11 +31,13 @@ def _item_rows(rules, table):
         c = NAMES.index(i.channel)
         limits = (CHANNELS[c].low, CHANNELS[c].high) if rules == 'clean' else (None, None)
         rows.append((i.itemid, c, i.rank or 0, *limits, rules == 'benchmark' and i.benchmark in ('text', 'category')))
-    return pd.DataFrame(rows, columns=['itemid', 'channel', 'rank', 'low', 'high', 'by_text']).astype(dict(low=float, high=float))
+    return pd.DataFrame(rows, columns=['itemid', 'channel', 'rank', 'low', 'high', 'by_text']).astype(dict(low=float,
+            high=float))
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #4e0ea986
 def _codes(rules):
-    "What the scan joins to each row by its text: under clean the score of a word, under benchmark the number of a category."
+    """What the scan joins to each row by its text: under clean the score of a word, under benchmark the number of a
+    category."""
     if rules == 'clean': return word_table().rename(columns=dict(score='code'))
     rows = [(c, word, float(n)) for c, channel in enumerate(BENCHMARK) for n, word in enumerate(channel.categories)]
     return pd.DataFrame(rows, columns=['channel', 'word', 'code'])
@@ -44,8 +46,10 @@ def _codes(rules):
 def _convert(rules, table):
     "SQL for the converted value of a row, by its itemid."
     hows = {}
-    for i in items_of(rules, table): hows.setdefault(i.clean if rules == 'clean' else i.benchmark, []).append(str(i.itemid))
-    return 'case ' + ' '.join(f'when itemid in ({", ".join(ids)}) then {CONVERSIONS[how]}' for how, ids in hows.items()) + ' end'
+    for i in items_of(rules, table):
+        hows.setdefault(i.clean if rules == 'clean' else i.benchmark, []).append(str(i.itemid))
+    return 'case ' + ' '.join(f'when itemid in ({", ".join(ids)}) then {CONVERSIONS[how]}'
+                              for how, ids in hows.items()) + ' end'
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #494d8d2e
 def _link(rules, table):
@@ -53,7 +57,8 @@ def _link(rules, table):
     begin = f'c.intime - interval {GRACE} second' if rules == 'clean' else 'c.intime'
     inside = f'(e.charttime >= {begin} and e.charttime <= c.intime + to_seconds(c.read))'
     if rules == 'clean':
-        return 'join chosen c on ' + ('e.stay_id = c.stay_id' if table == 'chartevents' else f'e.subject_id = c.subject_id and {inside}'), 'false'
+        return 'join chosen c on ' + ('e.stay_id = c.stay_id' if table == 'chartevents'
+                                      else f'e.subject_id = c.subject_id and {inside}'), 'false'
     named = 'e.stay_id' if table == 'chartevents' else 'null::bigint'
     home = f'(list_contains(h.stays, c.stay_id) and coalesce({named}, c.stay_id) = c.stay_id)'
     return (f'''left join (select subject_id, hadm_id, list(stay_id) as stays from eligible group by all) h
@@ -62,7 +67,8 @@ def _link(rules, table):
             f'(h.stays is null or not ({named} is null or list_contains(h.stays, {named})))')
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #6dbb7287
-_VALUE = {'clean': 'coalesce(try_cast(e.valuenum as double), try_cast(e.value as double), w.code)', 'benchmark': 'try_cast(e.value as double)'}
+_VALUE = {'clean': 'coalesce(try_cast(e.valuenum as double), try_cast(e.value as double), w.code)',
+          'benchmark': 'try_cast(e.value as double)'}
 _SPELLED = {'clean': "regexp_replace(lower(trim(e.value)), '^[0-9.]+ +', '')", 'benchmark': 'e.value'}
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #b2f130a1
@@ -85,7 +91,8 @@ _LAB = _CHART.replace('stay_id', 'specimen_id')
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #e0e7a1aa
 def _lab_rows(con, rules):
-    "Source of laboratory rows and the condition of arterial blood; under clean few rows are set aside in a temporary table first."
+    """Source of laboratory rows and the condition of arterial blood; under clean few rows are set aside in a
+    temporary table first."""
     if rules == 'benchmark': return 'labevents', 'true'
     ids = ', '.join(str(i) for i in (*(i.itemid for i in items_of('clean', 'labevents')), *SPECIMEN))
     run(con, f'''create or replace temp table labs as select * from labevents
@@ -110,7 +117,8 @@ def scan_events(
     rules:str='clean',       # 'clean' or 'benchmark'
     block:int=1000,          # stays that are later held in memory at once
 )->Path:
-    "Read `chartevents` and `labevents` once and keep every row of the chosen stays, with its fate, in `folder`. Raises InputError."
+    """Read `chartevents` and `labevents` once and keep every row of the chosen stays, with its fate, in `folder`.
+    Raises InputError."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     open_table(con, mimic_iv, 'chartevents', _CHART)
@@ -120,7 +128,8 @@ def scan_events(
     known = dict(codes=_codes(rules), **{f'items_{t}': _item_rows(rules, t) for t in ('chartevents', 'labevents')})
     _keep(con, _judged(rules, 'chartevents', 'chartevents'), folder/'chartevents', block, 'chartevents', **known)
     source, arterial = _lab_rows(con, rules)
-    _keep(con, _judged(rules, 'labevents', source, arterial), folder/'labevents', block, 'labevents' if source == 'labevents' else '', **known)
+    _keep(con, _judged(rules, 'labevents', source, arterial), folder/'labevents', block,
+          'labevents' if source == 'labevents' else '', **known)
     con.execute('drop table if exists labs; drop table if exists arterial')
     chosen.to_parquet(folder/'stays.parquet', index=False)
     (folder/'events.json').write_text(json.dumps(dict(rules=rules, block=block)))
@@ -141,7 +150,8 @@ def fates(
     folder,   # from scan_events
 )->pd.DataFrame:
     "Number of rows of the chosen stays by channel and fate."
-    table = con.execute(f'select channel, fate, count(*) as n from {_events(folder)} join chosen using (stay_id) group by all').df()
+    table = con.execute(f'select channel, fate, count(*) as n from {_events(folder)} join chosen using (stay_id) '
+                        f'group by all').df()
     table = table.pivot_table(index='channel', columns='fate', values='n', fill_value=0)
     table = table.reindex(index=range(len(NAMES)), columns=range(len(FATES)), fill_value=0).astype(int)
     return table.set_axis(NAMES).set_axis(FATES, axis=1)
@@ -192,7 +202,8 @@ def hourly(
     rules:str='clean',    # the rules of the scan
     closed:str='right',   # 'right' or 'left'
 )->tuple:
-    "Observed cells as arrays (stay, hour, channel, x), in the order of stay, channel and hour; x as the rules carry it."
+    """Observed cells as arrays (stay, hour, channel, x), in the order of stay, channel and hour; x as the rules
+    carry it."""
     cells = run(con, _hour_sql(rules, closed, _events(folder, bucket))).fetchnumpy()
     return tuple(np.asarray(cells[k]) for k in ('stay', 'hour', 'channel', 'x'))
 
@@ -200,11 +211,15 @@ def hourly(
 def _check_scan(con, folder, rules):
     "The number of the bucket of each chosen stay; raises InputError where the folder was scanned for something else."
     kept = json.loads((Path(folder)/'events.json').read_text(encoding='utf-8'))
-    if kept['rules'] != rules: raise InputError(f'the events in {folder} were read by the rules {kept["rules"]!r}, not {rules!r}: read them again')
-    read, chosen = pd.read_parquet(Path(folder)/'stays.parquet'), con.execute('select stay_id, read from chosen order by stay').df()
+    if kept['rules'] != rules:
+        raise InputError(f'the events in {folder} were read by the rules {kept["rules"]!r}, not {rules!r}: read them '
+                         f'again')
+    read, chosen = pd.read_parquet(Path(folder)/'stays.parquet'), con.execute('select stay_id, read from chosen '
+                                                                              'order by stay').df()
     at = np.searchsorted(read.stay_id, chosen.stay_id).clip(max=len(read) - 1)
     if not (read.iloc[at].to_numpy() == chosen.to_numpy()).all():
-        raise InputError(f'the events in {folder} were read for other stays, or for another part of them: read them again')
+        raise InputError(f'the events in {folder} were read for other stays, or for another part of them: read them '
+                         f'again')
     return at//kept['block'], chosen.read.to_numpy(np.int64)
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #2f464351
@@ -233,7 +248,8 @@ def write_series(
         a, b = np.searchsorted(bucket, [k, k + 1])
         stay, hour, channel, x = hourly(con, folder, k, rules, closed)
         x, good = _wanted(channel, x, rules, wanted)
-        made = grid((stay - a)[good], hour[good] + 1, channel[good], x[good], lengths[a:b], wanted, rule='seconds', drop_outside=False)
+        made = grid((stay - a)[good], hour[good] + 1, channel[good], x[good], lengths[a:b], wanted, rule='seconds',
+                    drop_outside=False)
         writer.append(made.values)
     return lengths
 

@@ -28,7 +28,8 @@ from ...options import InputError
 def mimic_layout(
     mimic_iv,    # folder of MIMIC-IV, as downloaded
 )->str:
-    "The releases whose layout `mimic_iv` has, as '2.0 or 2.1 (hosp/, race)'; raises InputError without patients or admissions."
+    """The releases whose layout `mimic_iv` has, as '2.0 or 2.1 (hosp/, race)'; raises InputError without patients
+    or admissions."""
     admissions, patients = find_table(mimic_iv, 'admissions'), find_table(mimic_iv, 'patients')
     names = header(admissions)
     if 'race' not in names: return f'1.0 ({admissions.parent.name}/, ethnicity)'
@@ -36,18 +37,21 @@ def mimic_layout(
     if 'anchor_year_group' in header(patients):
         con = duckdb.connect()
         open_table(con, mimic_iv, 'patients', 'anchor_year_group varchar')
-        if run(con, "select max(anchor_year_group) >= '2020' from patients").fetchall()[0][0]: return '3.0 or 3.1 (patients of 2020 to 2022)'
+        if run(con, "select max(anchor_year_group) >= '2020' from patients").fetchall()[0][0]:
+            return '3.0 or 3.1 (patients of 2020 to 2022)'
     return '2.2 or later (hosp/, race, providers)'
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #09ae40b3
 RULES = ('clean', 'benchmark')
 _AGE = dict(clean='least(p.anchor_age + year(a.admittime) - p.anchor_year, 91)', benchmark='p.anchor_age')
-_DIED = dict(clean='coalesce(a.hospital_expire_flag = 1, false)', benchmark='coalesce(p.dod between a.admittime and a.dischtime, false)')
+_DIED = dict(clean='coalesce(a.hospital_expire_flag = 1, false)',
+             benchmark='coalesce(p.dod between a.admittime and a.dischtime, false)')
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #bac4edbf
 def check_rules(rules:str)->str:
     "`rules` itself; raises InputError for a rule set that does not exist."
-    if rules not in RULES: raise InputError(f'rules should be {" or ".join(RULES)}, not {rules!r}{_nearest(rules, RULES)}')
+    if rules not in RULES:
+        raise InputError(f'rules should be {" or ".join(RULES)}, not {rules!r}{_nearest(rules, RULES)}')
     return rules
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #1c383865
@@ -55,10 +59,12 @@ def _open_facts(con, mimic_iv, rules):
     "Views of the three tables that `load_stays` joins, with the columns that `rules` need."
     open_table(con, mimic_iv, 'icustays', 'subject_id bigint, hadm_id bigint, stay_id bigint, first_careunit varchar, '
                'last_careunit varchar, intime timestamp, outtime timestamp')
-    open_table(con, mimic_iv, 'admissions', 'subject_id bigint, hadm_id bigint, admittime timestamp, dischtime timestamp, '
+    open_table(con, mimic_iv, 'admissions',
+               'subject_id bigint, hadm_id bigint, admittime timestamp, dischtime timestamp, '
                'deathtime timestamp, race|ethnicity varchar, hospital_expire_flag integer')
     dod = ', dod timestamp' if check_rules(rules) == 'benchmark' else ''
-    open_table(con, mimic_iv, 'patients', f'subject_id bigint, gender varchar, anchor_age integer, anchor_year integer{dod}')
+    open_table(con, mimic_iv, 'patients',
+               f'subject_id bigint, gender varchar, anchor_age integer, anchor_year integer{dod}')
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #5c9755ae
 def load_stays(
@@ -66,7 +72,8 @@ def load_stays(
     mimic_iv,              # folder of MIMIC-IV
     rules:str='clean',     # 'clean' or 'benchmark'
 ):
-    "Make the table `stays` of all ICU stays with age, sex, seconds, outcome; raises InputError for conflicting stay ids."
+    """Make the table `stays` of all ICU stays with age, sex, seconds, outcome; raises InputError for conflicting
+    stay ids."""
     _open_facts(con, mimic_iv, rules)
     run(con, f'''create or replace table stays as select *,
             count(*) over (partition by hadm_id) as stays_of_admission,
@@ -80,7 +87,9 @@ def load_stays(
         left join (select distinct *, true as found from admissions) a using (subject_id, hadm_id)
         left join (select distinct *, true as found from patients) p using (subject_id))''')
     twice = run(con, 'select stay_id from stays group by 1 having count(*) > 1 order by 1 limit 1').fetchall()
-    if twice: raise InputError(f'stay_id {twice[0][0]} is there twice with different facts (in icustays, admissions or patients): keep one of them')
+    if twice:
+        raise InputError(f'stay_id {twice[0][0]} is there twice with different facts (in icustays, admissions or '
+                         f'patients): keep one of them')
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #d055d5d0
 _TASK = 'shorter than'     # how the rule of a task begins; all others define the cohort that tasks share
@@ -112,7 +121,8 @@ def select_stays(
     rules:dict,     # from stay_rules
     hours=None,     # hours read of each stay; None: all of it
 )->list:
-    "Make `chosen`, the stays that fulfil `rules`, and `eligible`; returns rows (what, count). Raises InputError if none is left."
+    """Make `chosen`, the stays that fulfil `rules`, and `eligible`; returns rows (what, count). Raises InputError
+    if none is left."""
     left, before = 'true', con.execute('select count(*) from stays').fetchall()[0][0]
     rows = [('in icustays', before)]
     for name, condition in rules.items():
@@ -120,7 +130,8 @@ def select_stays(
         after = con.execute(f'select count(*) from stays where {left}').fetchall()[0][0]
         rows.append((f'dropped: {name}', before - after))
         before = after
-    if not before: raise InputError(f'no stay is left of {rows[0][1]}: ' + ', '.join(f'{n} {w}' for w, n in rows[1:] if n))
+    if not before:
+        raise InputError(f'no stay is left of {rows[0][1]}: ' + ', '.join(f'{n} {w}' for w, n in rows[1:] if n))
     _make_chosen(con, rules, left, hours)
     return rows + [('kept', before)]
 
@@ -128,7 +139,8 @@ def select_stays(
 def _make_chosen(con, rules, condition, hours):
     "The tables `chosen` and `eligible` of `select_stays`."
     shared = ' and '.join(c for name, c in rules.items() if not name.startswith(_TASK))
-    con.execute(f'create or replace table eligible as select stay_id, subject_id, hadm_id, intime, outtime, seconds from stays where {shared}')
+    con.execute(f'create or replace table eligible as select stay_id, subject_id, hadm_id, intime, outtime, seconds '
+                f'from stays where {shared}')
     read = f'least(seconds, {hours} * 3600)' if hours else 'seconds'
     con.execute(f'''create or replace table chosen as
         select (row_number() over (order by stay_id) - 1)::int as stay, stay_id, subject_id, hadm_id, intime, outtime, admittime, deathtime,
@@ -180,14 +192,17 @@ GEM_2018 = {'41090': 'I21A9', '41091': 'I21A9', '41092': 'I21A9',   # I213: infa
             '51882': 'R0603',                           # J80: acute respiratory distress is no longer counted
             '99812': 'N99841',                          # N99821, which 99811 gives as well
             '25010': 'E1310', '25012': 'E1310',         # E1169: the group has both in any case
-            **{f'53{part}{place}1': 'K56699' for part in (1, 2) for place in (0, 2, 4, 6)}}   # K250 to K266: ulcers with obstruction
+            # K250 to K266: ulcers with obstruction
+            **{f'53{part}{place}1': 'K56699' for part in (1, 2) for place in (0, 2, 4, 6)}}
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #aee1bd82
 def published_codes()->pd.DataFrame:
     "The published lists of the 25 phenotypes: icd_code (ICD-9 or ICD-10, no point) and ccs; a code is in one group."
     names, gem = {ccs: name for ccs, name, _ in PHENOTYPES}, ICD9toICD10().icd9_to_icd10 | GEM_2018
-    found = {}                                                # dictionaries keep their order: the first group by name has a code
-    for code, ccs in sorted(((c, int(g)) for c, g in ICD9toCCS().icd9_to_ccs.items() if int(g) in names), key=lambda cg: names[cg[1]]):
+    # dictionaries keep their order: the first group by name has a code
+    found = {}
+    for code, ccs in sorted(((c, int(g)) for c, g in ICD9toCCS().icd9_to_ccs.items() if int(g) in names),
+                            key=lambda cg: names[cg[1]]):
         found.setdefault(code, ccs)
         if code in gem: found.setdefault(gem[code], ccs)
     return pd.DataFrame(list(found.items()), columns=['icd_code', 'ccs'])
@@ -205,10 +220,12 @@ def phenotypes(
     mimic_iv,             # folder of MIMIC-IV
     rules:str='clean',    # 'clean': official tables of both versions; 'benchmark': the published list
 )->pd.DataFrame:
-    "(stays, 25) labels 1 or 0 of the chosen stays in the order of PHENOTYPES; NaN where the admission has no diagnosis at all."
+    """(stays, 25) labels 1 or 0 of the chosen stays in the order of PHENOTYPES; NaN where the admission has no
+    diagnosis at all."""
     open_table(con, mimic_iv, 'diagnoses_icd', 'hadm_id bigint, icd_code varchar, icd_version integer')
     found = run(con, '''select distinct stay, label from chosen join diagnoses_icd d using (hadm_id)
-        left join codes c on trim(d.icd_code) = c.icd_code and c.icd_version in (0, d.icd_version)''', codes=_group_codes(check_rules(rules))).df()
+        left join codes c on trim(d.icd_code) = c.icd_code and c.icd_version in (0, d.icd_version)''',
+        codes=_group_codes(check_rules(rules))).df()
     made = np.full((con.execute('select count(*) from chosen').fetchall()[0][0], len(PHENOTYPES)), np.nan, 'float32')
     made[found.stay] = 0
     found = found.dropna()
@@ -218,13 +235,15 @@ def phenotypes(
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #53a35ed4
 DECOMPENSATION = 'Decompensation'
 _DAYS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 14)                     # where the buckets begin; the last one is open
-REMAINING = ['Remaining stay under 1 day', *(f'Remaining stay {a}-{b} days' for a, b in zip(_DAYS[1:], _DAYS[2:])), 'Remaining stay over 14 days']
+REMAINING = ['Remaining stay under 1 day', *(f'Remaining stay {a}-{b} days' for a, b in zip(_DAYS[1:], _DAYS[2:])),
+             'Remaining stay over 14 days']
 HOURLY = {'decompensation': [DECOMPENSATION], 'los': REMAINING}
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #64df2a9e
 def _hours_of_stays(con, tasks, every):
     "One row an hour that is asked about: stay, hour, remaining and lived (hours; NaN: no time of death), died."
-    if not isinstance(every, int) or every < 1: raise InputError(f'every should be a positive number of hours, not {every!r}')
+    if not isinstance(every, int) or every < 1:
+        raise InputError(f'every should be a positive number of hours, not {every!r}')
     last = 'read' if 'los' in tasks else 'least(read, coalesce(epoch(deathtime - intime), read))'
     return con.execute(f'''select stay, hour, (seconds - hour * 3600) / 3600. as remaining_hours, died, epoch(deathtime - intime) / 3600. as lived
         from (select *, unnest(range(5, greatest(floor({last} / 3600), 4)::int + 1)) as hour from chosen) where hour % {every} = 0
@@ -257,14 +276,18 @@ _SPLIT_NAMES = {'train': 'train', 'val': 'val', 'valid': 'val', 'validate': 'val
 def _listed(path):
     "Rows (subject_id, split) of one list, and whether it is of the form without header."
     try: table = pd.read_csv(path, dtype=str, header=None, keep_default_na=False)
-    except FileNotFoundError: raise InputError(f"no list of subjects at {path}: split should be 'hash', 'cxr' or CSV files with subject_id,split")
-    except (OSError, EOFError, ValueError) as e: raise InputError(f'{path} is not a readable CSV: {str(e) or "it is empty"}')
+    except FileNotFoundError:
+        raise InputError(f"no list of subjects at {path}: split should be 'hash', 'cxr' or CSV files with "
+                         f"subject_id,split")
+    except (OSError, EOFError, ValueError) as e:
+        raise InputError(f'{path} is not a readable CSV: {str(e) or "it is empty"}')
     names = table.iloc[0].str.strip().tolist()
     published = names[0].isdigit()
     if published:
         name = next((s for s in ('test', 'val', 'train') if s in Path(path).name.lower()), None)
         if len(names) != 2 or not table[1].str.strip().isin(('0', '1')).all() or name is None:
-            raise InputError(f'{path} has no header: give columns subject_id,split, or lines "subject,0 or 1" in a file named testset or valset')
+            raise InputError(f'{path} has no header: give columns subject_id,split, or lines "subject,0 or 1" in a '
+                             f'file named testset or valset')
         table = table[table[1].str.strip() == '1'].assign(split=name).rename(columns={0: 'subject_id'})
     else: table = table.iloc[1:].set_axis(names, axis=1)
     return _checked(table, path), published
@@ -273,10 +296,13 @@ def _listed(path):
 def _checked(table, path):
     "The columns subject_id and split of a list, as int64 and train, val, test; raises InputError."
     for name in ('subject_id', 'split'):
-        if name not in table: raise InputError(f'{path} has no column {name}, only {", ".join(map(str, table.columns))}')
+        if name not in table:
+            raise InputError(f'{path} has no column {name}, only {", ".join(map(str, table.columns))}')
     subject, split = table.subject_id.str.strip(), table.split.str.strip().str.lower()
-    for bad in table.index[~subject.str.fullmatch(r'\d+')]: raise InputError(f'{path}: subject_id {subject[bad]!r} is not a number')
-    for bad in table.index[~split.isin(_SPLIT_NAMES)]: raise InputError(f'{path}: split {split[bad]!r} of subject {subject[bad]} is not train, val or test')
+    for bad in table.index[~subject.str.fullmatch(r'\d+')]:
+        raise InputError(f'{path}: subject_id {subject[bad]!r} is not a number')
+    for bad in table.index[~split.isin(_SPLIT_NAMES)]:
+        raise InputError(f'{path}: split {split[bad]!r} of subject {subject[bad]} is not train, val or test')
     return pd.DataFrame(dict(subject_id=subject.astype('int64'), split=split.map(_SPLIT_NAMES)))
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #62cfeb00
@@ -291,8 +317,10 @@ def _one_split_each(table, where):
 def read_split(
     paths,    # a CSV or several, as text with commas or as a list
 )->pd.DataFrame:
-    "subject_id, split of the lists; `.attrs['unlisted']` is 'train' for the published form, else 'hash'. Raises InputError."
-    paths = [p.strip() for p in paths.split(',')] if isinstance(paths, str) else list(np.atleast_1d(np.asarray(paths, object)))
+    """subject_id, split of the lists; `.attrs['unlisted']` is 'train' for the published form, else 'hash'. Raises
+    InputError."""
+    paths = [p.strip() for p in paths.split(',')] if isinstance(paths,
+                                                                str) else list(np.atleast_1d(np.asarray(paths, object)))
     tables, published = zip(*map(_listed, paths))
     made = _one_split_each(pd.concat(tables), ', '.join(map(str, paths)))
     made.attrs['unlisted'] = 'train' if any(published) else 'hash'
@@ -305,7 +333,8 @@ def divide(
     seed:int=0,             # of the hash
     official=None,          # for 'cxr': table subject_id, split
 )->np.ndarray:
-    "(N,) 'train', 'val' or 'test' for each subject; who is not listed is divided by hash, or train with the published lists."
+    """(N,) 'train', 'val' or 'test' for each subject; who is not listed is divided by hash, or train with the
+    published lists."""
     if isinstance(split, str) and split == 'hash': return split_of(subject_id, seed)
     table = _split_table(split, official)
     found = pd.Series(np.asarray(subject_id, np.int64)).map(table.set_index('subject_id').split).to_numpy(object)
@@ -317,7 +346,8 @@ def _split_table(split, official):
     "The table of subjects behind `split`, with the fate of the unlisted."
     if not (isinstance(split, str) and split == 'cxr'): return read_split(split)
     if official is None: raise InputError("split='cxr' needs MIMIC-CXR-JPG: give its folder")
-    table = _one_split_each(_checked(official[['subject_id', 'split']].astype(str), 'the split of MIMIC-CXR'), 'the split of MIMIC-CXR')
+    table = _one_split_each(_checked(official[['subject_id', 'split']].astype(str), 'the split of MIMIC-CXR'),
+                            'the split of MIMIC-CXR')
     table.attrs['unlisted'] = 'hash'
     return table
 
