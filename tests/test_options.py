@@ -12,9 +12,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import mmsn.evaluate.__main__ as evaluation
-import mmsn.evaluate.probes as probes
-import mmsn.train as training
+import mmsn.evaluate.evaluation as evaluation
+import mmsn.loop as training
+from mmsn.evaluate.networks import supervised
+from mmsn.evaluate.task import Task, make_draws
+from mmsn.train import train as run_training
 from mmsn.checkpoint import latest
 from mmsn.options import MODALITIES, Config, InputError
 from mmsn.config import build, check, check_single, load_config, presets, to_dict
@@ -196,7 +198,7 @@ class Computed:
 
 def train(config, folder, cohort):
     "Train in `folder`, in silence; returns the weights."
-    with redirect_stdout(io.StringIO()): run = training.train(at(config, run=str(folder)), cohort)
+    with redirect_stdout(io.StringIO()): run = run_training(at(config, run=str(folder)), cohort)
     return latest(run/'checkpoints')[0]
 
 
@@ -241,7 +243,7 @@ def trainer(tmp, cohort, **changes): return training.Trainer(config_of('demo', {
 
 @once('name', 'train.run')
 def names(tmp, cohorts, monkeypatch):
-    with redirect_stdout(io.StringIO()) as said: training.train(config_of('demo', {'name': 'mine', 'train.run': str(tmp/'there'), 'optim.epochs': .2}), cohorts[0])
+    with redirect_stdout(io.StringIO()) as said: run_training(config_of('demo', {'name': 'mine', 'train.run': str(tmp/'there'), 'optim.epochs': .2}), cohorts[0])
     assert said.getvalue().startswith('mine: ') and (tmp/'there'/'config.yaml').is_file()
 
 
@@ -311,16 +313,16 @@ def hardware(tmp, cohorts, monkeypatch):
 def speed(tmp, cohorts, monkeypatch):
     "That they compute the same is shown in test_launch.py; that the loop reads them shows where they are refused, since an LSTM has no blocks to wrap."
     for key in ('activation_checkpointing', 'compile'):
-        with pytest.raises(InputError, match=f'train.{key}'): training.train(config_of('ehr_lstm', {f'train.{key}': True, 'train.run': str(tmp/key)}), cohorts[0])
+        with pytest.raises(InputError, match=f'train.{key}'): run_training(config_of('ehr_lstm', {f'train.{key}': True, 'train.run': str(tmp/key)}), cohorts[0])
     train(config_of('ehr_lstm', {'train.profile': True}), tmp/'profile', cohorts[0])
     assert list((tmp/'profile').rglob('trace.json'))
 
 
 @once('evaluate.scratch_epochs', 'evaluate.scratch_lr')
 def scratch(tmp, cohorts, monkeypatch):
-    task = probes.Task.of(cohorts[0])
-    draws = probes.make_draws(task, [1.], 1)
-    def scores(**change): return probes.supervised(config_of('ehr_lstm', {f'evaluate.{k}': v for k, v in change.items()}), cohorts[0], task, draws, ['ehr'], resamples=0, least=1).value
+    task = Task.of(cohorts[0])
+    draws = make_draws(task, [1.], 1)
+    def scores(**change): return supervised(config_of('ehr_lstm', {f'evaluate.{k}': v for k, v in change.items()}), cohorts[0], task, draws, ['ehr'], resamples=0, least=1).value
     base = scores()
     assert not base.equals(scores(scratch_epochs=40)) and not base.equals(scores(scratch_lr=.3))
 
@@ -328,7 +330,7 @@ def scratch(tmp, cohorts, monkeypatch):
 @once('evaluate.labels', 'evaluate.fractions', 'evaluate.shots', 'evaluate.draws', 'evaluate.bootstrap', 'evaluate.baselines', 'evaluate.masked', 'evaluate.seed',
       'evaluate.probe', 'evaluate.probe_lrs', 'evaluate.probe_epochs', 'evaluate.protocols', 'evaluate.neighbours', 'evaluate.corruptions',
       'evaluate.map_labels', 'evaluate.map_samples', 'evaluate.pictures', 'evaluate.cache', 'evaluate.finetune_epochs', 'evaluate.finetune_lr', 'evaluate.finetune_decay')
-def judgement(tmp, cohorts, monkeypatch):
+def evaluated(tmp, cohorts, monkeypatch):
     for name in ('write_report', 'write_pictures'): monkeypatch.setattr(evaluation, name, mock.MagicMock())
     monkeypatch.setattr(evaluation, 'supervised', lambda *args, **kw: pd.DataFrame())
     train(config_of('demo', {'optim.epochs': .2, 'data.cohort': str(cohorts[0].folder)}), tmp/'run', cohorts[0])

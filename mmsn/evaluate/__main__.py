@@ -16,14 +16,19 @@ from ..options import InputError
 # %% ../../nbs/85_evaluate.ipynb #e8500009
 def parser():
     "The options of `mmsn-evaluate`."
-    p = argparse.ArgumentParser('mmsn-evaluate', description='Evaluate a run beside its baselines, or several runs beside each other; tables and a report.')
-    p.add_argument('runs', nargs='*', metavar='RUN', help='folder that mmsn-train wrote, its encoder folder, hub:OWNER/NAME, published weights, '
+    p = argparse.ArgumentParser('mmsn-evaluate',
+                                description='Evaluate a run beside its baselines, or several runs beside each other; '
+                                            'tables and a report.')
+    p.add_argument('runs', nargs='*', metavar='RUN',
+                   help='folder that mmsn-train wrote, its encoder folder, hub:OWNER/NAME, published weights, '
                    'torchvision:NAME or timm:NAME; several are compared with the first')
-    p.add_argument('overrides', nargs='*', metavar='key=value', help='changes: protocols=[low_shot,knn] draws=10 labels=[Pneumonia] baselines=false '
+    p.add_argument('overrides', nargs='*', metavar='key=value',
+                   help='changes: protocols=[low_shot,knn] draws=10 labels=[Pneumonia] baselines=false '
                    'corruptions=all data.cohort=cohorts/other')
     p.add_argument('--out', help="folder of tables and report (default: RUN/report, RUN/comparison for several); "
                    'replaced whole when it holds an older report')
-    p.add_argument('--seed-config', metavar='FILE', help='a linear-evaluation file of the earlier academic code, in the place of a run')
+    p.add_argument('--seed-config', metavar='FILE',
+                   help='a linear-evaluation file of the earlier academic code, in the place of a run')
     return p
 
 # %% ../../nbs/85_evaluate.ipynb #e8500011
@@ -33,7 +38,8 @@ def main(argv=None):
     args = parser().parse_intermixed_args(argv)
     words = [*args.runs, *args.overrides]
     runs, overrides = [w for w in words if '=' not in w], [w for w in words if '=' in w]
-    if not (runs or args.seed_config): raise InputError('nothing to evaluate: give the folder of a run, or --seed-config FILE')
+    if not (runs or args.seed_config):
+        raise InputError('nothing to evaluate: give the folder of a run, or --seed-config FILE')
     from mmsn.evaluate.compare import evaluate_runs
     from mmsn.evaluate.evaluation import evaluate, evaluate_seed
     if args.seed_config: page = evaluate_seed(args.seed_config, words, args.out)
