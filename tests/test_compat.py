@@ -1,5 +1,5 @@
 "What version 0.1.0 wrote opens and resumes: a cohort, a stopped run of image and chart, an exported encoder of charts (tests/files/v0.1)."
-import json, shutil
+import json, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from mmsn import Cohort, MMSN, open_encoder
-from mmsn.train import main
 
 FILES = Path(__file__).parent/'files'/'v0.1'
 
@@ -37,6 +36,6 @@ def test_encoder_gives_the_same_features(old, name, folder):
 
 def test_run_resumes(old):
     "From step 4 of 10, along the losses of the run that 0.1.0 did not stop (bits are not promised across processors)."
-    main(['run/config.yaml', 'data.cohort=cohort', 'train.run=run'])
+    subprocess.run([sys.executable, '-m', 'mmsn.train', 'run/config.yaml', 'data.cohort=cohort', 'train.run=run'], check=True, capture_output=True)
     losses = pd.read_csv('run/metrics.csv').set_index('step').loss
     np.testing.assert_allclose(losses, json.loads(Path('expected.json').read_text())['losses'], rtol=1e-4)
