@@ -202,7 +202,7 @@ def from_published(
     return _fits(state, *shape_of(state), 'these weights')
 
 # %% ../nbs/54_sources.ipynb #f41857bf
-IMAGENET = (.485, .456, .406), (.229, .224, .225)   # mean and deviation of each channel, of images in 0..1
+IMAGENET = (.485, .456, .406), (.229, .224, .225)   # mean and standard deviation of each channel, of images in 0..1
 
 def fold_channels(
     weight,  # (d, 3, p, p) of a stem
@@ -240,37 +240,37 @@ class ImageWeights:
     size: int                   # side in pixels of the images that its positions were made for
     state: dict                 # name -> tensor
     mean: tuple                 # of the images it takes, in 0..1, one number a channel
-    std: tuple                  # the same for the deviation
+    std: tuple                  # the same for the standard deviation
     name: str = 'cxr'           # of the modality
     prototypes: object = None   # (K, D), or None
 
 # %% ../nbs/54_sources.ipynb #a924b04e
-def _wanted(asked, had, channels):
-    """Mean or deviation as one number a channel: as asked, else as it was, or the average of three for one. Raises
-    InputError."""
-    if asked is None: return had if len(had) == channels else (sum(had)/len(had),)
-    asked = (asked,) if isinstance(asked, (int, float)) else tuple(asked)
-    if len(asked) not in (1, channels):
+def _normalisation(value, before, channels):
+    """Mean or standard deviation as one number a channel: as asked, else as it was, or the average of three for
+    one. Raises InputError."""
+    if value is None: return before if len(before) == channels else (sum(before)/len(before),)
+    value = (value,) if isinstance(value, (int, float)) else tuple(value)
+    if len(value) not in (1, channels):
         raise InputError(f'mean and std should be one number, or one for each of {channels} channels')
-    return asked*channels if len(asked) == 1 else asked
+    return value*channels if len(value) == 1 else value
 
 # %% ../nbs/54_sources.ipynb #c92c4d33
 def for_images(
     source:ImageWeights,
     channels:int,  # 1 or 3
-    mean=None,     # of the images that it will be given, one number (grey) or three; None: as it was, or the channels' average for one
-    std=None,      # the same for the deviation
+    mean=None,     # of the images that it will be given, one number or three; None: as it was, averaged for one channel
+    std=None,      # the same for the standard deviation
 )->ImageWeights:
     "`source` with a stem for such images: the same tokens for grey ones. Raises InputError."
     if channels not in (1, 3): raise InputError(f'channels should be 1 or 3, not {channels}')
     stem = 'patch_embed.convs.0' if source.config.stem == 'conv' else 'patch_embed.proj'
-    w, b, had = source.state[stem + '.weight'], source.state[stem + '.bias'], source.config.channels
-    if had < channels: w, source = unfold_channels(w), replace(source, mean=source.mean*3, std=source.std*3)
+    w, b, before = source.state[stem + '.weight'], source.state[stem + '.bias'], source.config.channels
+    if before < channels: w, source = unfold_channels(w), replace(source, mean=source.mean*3, std=source.std*3)
     old = source.mean, source.std
-    new = _wanted(mean, source.mean, channels), _wanted(std, source.std, channels)
+    new = _normalisation(mean, source.mean, channels), _normalisation(std, source.std, channels)
     # nothing asked, nothing changed
     if [v*(len(old[0])//channels) for v in new] != list(old): w, b = renormalise(w, b, old, new)
-    if had > channels: w = fold_channels(w)
+    if before > channels: w = fold_channels(w)
     state = source.state | {stem + '.weight': w, stem + '.bias': b}
     return replace(source, config=replace(source.config, channels=channels), state=state, mean=new[0], std=new[1])
 
@@ -290,10 +290,10 @@ def _from_file(path):
 # %% ../nbs/54_sources.ipynb #12745745
 def _json(path):
     "The dictionary in a JSON file; raises InputError."
-    try: found = json.loads(path.read_text(encoding='utf-8'))
+    try: content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise InputError(f'{path} cannot be read as JSON ({type(e).__name__})')
-    if not isinstance(found, dict): raise InputError(f'{path} should hold names and values')
-    return found
+    if not isinstance(content, dict): raise InputError(f'{path} should hold names and values')
+    return content
 
 # %% ../nbs/54_sources.ipynb #d725330a
 _MUST = dict(model_type='vit_msn', hidden_act='gelu', layer_norm_eps=1e-6, qkv_bias=True)
@@ -359,8 +359,8 @@ def load_encoder(
 )->tuple:
     """(ImageEncoder, state): `ViT(config, size).load_state_dict(state)`, with size from `shape_of` or
     `read_source`. Raises InputError."""
-    found = for_images(read_source(source, modality), channels, mean, std)
-    return found.config, found.state
+    weights = for_images(read_source(source, modality), channels, mean, std)
+    return weights.config, weights.state
 
 # %% ../nbs/54_sources.ipynb #fd4ecb4b
 _SAME = 'dim', 'depth', 'heads', 'patch', 'mlp_ratio', 'stem', 'pool'
@@ -403,18 +403,21 @@ def init_model(
     if not names:
         raise InputError(f'init_from starts image encoders, and the model has none (it has '
                          f'{", ".join(model.config.modalities)})')
-    found, lines = read_source(source, modality), []
+    weights, lines = read_source(source, modality), []
     for name in names:
-        state, line = _state_for(found, model.online.encoders[name], model.config.modalities[name], model.infos[name],
-                                 name)
+        state, line = _state_for(weights, model.online.encoders[name], model.config.modalities[name],
+                                 model.infos[name], name)
         for network in (model.online, model.target): network.encoders[name].load_state_dict(state)
         lines.append(line)
-    q, mine = found.prototypes, tuple(model.prototypes.shape)
-    if q is not None and tuple(q.shape) == mine: model.prototypes.copy_(q)
-    fits = 'there are none' if q is None else f'{mine[0]} x {mine[1]} taken' if tuple(q.shape) == mine else f'not taken, {tuple(q.shape)} are not {mine}'
+    q, shape = weights.prototypes, tuple(model.prototypes.shape)
+    taken = q is not None and tuple(q.shape) == shape
+    if taken: model.prototypes.copy_(q)
+    not_taken = 'there are none' if q is None else f'not taken, {tuple(q.shape)} are not {shape}'
+    fits = f'{shape[0]} x {shape[1]} taken' if taken else not_taken
     lines.append(f'prototypes: {fits}')
     others = [n for n in model.config.modalities if n not in names]
-    return lines + [f'not touched: {", ".join([*others, "projection head"] + (["fusion"] if len(model.infos) > 1 else []))}']
+    others += ['projection head'] + (['fusion'] if len(model.infos) > 1 else [])
+    return lines + [f'not touched: {", ".join(others)}']
 
 # %% ../nbs/54_sources.ipynb #2c30f789
 class ImageModel(nn.Module):
@@ -463,25 +466,25 @@ def untrained(self:ImageModel, seed:int=0):
 @patch
 @torch.no_grad()
 def encode(self:ImageModel, batch, drop=(), patches=0., seed=0):
-    """Name and 'joint' -> (B, d) float32 of a `Batch`, NaN rows where there is no image; `patches` is the share
+    """Name and 'joint' -> (B, d) float32 of a `Batch`, NaN rows where there is no image; `patches` is the fraction
     hidden. Raises InputError."""
     drop = [drop] if isinstance(drop, str) else drop
     if unknown := [d for d in drop if d != self.name]:
         raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {self.name})')
     if not 0 <= patches < 1:
         raise InputError(f'the share of hidden patches should be at least 0 and below 1, not {patches}')
-    here, keep = batch.present[self.name] & (self.name not in drop), None
+    present, keep = batch.present[self.name] & (self.name not in drop), None
     if patches:
         keep = patch_keep(make_key(seed, 0, batch.index, 0, f'hidden patches of {self.name}'),
                           (self.size//self.patch)**2, patches)
-    x = self.embed(self.plain(batch.data[self.name]), keep).float().masked_fill(~here[:, None], torch.nan)
+    x = self.embed(self.plain(batch.data[self.name]), keep).float().masked_fill(~present[:, None], torch.nan)
     return {self.name: x, 'joint': x}
 
 # %% ../nbs/54_sources.ipynb #955abb0e
 def _torchvision(name, pretrained):
     "(network without its last layer, size, mean, std) of a classifier of torchvision."
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known: raise InputError(f'torchvision has no classifier {name!r}: it has {", ".join(known)}')
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names: raise InputError(f'torchvision has no classifier {name!r}: it has {", ".join(names)}')
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try: net = torchvision.models.get_model(name, weights=weights if pretrained else None)
     except OSError as e:
@@ -526,7 +529,7 @@ def _image_modality(cohort, modality):
 def open_encoder(
     source,                # of the table above
     cohort:Cohort=None,    # whose patients it will be given, checked to fit; none: nothing is checked
-    modality:str='',       # image modality for an image network; '': the only one of the cohort, or cxr without a cohort
+    modality:str='',       # of an image network; '': the only one of the cohort, or cxr without a cohort
     pretrained:bool=True,  # for torchvision and timm: their weights (downloaded), or random ones from torch's generator
 # has .config.modalities, .encode(batch, drop=, patches=) -> {name: (B, d)} and .untrained(seed)
 )->nn.Module:
@@ -538,10 +541,11 @@ def open_encoder(
         model = MMSN.from_pretrained(folder)
         if cohort is not None: _check_fits(model, cohort, source)
         return model
-    found, name = read_source(folder), _image_modality(cohort, modality)
-    net = ViT(found.config, found.size)
-    net.load_state_dict(found.state)
-    return ImageModel(net, name, found.size, found.mean, found.std, found.what, lambda: ViT(found.config, found.size))
+    weights, name = read_source(folder), _image_modality(cohort, modality)
+    net = ViT(weights.config, weights.size)
+    net.load_state_dict(weights.state)
+    return ImageModel(net, name, weights.size, weights.mean, weights.std,
+                      weights.what, lambda: ViT(weights.config, weights.size))
 
 # %% ../nbs/54_sources.ipynb #a5b3f69b
 def _library_model(library, name, cohort, modality, pretrained):

@@ -192,7 +192,7 @@ def prepare_table(
     modality:str='ehr',  # name of the time series
     name:str='table',    # of the cohort
     seed:int=0,          # of the division by subject
-    starts=None,         # CSV or parquet: subject_id, start, optionally end and stay_id; none: one stay a subject, from 0 or its first timestamp
+    starts=None,         # CSV or parquet: subject_id, start, optionally end and stay_id; none: one stay a subject, from its start
 )->pd.DataFrame:
     "Turn a long table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
     if hours < 0 or timestep <= 0:

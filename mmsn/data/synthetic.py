@@ -133,7 +133,8 @@ class _Draw:
 @dataclass
 class _Chest:
     "Coordinates and anatomy of n chests: (n, H, W), `inspiration` (n, 1, 1)."
-    x: np.ndarray; y: np.ndarray; lx: np.ndarray; dome: np.ndarray; wall: np.ndarray; lung: np.ndarray; body: np.ndarray; texture: np.ndarray
+    x: np.ndarray; y: np.ndarray; lx: np.ndarray; dome: np.ndarray
+    wall: np.ndarray; lung: np.ndarray; body: np.ndarray; texture: np.ndarray
     inspiration: np.ndarray
     def __getitem__(self, r): return _Chest(*(getattr(self, f.name)[r] for f in fields(self)))
 

@@ -28,7 +28,8 @@ from ..options import Evaluate, InputError
 def short_names(
     sources,   # folders, or names such as torchvision:resnet18
 )->list:
-    "A short name for each source: the part of its path that distinguishes it. Raises InputError for a source given twice."
+    """A short name for each source: the part of its path that distinguishes it. Raises InputError for a source
+    given twice."""
     parts = [Path(s).resolve().parts if Path(s).exists() else (str(s),) for s in sources]
     several = lambda: len(parts) > 1 and min(map(len, parts)) > 1
     while several() and len({p[0] for p in parts}) == 1: parts = [p[1:] for p in parts]
@@ -44,13 +45,15 @@ def _one_cohort(opened):
     (name, first), *others = [(n, s.cohort) for n, s in opened.items()]
     for n, cohort in others:
         if cohort.hash != first.hash:
-            raise InputError(f'{name} was trained on {first.folder} and {n} on {cohort.folder}: add data.cohort=FOLDER to evaluate both on one')
+            raise InputError(f'{name} was trained on {first.folder} and {n} on {cohort.folder}: add '
+                             f'data.cohort=FOLDER to evaluate both on one')
     return first
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400018
 def run_predictions(opened, cohort, task, inputs, e, say):
     "Run -> (input, fraction, 0) -> list of `Predictions`, one a draw."
-    draws, out, device = make_draws(task, e.fractions, e.draws, seed=e.seed), {}, 'cuda' if torch.cuda.is_available() else 'cpu'
+    draws, out, device = make_draws(task, e.fractions, e.draws,
+                                    seed=e.seed), {}, 'cuda' if torch.cuda.is_available() else 'cpu'
     for name, source in opened.items():
         say(f'features and probes: {name}')
         model = source.model.to(device).eval()
@@ -77,24 +80,28 @@ def comparison_tables(opened:dict, cohort:Cohort, task:Task, e:Evaluate, say=pri
             chosen.append(table.assign(input=name))
             if (n := table.chosen.sum()) > 1: runs[f'best {n} together'] = [mean]
             for run, p in runs.items(): most.setdefault(run, {})[name] = p[0]
-        tables.append(compare(runs, None, None, task.groups, 'test', e.bootstrap, e.seed).assign(input=name, fraction=fraction))
+        tables.append(compare(runs, None, None, task.groups, 'test', e.bootstrap, e.seed).assign(input=name,
+                fraction=fraction))
     return dict(comparison=pd.concat(tables, ignore_index=True), ensemble=pd.concat(chosen, ignore_index=True)), most
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400025
 def _write_about(folder, names, sources, overrides, tables, cohort, task, e, start):
     "about.json of a comparison."
     c = tables['comparison']
-    sentence = (f'{len(names)} runs on {cohort.meta["name"]}: {(task.split == "train").sum()} training and {c.rows.max()} test samples that all have '
+    sentence = (f'{len(names)} runs on {cohort.meta["name"]}: {(task.split == "train").sum()} training and '
+                f'{c.rows.max()} test samples that all have '
                 f'scored; {len(task.names)} labels; test scores, beside {names[0]}.')
     facts = _facts(' '.join(['mmsn-evaluate', *map(str, sources), *overrides]), cohort, e, start)
-    about = dict(name=', '.join(names), sentence=sentence, inputs=list(dict.fromkeys(c.input)), prototypes=0, facts=facts)
+    about = dict(name=', '.join(names), sentence=sentence, inputs=list(dict.fromkeys(c.input)), prototypes=0,
+                 facts=facts)
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400026
 def _summary(comparison):
     "The summary that the report's first figure is drawn from."
     c = comparison.query("label == 'macro' and metric == 'auroc' and not run.str.startswith('best ')", engine='python')
-    return c.rename(columns=dict(run='encoder', value='auroc'))[['encoder', 'input', 'fraction', 'auroc', 'low', 'high']]
+    return c.rename(columns=dict(run='encoder', value='auroc'))[['encoder', 'input', 'fraction', 'auroc', 'low',
+                                                                 'high']]
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400027
 def evaluate_runs(
@@ -124,4 +131,5 @@ def evaluate_runs(
 def _printed(folder):
     "The comparison as text: macro AUROC, differences, intervals."
     t = pd.read_csv(folder/'comparison.csv').query("label == 'macro' and metric == 'auroc'")
-    return t[['input', 'fraction', 'run', 'value', 'difference', 'difference_low', 'difference_high', 'p']].round(3).to_string(index=False)
+    return t[['input', 'fraction', 'run', 'value', 'difference', 'difference_low', 'difference_high',
+              'p']].round(3).to_string(index=False)

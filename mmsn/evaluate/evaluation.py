@@ -27,7 +27,8 @@ from ..config import build, check, load_config, save_config
 from ..data.cohort import Cohort
 from ..encoders.vit import ViT
 from .features import extract_features, feature_matrix, plain_features
-from .inspect import (assignments, attention_figure, attention_maps, hour_contributions, hours_figure, prototype_figure,
+from .inspect import (assignments, attention_figure, attention_maps, hour_contributions, hours_figure,
+                                   prototype_figure,
                                    representation_points)
 from .metrics import Calibration, metric_table, subgroup_columns, subgroups
 from .networks import EndToEndEncoder, PlainViews, finetune, network_scores, supervised
@@ -58,14 +59,16 @@ def evaluation_changes(
 def run_folder(
     source,   # a run's folder, its encoder folder, or anything else
 ):
-    "The folder of the run that `source` is or lies in, or None where it is no run; raises InputError for a run without an encoder."
+    """The folder of the run that `source` is or lies in, or None where it is no run; raises InputError for a run
+    without an encoder."""
     path = Path(source)
     places = [p for p in (path, path.parent) if p == path or path.name == 'encoder']
     folder = next((p for p in places if p.is_dir() and (p/'config.yaml').is_file()), None)
     if folder is None and (path/'run.json').is_file():
         raise InputError(f'{source} holds no config.yaml: give a folder that mmsn-train wrote')
     if folder and not (folder/'encoder').is_dir():
-        raise InputError(f'{folder} has no encoder yet: it appears with the first checkpoint; resume it with mmsn-train')
+        raise InputError(f'{folder} has no encoder yet: it appears with the first checkpoint; resume it with '
+                         f'mmsn-train')
     return folder
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0015
@@ -127,18 +130,24 @@ class Evaluation:
         self._check()
 
     @property
-    def standing(self): "Names of the modalities that can stand alone."; return [n for n, kind in self.kinds.items() if kind != 'tabular']
+    def standing(self):
+        "Names of the modalities that can stand alone."
+        return [n for n, kind in self.kinds.items() if kind != 'tabular']
 
     @property
-    def boot(self): "Options of everything with intervals."; return dict(resamples=self.options.bootstrap, seed=self.options.seed)
+    def boot(self):
+        "Options of everything with intervals."
+        return dict(resamples=self.options.bootstrap, seed=self.options.seed)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0024
 @patch
 def _check(self:Evaluation):
     "Raise InputError for options that this encoder or this cohort cannot meet."
     e = self.options
-    if not self.ours and 'finetune' in e.protocols: raise InputError('finetune is for encoders of mmsn: leave it out of evaluate.protocols')
-    for key, given, names in (('corruptions', e.corruptions, [*CORRUPTIONS, 'all']), ('map_labels', e.map_labels, self.task.names)):
+    if not self.ours and 'finetune' in e.protocols:
+        raise InputError('finetune is for encoders of mmsn: leave it out of evaluate.protocols')
+    for key, given, names in (('corruptions', e.corruptions, [*CORRUPTIONS, 'all']),
+                              ('map_labels', e.map_labels, self.task.names)):
         if unknown := set(given) - set(names):
             what = 'label ' if key == 'map_labels' else ''
             raise InputError(f'evaluate.{key}: no {what}{min(unknown)!r}: there is {", ".join(names)}')
@@ -149,7 +158,8 @@ def tables(self:Evaluation):
     "Encoder -> table of frozen features of the task's patients."
     if not hasattr(self, '_tables'):
         self.say(f'features: {", ".join(self.models)}')
-        self._tables = {n: extract_features(m, self.cohort, self.task.rows, cache=self.cache) for n, m in self.models.items()}
+        self._tables = {n: extract_features(m, self.cohort, self.task.rows, cache=self.cache)
+                        for n, m in self.models.items()}
     return self._tables
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0026
@@ -186,7 +196,8 @@ def _knn(ev):
 def _supervised(ev):
     "The same architecture from random weights."
     if not (ev.ours and ev.options.baselines): return
-    ev.scores.append(supervised(ev.config, ev.cohort, ev.task, ev.fraction_draws, ev.inputs, device=ev.device, nets=ev.networks, **ev.boot))
+    ev.scores.append(supervised(ev.config, ev.cohort, ev.task, ev.fraction_draws, ev.inputs, device=ev.device,
+                                nets=ev.networks, **ev.boot))
     if ev.networks: ev.predictions['scratch'] = {}
     for name, net in ev.networks.items():
         has_any = np.any([ev.cohort.present(n)[ev.task.rows] for n in net.modalities], axis=0)
@@ -198,7 +209,8 @@ def _supervised(ev):
 def _finetune(ev):
     "The whole network trained from its pretrained weights, with few labels and with all."
     e = ev.options
-    ev.scores.append(finetune(ev.models['pretrained'], ev.cohort, ev.task, ev.fraction_draws, ev.inputs, lr=e.finetune_lr,
+    ev.scores.append(finetune(ev.models['pretrained'], ev.cohort, ev.task, ev.fraction_draws, ev.inputs,
+                              lr=e.finetune_lr,
                               decay=e.finetune_decay, epochs=e.finetune_epochs, device=ev.device, **ev.boot))
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0041
@@ -209,7 +221,8 @@ def _robustness(ev):
         models['scratch'] = EndToEndEncoder(ev.models['random'], ev.networks).eval()
         tables['scratch'] = extract_features(models['scratch'], ev.cohort, ev.task.rows, cache=ev.cache)
     corruptions = CORRUPTIONS if 'all' in e.corruptions else e.corruptions
-    table = robustness(models, ev.cohort, ev.task, tables, e.masked, ev.inputs, corruptions, min(e.bootstrap, 200), e.seed, ev.cache)
+    table = robustness(models, ev.cohort, ev.task, tables, e.masked, ev.inputs, corruptions, min(e.bootstrap, 200),
+                       e.seed, ev.cache)
     return dict(robustness=table) if len(table) else {}
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0043
@@ -217,7 +230,8 @@ def _missing(ev):
     "One modality taken away."
     if len(ev.standing) < 2: return {}
     e = ev.options
-    return dict(missing=missing(ev.models, ev.cohort, ev.task, ev.tables, ev.standing, min(e.bootstrap, 200), e.seed, ev.cache))
+    return dict(missing=missing(ev.models, ev.cohort, ev.task, ev.tables, ev.standing, min(e.bootstrap, 200), e.seed,
+                                ev.cache))
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0044
 def _retrieval(ev):
@@ -228,23 +242,27 @@ def _retrieval(ev):
     return dict(retrieval=pd.concat(parts)) if parts else {}
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0045
-PROTOCOL_TABLES = dict(low_shot=_low_shot, linear_probe=_linear_probe, knn=_knn, supervised=_supervised, finetune=_finetune,
+PROTOCOL_TABLES = dict(low_shot=_low_shot, linear_probe=_linear_probe, knn=_knn, supervised=_supervised,
+                       finetune=_finetune,
                        robustness=_robustness, missing=_missing, retrieval=_retrieval)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0050
 def _metrics_of(ev, metric_of=None):
-    "Metrics of every encoder, input and label on test, by `metric_table`; of probabilities where `metric_of` judges those."
+    """Metrics of every encoder, input and label on test, by `metric_table`; of probabilities where `metric_of`
+    judges those."""
     parts = []
     for encoder, by_input in ev.predictions.items():
         for name, p in by_input.items():
             p, extra = p.at('test'), dict(judge=metric_of) if metric_of else {}
             values = p.probabilities if metric_of else p.scores
-            parts.append(metric_table(p.labels, values, p.subjects, p.names, ev.task.groups, **ev.boot, **extra).assign(encoder=encoder, input=name))
+            parts.append(metric_table(p.labels, values, p.subjects, p.names, ev.task.groups, **ev.boot,
+                                      **extra).assign(encoder=encoder, input=name))
     return pd.concat(parts)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0052
 def _subgroup_table(ev):
-    "Metrics among subgroups for the pretrained encoder and the one from scratch; None where the cohort knows no subgroups."
+    """Metrics among subgroups for the pretrained encoder and the one from scratch; None where the cohort knows no
+    subgroups."""
     kinds = subgroup_columns(ev.cohort, ev.task.rows)
     kinds = kinds[[a for a in kinds if len(set(kinds[a]) - {'unknown'}) > 1]]
     if not len(kinds.columns): return None
@@ -268,7 +286,8 @@ def _by_protocol(ev, tables):
     parts = []
     if ev.scores:
         t = summarise(pd.concat(ev.scores)).query('fraction == 1')
-        parts.append(t.assign(protocol=t.encoder.map(dict(scratch='whole network', finetuned='whole network')).fillna('linear probe')))
+        parts.append(t.assign(protocol=t.encoder.map(dict(scratch='whole network',
+                                                          finetuned='whole network')).fillna('linear probe')))
     if 'knn' in tables:
         t = tables['knn'].query("label == 'macro' and metric == 'auroc'").rename(columns=dict(value='auroc'))
         parts.append(t.assign(protocol=f'{ev.options.neighbours} nearest neighbours'))
@@ -282,7 +301,8 @@ def _map_table(ev):
     "Points of the test patients on maps of their features."
     test, methods, e = ev.task.at('test'), ('tsne', 'umap' if importlib.util.find_spec('umap') else 'pca'), ev.options
     tables = {n: t.iloc[test] for n, t in ev.tables.items()}
-    points = representation_points(tables, ev.task.labels[test], ev.task.names, e.map_labels or None, ev.inputs, e.map_samples, methods, e.seed)
+    points = representation_points(tables, ev.task.labels[test], ev.task.names, e.map_labels or None, ev.inputs,
+                                   e.map_samples, methods, e.seed)
     return points.round(4)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0058
@@ -324,7 +344,8 @@ def _hours(ev, folder, rows):
         longest, encoder = int(view.lengths.argmax()), model.target.encoders[name]
         normal = torch.as_tensor(model.infos[name].normal, dtype=torch.float32)
         cells = hour_contributions(lambda x, lengths: encoder(x, lengths), view.x, view.lengths, normal)
-        save_styles('hours' + f'_{name}'*bool(i), hours_figure, view.x[longest], cells[longest], ev.cohort.modalities[name],
+        save_styles('hours' + f'_{name}'*bool(i), hours_figure, view.x[longest], cells[longest],
+                    ev.cohort.modalities[name],
                     int(view.lengths[longest]), title=name, folder=folder)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0064
@@ -337,7 +358,8 @@ def write_pictures(ev:Evaluation, folder:Path):
     model, names = ev.models['pretrained'], list(ev.kinds)
     pictured = next((n for n, kind in ev.kinds.items() if kind == 'image'), next(iter(ev.standing), None))
     if pictured is None: return
-    save_styles('prototypes', prototype_figure, model, ev.cohort, rows, assignments(model, ev.cohort, rows), pictured, folder=folder)
+    save_styles('prototypes', prototype_figure, model, ev.cohort, rows, assignments(model, ev.cohort, rows), pictured,
+                folder=folder)
     paired = ev.cohort.rows('train', names, 'paired')
     batch = ev.cohort.batch(paired[:8] if len(paired) else ev.task.rows[:8], names).to(ev.device)
     save_styles('views', show_views, model.views(batch, seed=ev.config.train.seed, epoch=0), folder=folder)
@@ -346,7 +368,8 @@ def write_pictures(ev:Evaluation, folder:Path):
 def _facts(command, cohort, e, start):
     "What is true of every report."
     took = f'{time.strftime("%Y-%m-%d %H:%M")}, {time.perf_counter() - start:.0f} s, bootstrap and draws from seed {e.seed}'
-    return dict(evaluation=command, cohort=f'{cohort.folder} ({cohort.hash})', mmsn=mmsn.__version__, torch=torch.__version__,
+    return dict(evaluation=command, cohort=f'{cohort.folder} ({cohort.hash})', mmsn=mmsn.__version__,
+                torch=torch.__version__,
                 python=platform.python_version(), evaluated=took)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0068
@@ -356,9 +379,11 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     if (run/'metrics.csv').is_file(): shutil.copy(run/'metrics.csv', folder/'metrics.csv')
     record = json.loads((run/'run.json').read_text(encoding='utf-8')) if (run/'run.json').is_file() else {}
     counts = {s: int((ev.task.split == s).sum()) for s in ('train', 'val', 'test')}
-    sentence = (f'{ev.cohort.meta["name"]}: {counts["train"]} training, {counts["val"]} validation and {counts["test"]} test samples; '
+    sentence = (f'{ev.cohort.meta["name"]}: {counts["train"]} training, {counts["val"]} validation and '
+                f'{counts["test"]} test samples; '
                 f'modalities {", ".join(ev.kinds)}; {len(ev.task.names)} labels; test scores.')
-    own = dict(training=record.get('command', ''), config=record.get('config', ''), seed=str(ev.config.train.seed)) if record else {}
+    own = dict(training=record.get('command', ''), config=record.get('config', ''),
+               seed=str(ev.config.train.seed)) if record else {}
     about = dict(name=ev.config.name, sentence=sentence, inputs=ev.inputs, prototypes=ev.config.loss.prototypes,
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
@@ -373,7 +398,8 @@ def _write_tables(folder, tables, predictions):
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0071
 def _write_whole(folder, write):
-    "Let `write` fill a temporary folder, run its report, and rename it to `folder`; raises InputError if that holds something else."
+    """Let `write` fill a temporary folder, run its report, and rename it to `folder`; raises InputError if that
+    holds something else."""
     if folder.exists() and not (folder/'about.json').is_file() and any(folder.iterdir()):
         raise InputError(f'{folder} holds something that is not a report: choose another --out')
     temporary = folder.with_name(f'.{folder.name}.tmp')
@@ -436,7 +462,8 @@ def evaluate_seed(
     overrides=(),     # key=value changes
     out=None,         # the report's folder; logging.folder/write_tag of the file by default
 )->Path:
-    "Evaluate the encoder that a file of the earlier code names; returns the path of the report's page. Raises InputError."
+    """Evaluate the encoder that a file of the earlier code names; returns the path of the report's page. Raises
+    InputError."""
     config, notes = chosen_config(None, overrides, seed_config, linear=True)
     source = config.train.init_from
     if not source: raise InputError(f'{seed_config} names no encoder (logging.pretrain_path)')

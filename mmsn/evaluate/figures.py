@@ -27,7 +27,9 @@ def low_shot_figure(
 ):
     "AUROC against the share of labels, or samples a class: a panel for each input, a line for each encoder."
     summary = summary.assign(shots=summary.shots.fillna(0) if 'shots' in summary else 0)
-    kinds = [(c, x, part) for c, x, part in (('shots', 'samples of each class', summary[summary.shots > 0]), ('fraction', 'fraction of training labels', summary[summary.shots == 0])) if len(part)]
+    kinds = [(c, x, part) for c, x, part in (('shots', 'samples of each class', summary[summary.shots > 0]),
+                                             ('fraction', 'fraction of training labels', summary[summary.shots == 0]))
+                                             if len(part)]
     inputs = list(dict.fromkeys(summary.input))
     fig, axes = _panels(len(kinds)*len(inputs), columns=len(inputs), sharey=True)
     for ax, (column, xlabel, part, name) in zip(axes, [(*k, i) for k in kinds for i in inputs]):
@@ -52,7 +54,8 @@ def curve_points(
     ends = np.flatnonzero(np.r_[np.diff(scores[order]) != 0, True])
     w, y = weights[order].astype(np.float64), labels[order] > 0
     found, alarms = (w*y[:, None]).cumsum(0)[ends], (w*~y[:, None]).cumsum(0)[ends]
-    with np.errstate(divide='ignore', invalid='ignore'): return alarms/alarms[-1], found/found[-1], found/(found + alarms)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return alarms/alarms[-1], found/found[-1], found/(found + alarms)
 
 # %% ../../nbs/80_evaluate.figures.ipynb #79c29967
 def _bands(y, s, subjects, resamples, seed):
@@ -61,7 +64,8 @@ def _bands(y, s, subjects, resamples, seed):
     for w in subject_weights(subjects, resamples, seed):
         for a, r, p in zip(*(x.T for x in curve_points(y, s, w))):
             if np.isnan([a[-1], r[-1]]).any(): continue
-            rocs.append(np.interp(at, np.r_[0, a], np.r_[0, r])); prs.append(p[np.searchsorted(r, at - 1e-12).clip(max=len(p) - 1)])
+            rocs.append(np.interp(at, np.r_[0, a], np.r_[0, r])); prs.append(p[np.searchsorted(r,
+                    at - 1e-12).clip(max=len(p) - 1)])
     return [interval(np.array(x)) if len(x) else (np.full(101, np.nan),)*2 for x in (rocs, prs)]
 
 # %% ../../nbs/80_evaluate.figures.ipynb #3b7f4d09
@@ -70,7 +74,8 @@ def _labels_shown(predictions, labels, most):
     p = next(iter(predictions.values()))
     if labels is None: return [p.names[k] for k in np.argsort(-(p.labels == 1).sum(0), kind='stable')[:most]]
     labels = [labels] if isinstance(labels, str) else list(labels)
-    if unknown := [n for n in labels if n not in p.names]: raise InputError(f'no label {unknown[0]!r} in these predictions: there is {", ".join(p.names)}')
+    if unknown := [n for n in labels if n not in p.names]:
+        raise InputError(f'no label {unknown[0]!r} in these predictions: there is {", ".join(p.names)}')
     return labels
 
 # %% ../../nbs/80_evaluate.figures.ipynb #36d24c02
@@ -92,15 +97,22 @@ def roc_pr_figure(
             k = p.names.index(name)
             on = ~np.isnan(p.labels[:, k])
             y, s, c = p.labels[on, k], p.scores[on, k], colour(encoder, i)
-            (a, r, precision), area = (x[:, 0] for x in curve_points(y, s, np.ones((len(y), 1)))), {m: v[0, 0] for m, v in metrics(y, s).items()}
+            (a, r, precision), area = (x[:, 0] for x in curve_points(y, s, np.ones((len(y), 1)))), {m: v[0, 0]
+                    for m, v in metrics(y, s).items()}
             bands = _bands(y, s, p.subjects[on], resamples, seed) if resamples else ()
-            for ax, band in zip((top, low), bands): ax.fill_between(np.linspace(0, 1, 101), *band, color=c, alpha=.13, lw=0)
+            for ax, band in zip((top, low), bands):
+                ax.fill_between(np.linspace(0, 1, 101), *band, color=c, alpha=.13, lw=0)
             top.plot(np.r_[0, a], np.r_[0, r], color=c, lw=1.3, label=f'{encoder} {area["auroc"]:.3f}')
-            first = np.flatnonzero(np.diff(r, prepend=0) > 0)          # further alarms at the same recall would only draw a comb
-            low.plot(r[first], precision[first], color=c, lw=1.3, drawstyle='steps-pre', label=f'{encoder} {area["auprc"]:.3f}')
-        top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink']); low.axhline(y.mean(), ls=':', lw=.9, color=STYLES[_chosen.get()]['ink'])
-        _axes(top, title=_short(name), xlabel='false alarms', ylabel='recall', aspect='equal'); _axes(low, xlabel='recall', ylabel='precision', ylim=(0, 1.02), aspect='equal')
-        top.legend(loc='lower right', title='AUROC', title_fontsize=8); low.legend(loc='best', title='AUPRC', title_fontsize=8)
+            # further alarms at the same recall would only draw a comb
+            first = np.flatnonzero(np.diff(r, prepend=0) > 0)
+            low.plot(r[first], precision[first], color=c, lw=1.3, drawstyle='steps-pre',
+                     label=f'{encoder} {area["auprc"]:.3f}')
+        top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink']); low.axhline(y.mean(), ls=':', lw=.9,
+                color=STYLES[_chosen.get()]['ink'])
+        _axes(top, title=_short(name), xlabel='false alarms', ylabel='recall', aspect='equal'); _axes(low,
+                xlabel='recall', ylabel='precision', ylim=(0, 1.02), aspect='equal')
+        top.legend(loc='lower right', title='AUROC', title_fontsize=8); low.legend(loc='best', title='AUPRC',
+                title_fontsize=8)
     return fig
 
 # %% ../../nbs/80_evaluate.figures.ipynb #fd0748cb
@@ -112,20 +124,25 @@ def calibration_figure(
     resamples:int=200,   # of subjects, for the intervals
     seed:int=0,          # of the resamples
 ):
-    "Reliability curves, a column a label, with the distribution of predictions below and the expected calibration error in the legend."
+    """Reliability curves, a column a label, with the distribution of predictions below and the expected calibration
+    error in the legend."""
     labels = _labels_shown(predictions, labels, 3)
-    fig, axes = plt.subplots(2, len(labels), figsize=(3.1*len(labels), 3.9), squeeze=False, sharex='col', height_ratios=[3.6, 1])
+    fig, axes = plt.subplots(2, len(labels), figsize=(3.1*len(labels), 3.9), squeeze=False, sharex='col',
+                             height_ratios=[3.6, 1])
     for (top, low), name in zip(axes.T, labels):
         for i, (encoder, p) in enumerate(predictions.items()):
             k, c = p.names.index(name), colour(encoder, i)
             y, q = p.labels[:, k], p.probabilities[:, k]
-            t, ece = reliability_curve(y, q, p.subjects, bins, resamples=resamples, seed=seed), metrics(y, q, judge=lambda *a: Calibration(*a, bins=bins))['ece'][0, 0]
+            t, ece = reliability_curve(y, q, p.subjects, bins, resamples=resamples, seed=seed), metrics(y, q,
+                    judge=lambda *a: Calibration(*a, bins=bins))['ece'][0, 0]
             top.vlines(t.predicted, t.low, t.high, color=c, lw=1, alpha=.6)
             top.plot(t.predicted, t.observed, 'o-', color=c, lw=1.2, ms=3.5, label=f'{encoder} {ece:.3f}')
             low.hist(q[~np.isnan(y)], np.linspace(0, 1, 41), histtype='step', color=c, lw=1.1)
         top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink'])
-        edge = min(1, 1.1*max(float(np.nanmax([c.get_xdata(), c.get_ydata()])) for c in top.lines[:-1]) + .1)     # a rare label lives in a corner
-        _axes(top, title=_short(name), ylabel='came', xlim=(0, edge), ylim=(0, edge)); _axes(low, xlabel='predicted', ylabel='patients')
+        # a rare label lives in a corner
+        edge = min(1, 1.1*max(float(np.nanmax([c.get_xdata(), c.get_ydata()])) for c in top.lines[:-1]) + .1)
+        _axes(top, title=_short(name), ylabel='came', xlim=(0, edge), ylim=(0, edge)); _axes(low, xlabel='predicted',
+                ylabel='patients')
         top.legend(loc='upper left', title='calibration error', title_fontsize=8)
     return fig
 
@@ -141,23 +158,32 @@ def subgroup_figure(
     if t.empty: raise InputError(f'no {metric} of {label!r} in this table of subgroups')
     t = t.assign(encoder=t.encoder if 'encoder' in t else '')
     encoders, places = list(dict.fromkeys(t.encoder)), {}
-    for a, g in t[['attribute', 'subgroup']].drop_duplicates().itertuples(index=False): places[a, g] = len(places) + .7*len({k[0] for k in places} | {a})
-    fig, (ax, side) = plt.subplots(1, 2, figsize=(6.8, .7 + .27*(max(places.values()) + 1)), sharey=True, width_ratios=[5, 1.7])
+    for a, g in t[['attribute', 'subgroup']].drop_duplicates().itertuples(index=False):
+        places[a, g] = len(places) + .7*len({k[0] for k in places} | {a})
+    fig, (ax, side) = plt.subplots(1, 2, figsize=(6.8, .7 + .27*(max(places.values()) + 1)), sharey=True,
+                                   width_ratios=[5, 1.7])
     for i, e in enumerate(encoders):
         c, mine = colour(e or 'pretrained', i), t[t.encoder == e]
         at = np.array([places[k] for k in zip(mine.attribute, mine.subgroup)]) + .22*(i - (len(encoders) - 1)/2)
         whole = mine[mine.attribute == 'all']
-        if len(whole): ax.axvspan(whole.low.iloc[0], whole.high.iloc[0], color=c, alpha=.09, lw=0); ax.axvline(whole.value.iloc[0], color=c, lw=.8, ls=':')
-        ax.hlines(at, mine.low, mine.high, color=c, lw=1.6); ax.plot(mine.value, at, 'o', color=c, ms=4.5, label=e or None)
+        if len(whole):
+            ax.axvspan(whole.low.iloc[0], whole.high.iloc[0], color=c, alpha=.09,
+                       lw=0); ax.axvline(whole.value.iloc[0], color=c, lw=.8, ls=':')
+        ax.hlines(at, mine.low, mine.high, color=c, lw=1.6); ax.plot(mine.value, at, 'o', color=c, ms=4.5,
+                                                                     label=e or None)
     first = t[t.encoder == encoders[0]]
-    ax.set_yticks([places[k] for k in zip(first.attribute, first.subgroup)], ['everybody' if a == 'all' else f'{a.replace("_", " ")}: {_short(g, 30)}' for a, g in zip(first.attribute, first.subgroup)])
+    ax.set_yticks([places[k] for k in zip(first.attribute, first.subgroup)],
+                  ['everybody' if a == 'all' else f'{a.replace("_", " ")}: {_short(g, 30)}'
+                   for a, g in zip(first.attribute, first.subgroup)])
     ax.invert_yaxis(); ax.tick_params(axis='y', length=0); ax.spines['left'].set_visible(False)
     side.set(xlim=(0, 1)); side.axis('off')
     text = dict(fontsize=8, va='center', ha='right')
     for y, n, pos, v in zip(ax.get_yticks(), first.subjects, first.positives, first.value):
         side.text(.4, y, f'{n:,}', **text); side.text(1, y, f'{pos:,}' if v == v else 'too few', **text)
     for x, word in ((.4, 'subjects'), (1, 'positives')): side.text(x, min(places.values()) - .95, word, **text)
-    _axes(ax, title=f'{metric.upper()}, ' + (label.replace('macro', 'mean over labels', 1) if label.startswith('macro') else _short(label)), xlabel=metric.upper()); ax.grid(False, axis='y')
+    _axes(ax, title=f'{metric.upper()}, ' + (label.replace('macro', 'mean over labels', 1)
+                                             if label.startswith('macro') else _short(label)),
+                                             xlabel=metric.upper()); ax.grid(False, axis='y')
     if len(encoders) > 1: _legend(fig, [ax])
     return fig
 
@@ -171,7 +197,8 @@ def comparison_figure(
     "Runs with their intervals, and their paired differences from the reference."
     t = table[table.metric == metric].sort_values('value', ascending=False)
     at, ink = np.arange(len(t)), STYLES[_chosen.get()]['ink']
-    places = {name: i for i, name in enumerate(dict.fromkeys(table.run))}     # a run keeps its colour, whatever its rank
+    # a run keeps its colour, whatever its rank
+    places = {name: i for i, name in enumerate(dict.fromkeys(table.run))}
     same = (t.difference == 0) & (t.difference_low == 0) & (t.difference_high == 0)
     reference = t.run[same].iloc[0] if same.any() else 'the reference'
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, .9 + .3*len(t)), sharey=True)
@@ -179,12 +206,15 @@ def comparison_figure(
         c = colour(r.run, places[r.run])
         left.hlines(y, r.low, r.high, color=c, lw=2); left.plot(r.value, y, 'o', color=c, ms=5)
         if r.run == reference: right.text(0, y, ' reference', va='center', fontsize=8); continue
-        right.hlines(y, r.difference_low, r.difference_high, color=c, lw=2); right.plot(r.difference, y, 'o', color=c, ms=5)
+        right.hlines(y, r.difference_low, r.difference_high, color=c, lw=2); right.plot(r.difference, y, 'o', color=c,
+                ms=5)
         right.text(1.02, y, f'p = {r.p:.3f}', transform=right.get_yaxis_transform(), va='center', fontsize=7.5)
     right.axvline(0, color=ink, lw=.8)
     left.set_yticks(at, t.run); left.set_ylim(len(t) - .5, -.5)
-    for ax, title, x in ((left, title or f'test {metric.upper()}', metric.upper()), (right, f'difference from {_short(reference, 26)}', 'difference')):
-        _axes(ax, title=title, xlabel=x); ax.grid(False, axis='y'); ax.tick_params(axis='y', length=0); ax.spines['left'].set_visible(False)
+    for ax, title, x in ((left, title or f'test {metric.upper()}', metric.upper()),
+                         (right, f'difference from {_short(reference, 26)}', 'difference')):
+        _axes(ax, title=title, xlabel=x); ax.grid(False, axis='y'); ax.tick_params(axis='y',
+                length=0); ax.spines['left'].set_visible(False)
     return fig
 
 # %% ../../nbs/80_evaluate.figures.ipynb #ec91bc9c
@@ -203,14 +233,18 @@ def robustness_figure(
         part = table[(table.input == name) & (table.corruption == what) & (table.modality == of)]
         for i, encoder in enumerate(dict.fromkeys(table.encoder)):
             rows = part[part.encoder == encoder].sort_values('severity')
-            if {'low', 'high'} <= set(rows): ax.fill_between(rows.severity, 100*rows.low, 100*rows.high, color=colour(encoder, i), alpha=.14, lw=0)
+            if {'low', 'high'} <= set(rows):
+                ax.fill_between(rows.severity, 100*rows.low, 100*rows.high, color=colour(encoder, i), alpha=.14, lw=0)
             ax.plot(rows.severity, 100*rows.relative_loss, 'o-', color=colour(encoder, i), label=encoder, ms=3.5)
         shares = what in ('', 'patches')
         if shares: ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')
         if what == 'modality': ax.set_xticks([0, 1], ['there', 'taken away'])
-        word = 'without' if what == 'modality' else f'{what.replace("_", " ")} of' if of not in ('', name) else what.replace('_', ' ')
+        word = 'without' if what == 'modality' else f'{what.replace("_", " ")} of' if of not in ('',
+                name) else what.replace('_', ' ')
         title = ': '.join(x for x in (name, f'{word} {of}' if of not in ('', name) else word) if x)
-        _axes(ax, title=title, xlabel=xlabel or ('share of patches hidden' if shares else '' if what == 'modality' else 'severity'), ylabel='loss of AUROC (%)' if j % columns == 0 else '')
+        _axes(ax, title=title, xlabel=xlabel or ('share of patches hidden' if shares else '' if what == 'modality'
+                                                 else 'severity'), ylabel='loss of AUROC (%)' if j % columns == 0
+                                                 else '')
     _legend(fig, axes)
     return fig
 
@@ -224,18 +258,25 @@ def training_figure(
     of = lambda what: {c.split('/')[0]: metrics[c] for c in metrics if c.endswith(f'/{what}') and c.count('/') == 1}
     above = {k: ce - metrics[f'{k}/floor'] for k, ce in of('cross_entropy').items()}
     chance = sorted({math.log(prototypes), *(round(float(v.iloc[-1]), 6) for v in of('chance').values())})
-    chance, K = [c for i, c in enumerate(chance) if i == 0 or c - chance[i - 1] > 1e-3], sorted({prototypes, *(round(math.exp(c)) for c in chance)})
-    panels = [('cross entropy', of('cross_entropy'), chance), ('… above its floor H(t)', above, None), ('prototypes used', of('used'), K), ('H of the mean assignment', of('entropy_of_mean'), chance),
-              ('H of one assignment', of('entropy'), chance), ('effective rank', of('effective_rank'), None), ('gradient norm', {'': metrics.gradient_norm}, None), ('learning rate', {'': metrics.lr}, None)]
+    chance, K = [c for i, c in enumerate(chance) if i == 0 or c - chance[i - 1] > 1e-3], sorted({prototypes,
+            *(round(math.exp(c)) for c in chance)})
+    panels = [('cross entropy', of('cross_entropy'), chance), ('… above its floor H(t)', above, None),
+              ('prototypes used', of('used'), K), ('H of the mean assignment', of('entropy_of_mean'), chance),
+              ('H of one assignment', of('entropy'), chance), ('effective rank', of('effective_rank'), None),
+              ('gradient norm', {'': metrics.gradient_norm}, None), ('learning rate', {'': metrics.lr}, None)]
     panels = [p for p in panels if p[1]]
     fig, axes = _panels(len(panels), 2.5, 2., 4)
     order = sorted(of('cross_entropy'), key=lambda k: k != 'joint')
     for ax, (title, lines, level) in zip(axes, panels):
         for name, values in sorted(lines.items(), key=lambda l: l[0] != 'joint'):
-            c, ink = colour(None, order.index(name)) if name in order else STYLES[_chosen.get()]['ink'], STYLES[_chosen.get()]['ink']
+            c, ink = colour(None,
+                            order.index(name)) if name in order else STYLES[_chosen.get()]['ink'], STYLES[_chosen.get()]['ink']
             smooth = values.ewm(span=max(len(values)//25, 1)).mean()
-            ax.plot(metrics.step, values, lw=.7, color=c, alpha=.3); ax.plot(metrics.step, smooth, lw=1.4, color=c, label=name or None)
-        for at in level or (): ax.axhline(at, color=ink, lw=.9, ls=':'); ax.set_ylim(0, max(1.08*at, 1.03*max(v.max() for v in lines.values())))
+            ax.plot(metrics.step, values, lw=.7, color=c, alpha=.3); ax.plot(metrics.step, smooth, lw=1.4, color=c,
+                                                                             label=name or None)
+        for at in level or ():
+            ax.axhline(at, color=ink, lw=.9, ls=':'); ax.set_ylim(0, max(1.08*at,
+                                                                         1.03*max(v.max() for v in lines.values())))
         if title == 'gradient norm' and values.max() > 0: ax.set_yscale('log')
         _axes(ax, title=title, xlabel='step')
     _legend(fig, axes)

@@ -36,10 +36,12 @@ def map_points(
     x = (x - x.mean(0))/(x.std(0) + 1e-6)
     if method == 'pca': return PCA(2, random_state=seed).fit_transform(x)
     x = PCA(min(30, *x.shape), random_state=seed).fit_transform(x)
-    if method == 'tsne': return TSNE(2, perplexity=min(30, max(2, len(x)//4)), init='pca', random_state=seed).fit_transform(x)
+    if method == 'tsne':
+        return TSNE(2, perplexity=min(30, max(2, len(x)//4)), init='pca', random_state=seed).fit_transform(x)
     if method == 'umap':
         try: import umap
-        except ImportError: raise InputError('method umap needs the package umap-learn: pip install umap-learn, or use tsne')
+        except ImportError:
+            raise InputError('method umap needs the package umap-learn: pip install umap-learn, or use tsne')
         return umap.UMAP(random_state=seed).fit_transform(x)
     raise InputError(f'unknown map {method!r}: use tsne, umap or pca')
 
@@ -61,7 +63,8 @@ def label_words(
 )->np.ndarray:
     "For each patient the rarest of the chosen labels that holds, or 'none'; raises InputError for an unknown one."
     names, labels = list(names), np.asarray(labels, np.float64)
-    if unknown := [n for n in chosen or () if n not in names]: raise InputError(f'no label {unknown[0]!r}: there is {", ".join(names)}')
+    if unknown := [n for n in chosen or () if n not in names]:
+        raise InputError(f'no label {unknown[0]!r}: there is {", ".join(names)}')
     columns = [names.index(n) for n in chosen or names]
     rare = sorted(columns, key=lambda k: (labels[:, k] == 1).sum(), reverse=True)
     words = np.full(len(labels), 'none', dtype=object)
@@ -74,7 +77,8 @@ def neighbour_purity(
     classes,          # (N,)
     k:int=10,         # neighbours
 )->tuple:
-    "(share of the k nearest neighbours by cosine of standardised features that are of the same class, what chance would give)."
+    """(share of the k nearest neighbours by cosine of standardised features that are of the same class, what chance
+    would give)."""
     x, classes = torch.from_numpy(np.asarray((x - x.mean(0))/(x.std(0) + 1e-6), np.float32)), np.asarray(classes)
     x = torch.nn.functional.normalize(x, dim=1)
     near = (x@x.T).fill_diagonal_(-2).topk(min(k, len(x) - 1)).indices.numpy()
@@ -94,9 +98,11 @@ def representation_points(
 )->pd.DataFrame:            # method, encoder, input, sample_id, class, x, y, same, chance
     "Places of patients on maps of frozen features, and the share of neighbours of the same class beside chance. Raises InputError."
     first = next(iter(tables.values()))
-    if any(len(t) != len(labels) or not (t.sample_id.to_numpy() == first.sample_id.to_numpy()).all() for t in tables.values()):
+    if any(len(t) != len(labels) or not (t.sample_id.to_numpy() == first.sample_id.to_numpy()).all()
+           for t in tables.values()):
         raise InputError('tables and labels should be of the same patients in the same order')
-    found, classes, out = list(dict.fromkeys(c.rpartition('.')[0] for c in first if '.' in c)), label_words(labels, names, chosen), []
+    found, classes, out = list(dict.fromkeys(c.rpartition('.')[0] for c in first if '.' in c)), label_words(labels,
+            names, chosen), []
     for encoder, name in itertools.product(tables, inputs or sorted(found, key=lambda n: n != 'joint')):
         x = feature_matrix(tables[encoder], name)
         here = np.flatnonzero(~np.isnan(x).any(1))                         # who lacks the modality has no place
@@ -104,7 +110,8 @@ def representation_points(
         same, chance = neighbour_purity(x[rows], classes[rows])
         for method in methods:
             at = map_points(x[rows], method, seed)
-            out.append(pd.DataFrame({'method': method, 'encoder': encoder, 'input': name, 'sample_id': first.sample_id.to_numpy()[rows], 'class': classes[rows],
+            out.append(pd.DataFrame({'method': method, 'encoder': encoder, 'input': name,
+                                     'sample_id': first.sample_id.to_numpy()[rows], 'class': classes[rows],
                                      'x': at[:, 0], 'y': at[:, 1], 'same': same, 'chance': chance}))
     return pd.concat(out, ignore_index=True)
 
@@ -116,7 +123,8 @@ def _map(ax, points, names, title):
     colours = {n: faint if n == 'none' else cycle[i % len(cycle)] for i, n in enumerate(names)}
     ax.scatter(points.x, points.y, s=9, lw=0, alpha=.8, c=[colours[c] for c in points['class']])
     for n, c in colours.items(): ax.scatter([], [], s=14, color=c, label=_short(str(n), 38))
-    ax.set(xticks=[], yticks=[], xlabel=f'neighbours of the same class {points.same.iloc[0]:.0%} ({points.chance.iloc[0]:.0%})')
+    ax.set(xticks=[], yticks=[],
+           xlabel=f'neighbours of the same class {points.same.iloc[0]:.0%} ({points.chance.iloc[0]:.0%})')
     ax.set_title(title); ax.spines[:].set_visible(False)
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #06959ed5
@@ -186,7 +194,8 @@ def attention_figure(
         for ax, (title, m) in zip(line[1:], shown):
             _grey(ax, x, title if i == 0 else '')
             m = m.float().cpu().numpy()
-            ax.imshow(m, cmap='autumn', alpha=.75*m/m.max(), vmin=0, extent=(-.5, side[1] - .5, side[0] - .5, -.5), interpolation='nearest')
+            ax.imshow(m, cmap='autumn', alpha=.75*m/m.max(), vmin=0, extent=(-.5, side[1] - .5, side[0] - .5, -.5),
+                      interpolation='nearest')
     return fig
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #192b768e
@@ -200,7 +209,8 @@ def hour_contributions(
     "(N, T, C): integrated gradients of the squared distance from the embedding of an unobserved stay; they sum to it."
     true = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
     base = torch.where(true, normal.to(x), 0.).detach()
-    with torch.backends.cudnn.flags(enabled=False), torch.enable_grad():    # cuDNN has no gradient of a recurrent net in evaluation
+    # cuDNN has no gradient of a recurrent net in evaluation
+    with torch.backends.cudnn.flags(enabled=False), torch.enable_grad():
         start, total = encoder(base, lengths).detach(), torch.zeros_like(x)
         for a in (torch.arange(steps) + .5)/steps:
             z = (base + float(a)*(x - base)).requires_grad_()
@@ -231,13 +241,18 @@ def hours_figure(
     top = np.argsort(-abs(c).sum(0), kind='stable')[:most]
     first = np.stack([x[:length, ch['columns'][0]].cpu().numpy() for ch in info.channels], 1)
     seen = np.stack([x[:length, ch['mask']].cpu().numpy() > 0 for ch in info.channels], 1)
-    fig, ((blank, bars), (stay, cells)) = plt.subplots(2, 2, figsize=(7.6, 1.4 + .22*len(top)), height_ratios=[1, max(.25*len(top), .8)])
+    fig, ((blank, bars), (stay, cells)) = plt.subplots(2, 2, figsize=(7.6, 1.4 + .22*len(top)),
+                                                       height_ratios=[1, max(.25*len(top), .8)])
     blank.remove()
-    bars.bar(np.arange(length), c.sum(1), color=[colour('pretrained' if v >= 0 else 'scratch') for v in c.sum(1)], width=.85)
-    _axes(bars, title=f'{title}{": " if title else ""}what each hour did', xlim=(-.5, length - .5)); bars.tick_params(labelbottom=False)
-    for ax, values, lim, word in ((stay, np.where(seen, first, np.nan), 2.5, 'the stay: z-scores, where observed'), (cells, c, abs(c[:, top]).max() + 1e-9, 'and in which channel')):
+    bars.bar(np.arange(length), c.sum(1), color=[colour('pretrained' if v >= 0 else 'scratch') for v in c.sum(1)],
+             width=.85)
+    _axes(bars, title=f'{title}{": " if title else ""}what each hour did',
+          xlim=(-.5, length - .5)); bars.tick_params(labelbottom=False)
+    for ax, values, lim, word in ((stay, np.where(seen, first, np.nan), 2.5, 'the stay: z-scores, where observed'),
+                                  (cells, c, abs(c[:, top]).max() + 1e-9, 'and in which channel')):
         ax.imshow(values[:, top].T, aspect='auto', cmap='RdBu_r', vmin=-lim, vmax=lim, interpolation='nearest')
-        ax.set_yticks(range(len(top)), [_short(info.channels[k]['name'], 22) for k in top] if ax is stay else []); ax.set(xlabel='hour', title=word)
+        ax.set_yticks(range(len(top)), [_short(info.channels[k]['name'], 22) for k in top] if ax is stay
+                      else []); ax.set(xlabel='hour', title=word)
     return fig
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #280e8ec2
@@ -248,8 +263,10 @@ def assignments(
     rows,                 # rows of the cohort
     batch_size:int=256,   # rows at a time
 )->np.ndarray:
-    "(N, K) float32: each patient's assignment to the prototypes, from the target network, sharpened by the temperature only."
-    rows, names, device, out = np.asarray(rows, np.int64), list(model.config.modalities), next(model.parameters()).device, []
+    """(N, K) float32: each patient's assignment to the prototypes, from the target network, sharpened by the
+    temperature only."""
+    rows, names, device, out = np.asarray(rows,
+                                          np.int64), list(model.config.modalities), next(model.parameters()).device, []
     for i in range(0, len(rows), batch_size):
         h = model.encode(cohort.batch(rows[i:i + batch_size], names).to(device))['joint']
         out.append(log_probs(model.target_head(h), model.prototypes, model.config.loss.temperature).exp().cpu())
@@ -261,15 +278,18 @@ def prototype_table(
     labels,    # (N, L) 1, 0, NaN = unknown
     names,     # L label names
 )->pd.DataFrame:
-    "prototype, patients, share, confidence, label, lift: its patients (each at their likeliest prototype), and the label most over-represented."
+    """prototype, patients, share, confidence, label, lift: its patients (each at their likeliest prototype), and
+    the label most over-represented."""
     best, labels, out = shares.argmax(1), np.asarray(labels, np.float64), []
     overall = macro((labels.T == 1).astype(float) + np.where(np.isnan(labels.T), np.nan, 0))
     for k in range(shares.shape[1]):
         mine = best == k
-        rate = macro(np.where(np.isnan(labels[mine].T), np.nan, labels[mine].T)) if mine.any() else np.full(len(names), np.nan)
+        rate = macro(np.where(np.isnan(labels[mine].T), np.nan,
+                              labels[mine].T)) if mine.any() else np.full(len(names), np.nan)
         lift = np.divide(rate, overall, out=np.full(len(names), np.nan), where=overall > 0)
         j = int(np.nanargmax(lift)) if not np.isnan(lift).all() else None
-        out.append(dict(prototype=k, patients=int(mine.sum()), share=mine.mean(), confidence=float(shares[mine, k].mean()) if mine.any() else np.nan,
+        out.append(dict(prototype=k, patients=int(mine.sum()), share=mine.mean(),
+                        confidence=float(shares[mine, k].mean()) if mine.any() else np.nan,
                         label='' if j is None else names[j], lift=np.nan if j is None else lift[j]))
     return pd.DataFrame(out).sort_values('patients', ascending=False, ignore_index=True)
 
@@ -285,19 +305,25 @@ def prototype_figure(
     most:int=6,         # patients of each
 ):
     "The most typical patients of each prototype, a line each, as the encoder sees them."
-    rows, table = np.asarray(rows), prototype_table(shares, cohort.label_matrix(None, rows), cohort.labels).set_index('prototype')
+    rows, table = np.asarray(rows), prototype_table(shares, cohort.label_matrix(None, rows),
+                                                    cohort.labels).set_index('prototype')
     chosen = list(table.index[:4] if prototypes is None else prototypes)
     here = cohort.present(name)[rows]
     fig = plt.figure(figsize=(1.3*most, 1.62*len(chosen)))
     for part, k in zip(np.atleast_1d(fig.subfigures(len(chosen), 1)), chosen):
         line, r = part.subplots(1, most, squeeze=False)[0], table.loc[k]
         typical = np.argsort(np.where(here, -shares[:, k], np.inf), kind='stable')[:min(most, here.sum())]
-        view = model.views.plain(cohort.batch(rows[typical], list(model.config.modalities)).to(next(model.parameters()).device))[name]
+        view = model.views.plain(cohort.batch(rows[typical],
+                                              list(model.config.modalities)).to(next(model.parameters()).device))[name]
         for ax in line[len(typical):]: ax.set_visible(False)
         for j, ax in enumerate(line[:len(typical)]):
             x = view.x[j].cpu().numpy()
             if x.ndim == 3: _grey(ax, x[0])
-            else: ax.imshow(x[:int(view.lengths[j])].T, aspect='auto', cmap='RdBu_r', vmin=-2.5, vmax=2.5, interpolation='nearest'); ax.set(xticks=[], yticks=[])
+            else:
+                ax.imshow(x[:int(view.lengths[j])].T, aspect='auto', cmap='RdBu_r', vmin=-2.5, vmax=2.5,
+                          interpolation='nearest'); ax.set(xticks=[], yticks=[])
             ax.set_xlabel(f'{shares[typical[j], k]:.0%} sure', fontsize=7, labelpad=2)
-        part.suptitle(f'prototype {k}: {r["share"]:.0%} of patients' + (f', {_short(r.label, 40)} × {r.lift:.1f}' if r.lift > 1.1 else ''), fontsize=8.5, x=.01, ha='left')
+        part.suptitle(f'prototype {k}: {r["share"]:.0%} of patients' + (f', {_short(r.label, 40)} × {r.lift:.1f}'
+                                                                        if r.lift > 1.1 else ''), fontsize=8.5, x=.01,
+                                                                        ha='left')
     return fig

@@ -39,14 +39,19 @@ def score_table(
     summary:pd.DataFrame,    # columns input, encoder, fraction, auroc, low, high, perhaps shots (report/summary.csv)
 ):
     "The summary as a styled table: inputs and encoders down, numbers of labels across."
-    s = summary.assign(encoder=summary.encoder.map(ENCODERS).fillna(summary.encoder), shots=summary.shots.fillna(0) if 'shots' in summary else 0)
+    s = summary.assign(encoder=summary.encoder.map(ENCODERS).fillna(summary.encoder),
+                       shots=summary.shots.fillna(0) if 'shots' in summary else 0)
     s = s.sort_values(['fraction', 'shots'], kind='stable')
-    s = s.assign(column=_columns(s), t=[f'{a:.3f}<br><small>{lo:.3f} – {hi:.3f}</small>' for a, lo, hi in zip(s.auroc, s.low, s.high)])
-    order = [(i, e) for i in dict.fromkeys(summary.input) for e in [*ENCODERS.values(), *s.encoder.unique()] if ((s.input == i) & (s.encoder == e)).any()]
+    s = s.assign(column=_columns(s), t=[f'{a:.3f}<br><small>{lo:.3f} – {hi:.3f}</small>'
+                                        for a, lo, hi in zip(s.auroc, s.low, s.high)])
+    order = [(i, e) for i in dict.fromkeys(summary.input) for e in [*ENCODERS.values(), *s.encoder.unique()]
+             if ((s.input == i) & (s.encoder == e)).any()]
     order, columns = list(dict.fromkeys(order)), list(dict.fromkeys(s.column))
-    value, text = (s.pivot(index=['input', 'encoder'], columns='column', values=v).loc[order, columns].rename_axis(columns=None) for v in ('auroc', 't'))
+    value, text = (s.pivot(index=['input', 'encoder'], columns='column', values=v).loc[order,
+            columns].rename_axis(columns=None) for v in ('auroc', 't'))
     best = value.eq(value.groupby(level='input').transform('max'))
-    return text.style.apply(lambda _: best.map(lambda b: 'font-weight: bold' if b else ''), axis=None).format(na_rep='').hide(names=True)
+    return text.style.apply(lambda _: best.map(lambda b: 'font-weight: bold' if b else ''),
+                            axis=None).format(na_rep='').hide(names=True)
 
 # %% ../../nbs/82_evaluate.report.ipynb #76d4b0d6
 def neat(
@@ -54,7 +59,8 @@ def neat(
     digits:int=3,         # after the point
 ):
     "A table for people: so many digits, and nothing where there is nothing."
-    return table.rename_axis(index=[None]*table.index.nlevels, columns=[None]*table.columns.nlevels).style.format(precision=digits, na_rep='')
+    return table.rename_axis(index=[None]*table.index.nlevels,
+                             columns=[None]*table.columns.nlevels).style.format(precision=digits, na_rep='')
 
 # %% ../../nbs/82_evaluate.report.ipynb #b598992f
 def by_encoder(
@@ -64,14 +70,16 @@ def by_encoder(
 )->pd.DataFrame:
     "Inputs and their encoders across, in the order of the report."
     wide = table.pivot_table(index=index, columns=['input', 'encoder'], values=values, sort=False)
-    order = [(i, e) for i in dict.fromkeys(table.input) for e in dict.fromkeys([*ENCODERS, *table.encoder]) if (i, e) in wide]
+    order = [(i, e) for i in dict.fromkeys(table.input) for e in dict.fromkeys([*ENCODERS, *table.encoder])
+             if (i, e) in wide]
     return wide[order]
 
 # %% ../../nbs/82_evaluate.report.ipynb #1dbeced8
 def _shrunk(path):
     "Bytes of a PNG with at most 64 colours."
     out = io.BytesIO()
-    with Image.open(path) as image: image.convert('RGB').quantize(64, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
+    with Image.open(path) as image:
+        image.convert('RGB').quantize(64, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
     return out.getvalue()
 
 # %% ../../nbs/82_evaluate.report.ipynb #1b180654
@@ -85,7 +93,8 @@ def picture(
     with Image.open(light) as image: width = round(image.width*96/160)
     data = {p: f'data:image/png;base64,{base64.b64encode(_shrunk(p)).decode()}' for p in (light, dark)}
     return HTML(f'<div class="figure"><picture><source media="(prefers-color-scheme: dark)" srcset="{data[dark]}">'
-                f'<img src="{data[light]}" alt="{html.escape(alt)}" width="{width}" style="min-width: {min(width, 520)}px"></picture></div>')
+                f'<img src="{data[light]}" alt="{html.escape(alt)}" width="{width}" style="min-width: '
+                f'{min(width, 520)}px"></picture></div>')
 
 # %% ../../nbs/82_evaluate.report.ipynb #70abff45
 def saved(
@@ -93,7 +102,8 @@ def saved(
     folder='.',          # the report's
 )->list:
     "NAME, and NAME_… of further modalities: the figures that were saved."
-    return sorted(p.stem for p in (Path(folder)/'figures').glob(f'{name}*.png') if re.fullmatch(f'{name}(_.*)?', p.stem) and not p.stem.endswith('-dark'))
+    return sorted(p.stem for p in (Path(folder)/'figures').glob(f'{name}*.png')
+                  if re.fullmatch(f'{name}(_.*)?', p.stem) and not p.stem.endswith('-dark'))
 
 # %% ../../nbs/82_evaluate.report.ipynb #821c2c59
 def save_styles(
@@ -158,7 +168,8 @@ score_table(read("summary"))'''),
     Section('summary.csv', '''### By the number of labels''', '''
 show("low_shot", low_shot_figure, read("summary"),
      alt="Test AUROC by number of labels, a panel for each input, a line for each encoder")'''),
-    Section('scores.csv', '''The standard deviation between draws, where there are several: which patients happen to be labelled matters as
+    Section('scores.csv',
+            '''The standard deviation between draws, where there are several: which patients happen to be labelled matters as
 much as the encoder when they are few.''', '''
 s = read("summary")
 s = s[s.draws > 1]
@@ -170,7 +181,8 @@ Linear probes with all training labels. A label that has one class in a split is
 mean.''', '''
 labels = read("labels")
 neat(by_encoder(labels[labels.metric == "auroc"], "label"))'''),
-    Section('labels.csv', '''Average precision (AUPRC): the fraction of positives of a label is what guessing gets.''', '''
+    Section('labels.csv',
+            '''Average precision (AUPRC): the fraction of positives of a label is what guessing gets.''', '''
 rare = labels[labels.metric == "auprc"]
 share = (rare.positives/(rare.rows*rare.labels)).groupby(rare.label, sort=False).first().rename("positives")
 table = by_encoder(rare, "label")
@@ -315,9 +327,11 @@ def report_notebook(
         if (folder/needs).exists(): cells += [md(text)]*bool(text) + [code(source.strip())]
     facts = '\n'.join(f'| {k} | `{v}` |' for k, v in about['facts'].items())
     cells += [md(_END.format(facts=facts))]
-    cells += [md('The whole config:'), code('print(Path("config.yaml").read_text())')] if (folder/'config.yaml').is_file() else []
+    cells += [md('The whole config:'),
+              code('print(Path("config.yaml").read_text())')] if (folder/'config.yaml').is_file() else []
     for i, cell in enumerate(cells): cell['id'] = f'report-{i:02d}'
-    return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
+    return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3',
+                                                                               language='python')))
 
 # %% ../../nbs/82_evaluate.report.ipynb #8370a80c
 _STYLE = '''
@@ -364,7 +378,8 @@ def page(
     kept = lambda m: m[0] if m[1] == 'style' and 'font-weight: bold' in m[0] else ''
     body = re.sub(r'<(script|style)\b.*?</\1>', kept, body, flags=re.S)
     body = re.sub(r'(<table\b.*?</table>)', r'<div class="table">\1</div>', body, flags=re.S)
-    links = ' '.join(f'<a href="#{i}">{t}</a>' for i, t in re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', body))
+    links = ' '.join(f'<a href="#{i}">{t}</a>' for i, t in re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"',
+                                                                      body))
     title = re.search(r'^# (.*)', nb.cells[0].source)[1]
     at = body.index('</h1>') + len('</h1>')
     body = f'{body[:at]}<nav>{links}</nav>{body[at:]}'
@@ -378,7 +393,8 @@ def write_report(
     folder = Path(folder)
     nb = report_notebook(folder)
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')   # a warning of the debugger, of no use to anyone here
-    NotebookClient(nb, timeout=600, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=40'], resources=dict(metadata=dict(path=str(folder)))).execute()
+    NotebookClient(nb, timeout=600, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=40'],
+                   resources=dict(metadata=dict(path=str(folder)))).execute()
     for name, text in (('report.ipynb', nbformat.writes(nb)), ('report.html', page(nb))):
         temporary = folder/f'.{name}.tmp'
         temporary.write_text(text, encoding='utf-8')

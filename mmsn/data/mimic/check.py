@@ -60,7 +60,8 @@ def _types(con, view, found):
     empty = []
     for name, kind, _ in found:
         wrong = f'''t."{name}" <> '' and v."{name}" is null'''
-        filled, bad, example = con.execute(f'''select count(nullif(t."{name}", '')), count(*) filter ({wrong}), min(t."{name}") filter ({wrong})
+        filled, bad, example = con.execute(f'''select count(nullif(t."{name}", '')), count(*) filter ({wrong}),
+        min(t."{name}") filter ({wrong})
             from {view}_text t positional join {view}_typed v''').fetchone()
         if bad:
             yield f'{name}: {bad:,} of {filled:,} cells ({bad/filled:.1%}) are no {kind}, for example {example!r}', 'odd'
@@ -89,7 +90,8 @@ def _tables(con, folder, needs, rows, prefix='', optional=()):
     for name, columns in needs.items():
         try: path = find_table(folder, prefix + name)
         except InputError as e:
-            yield name, 'not there, and needed by some options only' if name in optional else str(e), 'info' if name in optional else 'missing'
+            yield (name, 'not there, and needed by some options only' if name in optional else str(e),
+                   'info' if name in optional else 'missing')
             continue
         try: yield from ((name, *row) for row in _sample(con, path, name, columns, rows if name in _LONG else 0))
         except InputError as e: yield name, str(e), 'odd'
@@ -179,8 +181,10 @@ def _words(con):
     con.register('spelled', pd.DataFrame(spelled, columns=['channel', 'value']))
     con.register('spoken',
                  item_table().assign(channel=lambda t: t.channel.map(NAMES.index)).query('channel in @words.channel'))
-    con.execute(r"""create or replace table said as select label, e.value, count(*) as n, bool_or(word is not null or valuenum is not null) as clean,
-        bool_or(b.value is not null or s.channel not in (select channel from spelled)) as benchmark from chartevents e join spoken s using (itemid)
+    con.execute(r"""create or replace table said as select label, e.value, count(*) as n,
+        bool_or(word is not null or valuenum is not null) as clean,
+        bool_or(b.value is not null or s.channel not in (select channel from spelled)) as benchmark
+        from chartevents e join spoken s using (itemid)
         left join words w on w.channel = s.channel and word = regexp_replace(lower(trim(e.value)), '^[0-9.]+ +', '')
         left join spelled b on b.channel = s.channel and b.value = e.value where e.value <> '' group by all""")
     for label, value, n in con.execute('select label, value, n from said where not clean order by all').fetchall():
@@ -193,7 +197,8 @@ def _words(con):
 def _times(con):
     "Rows (part, what, verdict) about events outside their stays, and the order of rows."
     if not _has(con, 'chartevents', 'icustays'): return
-    n, lost, early, late = con.execute('''select count(*), count(*) filter (intime is null), count(*) filter (charttime < intime - interval 1 minute),
+    n, lost, early, late = con.execute('''select count(*), count(*) filter (intime is null),
+        count(*) filter (charttime < intime - interval 1 minute),
         count(*) filter (charttime > outtime)
         from chartevents left join (select distinct stay_id, intime, outtime from icustays) using (stay_id)''').fetchone()
     yield 'chartevents', *_verdict(lost, 'rows of the sample belong to no known stay', 'odd' if lost > n/20 else 'info')
@@ -242,7 +247,8 @@ def _xray_labels(con):
 def _xray_files(con, mimic_cxr, most=100):
     "Rows (part, what, verdict) about the image files."
     if not _has(con, 'metadata'): return
-    some = con.execute(f'''select subject_id, study_id, dicom_id from (select *, row_number() over (order by subject_id, study_id, dicom_id) - 1 as i,
+    some = con.execute(f'''select subject_id, study_id, dicom_id
+        from (select *, row_number() over (order by subject_id, study_id, dicom_id) - 1 as i,
         count(*) over () as n from images) where i % greatest(n // {most}, 1) = 0 order by i limit {most}''').df()
     try: paths = image_paths(mimic_cxr, some)
     except InputError as e: yield 'images', str(e), 'missing'; return
@@ -265,7 +271,8 @@ def _both(con):
     if _has(con, 'icustays', 'metadata'):
         n, ap = con.execute('''select count(distinct stay_id), count(distinct stay_id) filter (view = 'AP')
             from icustays s join images i on s.subject_id = i.subject_id and i.taken between s.intime and s.outtime''').fetchone()
-        yield 'both', f'{n:,} of {_count(con, "icustays"):,} stays have an X-ray taken within them, {ap:,} one of view AP', 'ok' if n else 'odd'
+        yield ('both', f'{n:,} of {_count(con, "icustays"):,} stays have an X-ray taken within them, {ap:,} one of view AP',
+           'ok' if n else 'odd')
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #953717a1
 def _check_iv(con, folder, rows):

@@ -164,7 +164,8 @@ def unread(
 )->pd.DataFrame:
     "The commonest texts that gave no number: channel, text, count."
     got = con.execute(f'''select channel, coalesce(nullif(said, ''), '(empty)') as text, count(*) as count
-        from {_events(folder)} join chosen using (stay_id) where fate = {FATES.index('no number')} group by all order by count desc, channel, text limit {int(most)}''').df()
+        from {_events(folder)} join chosen using (stay_id) where fate = {FATES.index('no number')}
+        group by all order by count desc, channel, text limit {int(most)}''').df()
     return got.assign(channel=[NAMES[c] for c in got.channel])
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #bec31b15
@@ -189,10 +190,12 @@ def _hour_sql(rules, closed, source):
     "The query for the observed cells of `source`: stay, hour, channel, x."
     if closed not in ('right', 'left'): raise InputError(f"closed should be 'right' or 'left', not {closed!r}")
     hour = '(greatest(sec - 1, 0) // 3600)' if closed == 'right' else '(greatest(sec, 0) // 3600)'
-    used = f'''used as (select c.stay, e.channel::int as channel, e.rank::int as rank, e.sec, e.x, e.said from {source} e join chosen c using (stay_id)
+    used = f'''used as (select c.stay, e.channel::int as channel, e.rank::int as rank, e.sec, e.x, e.said
+        from {source} e join chosen c using (stay_id)
         where e.fate = 0 and e.sec {'<=' if closed == 'right' else '<'} c.read)'''
     return f'''with {used}, {_CLEAN if rules == 'clean' else _BENCHMARK}
-        select stay, {hour}::int as hour, channel, arg_max(x, sec * 64 - rank) as x from winners group by all order by stay, channel, hour'''
+        select stay, {hour}::int as hour, channel, arg_max(x, sec * 64 - rank) as x
+        from winners group by all order by stay, channel, hour'''
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #32ae5bf8
 def hourly(

@@ -25,8 +25,10 @@ from ..cohort import SPLITS, offsets
 from ..images import store_images
 from .channels import channel_set
 from .events import fates, first_event, scan_events, unread, write_series
-from .stays import HOURLY, MORTALITY, PHENOTYPES, divide, hourly_labels, load_stays, mimic_layout, phenotypes, read_split, select_stays, split_counts, stay_rules
-from .xrays import CHEXPERT, RADIOLOGIST, all_images, findings, image_paths, load_images, load_reports, official_split, pair_images, view_facts
+from .stays import (HOURLY, MORTALITY, PHENOTYPES, divide, hourly_labels, load_stays, mimic_layout,
+                                   phenotypes, read_split, select_stays, split_counts, stay_rules)
+from .xrays import (CHEXPERT, RADIOLOGIST, all_images, findings, image_paths, load_images, load_reports,
+                                   official_split, pair_images, view_facts)
 from ..tables import Stages, connect, find_table, file_stamp, open_table, run
 from ..timeseries import layout
 from ..writer import CohortWriter
@@ -43,7 +45,7 @@ class MimicOptions:
     rules: str = 'clean'                # 'clean', or 'benchmark': what the published extraction gives, number for number
     channels: str = 'compact'           # 'compact': 17 numbers; 'benchmark': 59 columns with one-hot coma scales; masks come on top
     samples: str = 'partial'            # 'partial': all stays, with an X-ray where there is one; 'paired'; 'ehr'; 'cxr': X-rays alone
-    hours: int | None = None            # hours read of each stay; None: 48 if mortality is asked for, else the whole stay; 0: the whole stay
+    hours: int | None = None            # hours read of each stay; None: 48 for mortality, else the whole stay; 0: the whole stay
     closed: str = 'right'               # the end of its hour that an event belongs to
     min_age: int = 18                   # years, at admission
     transfers: bool = False             # also stays with a transfer between units
@@ -180,7 +182,8 @@ def check_headers(o:MimicOptions, mimic_iv, mimic_cxr):
 class Preparation:
     "One preparation: options `o`, folders, connection `con`, stages, and `rows` (part, what, count) of the summary."
     def __init__(self, o:MimicOptions, mimic_iv, mimic_cxr, out, say=None):
-        self.o, self.iv, self.cxr, self.out, self.hours, self.rows = o, mimic_iv, mimic_cxr if o.samples != 'ehr' else None, Path(out), hours_read(o), []
+        self.o, self.iv, self.cxr = o, mimic_iv, mimic_cxr if o.samples != 'ehr' else None
+        self.out, self.hours, self.rows = Path(out), hours_read(o), []
         self.say, self.hourly = say or (lambda text: None), bool(set(o.tasks) & set(HOURLY))
         self.work = Path(o.work)/f'{self.out.name}-work' if o.work else self.out.with_name(f'.{self.out.name}-work')
 

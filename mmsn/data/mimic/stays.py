@@ -245,7 +245,8 @@ def _hours_of_stays(con, tasks, every):
     if not isinstance(every, int) or every < 1:
         raise InputError(f'every should be a positive number of hours, not {every!r}')
     last = 'read' if 'los' in tasks else 'least(read, coalesce(epoch(deathtime - intime), read))'
-    return con.execute(f'''select stay, hour, (seconds - hour * 3600) / 3600. as remaining_hours, died, epoch(deathtime - intime) / 3600. as lived
+    return con.execute(f'''select stay, hour, (seconds - hour * 3600) / 3600. as remaining_hours, died,
+        epoch(deathtime - intime) / 3600. as lived
         from (select *, unnest(range(5, greatest(floor({last} / 3600), 4)::int + 1)) as hour from chosen) where hour % {every} = 0
         order by stay, hour''').df()
 

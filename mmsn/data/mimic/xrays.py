@@ -34,7 +34,8 @@ def load_images(
     open_table(con, mimic_cxr, _METADATA,
                'subject_id bigint, study_id bigint, dicom_id varchar, ViewPosition varchar, StudyDate double, '
                'StudyTime double' + f', {_POSITION} varchar'*known, view='metadata')
-    run(con, f'''create or replace table images as select distinct subject_id, study_id, dicom_id, nullif(upper(trim(ViewPosition)), '') as view,
+    run(con, f'''create or replace table images as select distinct subject_id, study_id, dicom_id,
+        nullif(upper(trim(ViewPosition)), '') as view,
         {_POSITION if known else 'null::varchar'} as position, case when StudyTime between 0 and 240000 then {_TAKEN} end as taken
         from metadata where subject_id is not null and study_id is not null and dicom_id is not null''')
     twice = con.execute('select dicom_id from images group by 1 having count(*) > 1 order by 1 limit 1').fetchall()
