@@ -531,9 +531,9 @@ def open_encoder(
     cohort:Cohort=None,    # whose patients it will be given, checked to fit; none: nothing is checked
     modality:str='',       # of an image network; '': the only one of the cohort, or cxr without a cohort
     pretrained:bool=True,  # for torchvision and timm: their weights (downloaded), or random ones from torch's generator
-# has .config.modalities, .encode(batch, drop=, patches=) -> {name: (B, d)} and .untrained(seed)
 )->nn.Module:
-    "The encoder at `source`, in evaluation mode. Raises InputError."
+    """The encoder at `source`, in evaluation mode: it has `.config.modalities`, `.encode(batch, drop=, patches=)`
+    -> {name: (B, d)} and `.untrained(seed)`. Raises InputError."""
     library, _, name = str(source).partition(':')
     if library in LIBRARIES and name: return _library_model(library, name, cohort, modality, pretrained)
     folder = Path(source)/'encoder' if (Path(source)/'encoder'/'config.json').is_file() else source

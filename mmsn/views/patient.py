@@ -110,8 +110,7 @@ class ImagePart(nn.Module):
 
     def plain(self, x, lengths=None):
         "The whole image at the size of random views, antialiased, without chance."
-        size = 2*(self.recipe.random_size,)
-        x = to_float(x)
+        x, size = to_float(x), 2*(self.recipe.random_size,)
         if x.shape[2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True, align_corners=False)
         return ImageView(self.normalise(x), None, patch=self.patch)
 
