@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import refused, run
-from mmsn import convert
+from mmsn import convert, sources
 from mmsn.options import Config, Head, ImageEncoder, ImageModality, ImageViews, Loss, SeriesModality
 from mmsn.convert import main
 from mmsn.sources import read_source
@@ -30,7 +30,7 @@ def write(path, pixels=32, prefix='module.', prototypes=(16, 8), **kw):
 def grey(n, size, mean, std):
     "Grey images: repeated and normalised for ImageNet's weights, and once by `mean` and `std`."
     g = torch.rand(n, 1, size, size, generator=torch.Generator().manual_seed(1))
-    m, s = (torch.tensor(v).view(3, 1, 1) for v in convert.IMAGENET)
+    m, s = (torch.tensor(v).view(3, 1, 1) for v in sources.IMAGENET)
     return (g.repeat(1, 3, 1, 1) - m)/s, (g - mean)/std
 
 
@@ -60,7 +60,7 @@ def test_transformers(tmp_path, layout, channels):
     vit = write(tmp_path/'w.pt')
     main([str(tmp_path/'w.pt'), str(tmp_path/'hf'), '--to', 'transformers'] + (['--layout', str(layout)] if layout else []) + (['--channels', str(channels)] if channels else []))
     names = load_file(tmp_path/'hf'/'model.safetensors')
-    assert ('layers.1.attention.q_proj.weight' in names) == ((layout or convert.installed_layout()) == 5)
+    assert ('layers.1.attention.q_proj.weight' in names) == ((layout or sources.installed_layout()) == 5)
     theirs, report = transformers.ViTMSNModel.from_pretrained(tmp_path/'hf', output_loading_info=True)
     assert not any(report.values())
     about = json.loads((tmp_path/'hf'/'preprocessor_config.json').read_text())

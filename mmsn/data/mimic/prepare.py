@@ -37,7 +37,6 @@ from ...options import InputError
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #50018e7f
 TASKS = ('mortality', 'phenotyping', 'decompensation', 'los', 'radiology')
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #de1506d3
 @dataclass(frozen=True)
 class MimicOptions:
     "What is made of MIMIC-IV and MIMIC-CXR-JPG, and how."
@@ -101,7 +100,6 @@ def label_names(o:MimicOptions)->list:
     names += [n for task, hourly in HOURLY.items() if task in o.tasks for n in hourly]
     return names + [f'{n} (X-ray)' if n in names else n for n in CHEXPERT if 'radiology' in o.tasks]
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #c7182618
 def _clashes(o, mimic_iv, mimic_cxr):
     "Pairs (is it so?, why that cannot be)."
     hourly, needs_cxr = set(o.tasks) & set(HOURLY), o.samples in ('paired',
@@ -150,7 +148,6 @@ TABLES = dict(icustays='subject_id bigint, hadm_id bigint, stay_id bigint, first
               'varchar, valuenum varchar',
     diagnoses_icd='hadm_id bigint, icd_code varchar, icd_version integer')
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #4d28e6bb
 CXR_TABLES = {'metadata': 'dicom_id varchar, subject_id bigint, study_id bigint, ViewPosition varchar, StudyDate '
                           'double, StudyTime double',
               'split': 'subject_id bigint, split varchar', 'chexpert': 'study_id bigint, Pneumonia double',
@@ -207,7 +204,6 @@ def begin(self:Preparation):
         shutil.rmtree(self.out.parent/Path(note.read_text()).name, ignore_errors=True)
     return self
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #db214c3e
 @patch
 def end(self:Preparation, kind):
     "Close all; the stages stay only after an error, or if they are asked for."
@@ -231,7 +227,6 @@ def save_tables(con, folder):
     for name, in con.execute('select table_name from duckdb_tables() where not internal and not temporary').fetchall():
         con.execute(f"copy {name} to '{Path(folder)/name}.parquet'")
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #d0cb5cc4
 def load_tables(con, folder):
     "The inverse of `save_tables`."
     for p in sorted(Path(folder).glob('*.parquet')):
