@@ -1,12 +1,33 @@
-"""Self-supervised pre-training for patients with several kinds of data at once, by masked siamese networks.
+"""Labels are scarce in medicine; unlabelled records are not. **mmsn** pretrains one encoder on patients who have chest X-rays, ICU time series, demographics, or any part of these, without labels, and shows honestly, with few labels and beside the baselines, what was learned.
 
-    from mmsn import prepare, load_config, train, evaluate, open_encoder
-    cohort = prepare.synthetic('cohorts/first', patients=400)
-    run = train(load_config('demo', ['data.cohort=cohorts/first', 'train.run=runs/first']))
-    evaluate(run)
+In Python the same way is
 
-Everything is loaded when it is first asked for: `import mmsn` is quick and needs no torch.
-"""
+```python
+from mmsn import prepare, load_config, train, evaluate, open_encoder
+
+cohort = prepare.synthetic('cohorts/first', patients=400, seed=7)       # tables and images -> a cohort
+cohort.show(0)                                                          # one patient, as a figure
+run = train(load_config('demo', ['data.cohort=cohorts/first', 'train.run=runs/first']))
+evaluate(run)                                                           # tables and a report beside the run
+encoder = open_encoder(run, cohort)
+features = encoder.encode(cohort.batch(range(16)))                      # {'cxr': (16, 96), 'ehr': (16, 128), 'joint': (16, 128)}
+```
+
+Modules:
+
+- `mmsn.config`: YAML files, presets and dotted overrides to one checked `Config`, and back.
+- `mmsn.data.loader`: Samples to a batch in one read, and loaders that keep a global order on any number of processes.
+- `mmsn.data.timeseries`: From irregular events to an hourly grid: one row an hour, the last value of the hour, what was not measured filled in, and a mask that says so.
+- `mmsn.data.writer`: Arrays that grow by blocks, normalisers fitted on training patients, and a folder that is whole or not there.
+- `mmsn.launch`: Before a run and around it: a dry run, the largest batch that fits, Slurm, trackers, a trace, and options that trade time for memory.
+- `mmsn.loop`: Batches, views, one forward a step, the optimiser, the target network, and a checkpoint now and then.
+- `mmsn.options`: Every option of a run: one frozen dataclass for each part, each field with its default and what it means.
+- `mmsn.prepare`: From tables and images, real or invented, to a cohort: a function for each source, and the command `mmsn-prepare`.
+- `mmsn.run`: The folder of one training: what it is known by, who holds it, its metrics.
+- `mmsn.sources`: One door for every encoder: a run, an exported folder, the hub, published weights, torchvision and timm.
+- `mmsn.testing`: The patients that every notebook meets: a small cohort, a small config, and where open data lie.
+- `mmsn.train`: One call, or one command on one process or many, from a config to a run."""
+
 import sys
 from importlib import import_module
 from types import ModuleType

@@ -3,7 +3,6 @@
 Every page of mmsn works on the same few hundred patients, so that a reader meets them once. They stand at the beginning of the flow (tables and images → cohort → batch → views → model → run → evaluation) in the place of real data: `toy_cohort` writes in a tenth of a second what takes hours to prepare from a hospital's tables, `toy_config` is a model of them that trains within a page, `open_data` says where openly licensed data lie, if there are any.
 
 ```python
-from mmsn.testing import toy_cohort
 cohort = toy_cohort(Path(tempfile.mkdtemp())/'toy')
 assert len(cohort) == 400
 cohort.show(1);

@@ -13,6 +13,7 @@ def readme():
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     for c in nb.cells:
+        if c.cell_type == 'markdown': c.source = re.sub(r'^(#\|[^\n]*\n)+', '', c.source)      # what goes to the docstring of the package
         if c.cell_type == 'code' and re.match(r'#\|\s*echo:\s*false', c.source): c.metadata['transient'] = dict(remove_source=True)      # its output is what a reader wants
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r'\]\((?!https?:|#|nbs/|\.\./)([\w./]+(?:\.ipynb|\.csv|/)|tutorials)\)', r'](nbs/\1)', text)

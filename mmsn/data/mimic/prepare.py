@@ -37,6 +37,7 @@ from ...options import InputError
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #50018e7f
 TASKS = ('mortality', 'phenotyping', 'decompensation', 'los', 'radiology')
 
+# %% ../../../nbs/22e_data.mimic.prepare.ipynb #25583c16
 @dataclass(frozen=True)
 class MimicOptions:
     "What is made of MIMIC-IV and MIMIC-CXR-JPG, and how."
@@ -148,6 +149,7 @@ TABLES = dict(icustays='subject_id bigint, hadm_id bigint, stay_id bigint, first
               'varchar, valuenum varchar',
     diagnoses_icd='hadm_id bigint, icd_code varchar, icd_version integer')
 
+# %% ../../../nbs/22e_data.mimic.prepare.ipynb #c7e94ca6
 CXR_TABLES = {'metadata': 'dicom_id varchar, subject_id bigint, study_id bigint, ViewPosition varchar, StudyDate '
                           'double, StudyTime double',
               'split': 'subject_id bigint, split varchar', 'chexpert': 'study_id bigint, Pneumonia double',
