@@ -20,7 +20,7 @@ from .options import Config, Head, ImageModality, ImageViews, InputError, Loss
 
 # %% ../nbs/91_convert.ipynb #417530c5
 def save_mmsn(
-    source:'ImageWeights',  # of `read_source`
+    source,                 # of `read_source`
     folder,                 # made, or replaced if it holds an encoder of mmsn
 ):
     "Write `source` as an encoder of mmsn with one image modality; returns the folder. Raises InputError."
@@ -60,7 +60,7 @@ def _is_transformers(folder):
 
 # %% ../nbs/91_convert.ipynb #8df0d44a
 def save_transformers(
-    source:'ImageWeights',  # of `read_source`
+    source,                 # of `read_source`
     folder,                 # made, or replaced if it holds a ViTMSN
     layout=None,            # 4 or 5; None: that of the installed version
 ):

@@ -339,11 +339,11 @@ def check_has(self:Cohort,
 @dataclass
 class Batch:
     "B samples on one device."
-    index: 'torch.Tensor'  # (B,) int64 rows of cohort.samples
+    index: object          # (B,) int64 rows of cohort.samples
     data: dict             # name -> uint8 (B,1,H,W) | float32 (B,T,C), zero after its length | float32 (B,F), NaN unknown
     lengths: dict          # name of a time series -> (B,) int64 true hours
     present: dict          # name -> (B,) bool
-    labels: 'torch.Tensor' # (B,K) float32, NaN = unknown
+    labels: object         # (B,K) float32, NaN = unknown
 
     def _map(self, f):
         "The batch with `f` applied to every tensor."

@@ -187,7 +187,7 @@ def _write_people(folder, p, keys, rng):
     _write_table(folder, 'hosp/patients', dict(subject_id=keys.subject, gender=np.where(t.female, 'F', 'M'),
         anchor_age=np.where(t.age > 89, 91, t.age), anchor_year=year,
         anchor_year_group=np.full(len(p), '2014 - 2016'), dod=_words(np.where(died, day, ''))))
-    n, pick = len(r), lambda *words: np.array(words)[rng.integers(0, len(words), len(r))]
+    pick = lambda *words: np.array(words)[rng.integers(0, len(words), len(r))]
     end = pa.array(keys.discharge[r].astype('datetime64[s]'), mask=~died[r])
     _write_table(folder, 'hosp/admissions', dict(subject_id=keys.subject[r], hadm_id=keys.hadm[r],
         admittime=_times(keys.admit[r]), dischtime=_times(keys.discharge[r]), deathtime=end,
