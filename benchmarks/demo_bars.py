@@ -21,7 +21,7 @@ FRACTIONS = (.01, .1, 1.)
 
 
 def variant(out, name, seed, *overrides):
-    "A run on the same cohort with other settings, judged without baselines; returns its folder."
+    "A run on the same cohort with other settings, evaluated without baselines; returns its folder."
     run = out/f'{name}-{seed}'
     config = load_config('demo', [f'data.cohort={out/"seed-0"/"cohort"}', f'train.run={run}', f'train.seed={seed}', *overrides])
     train(config)

@@ -24,7 +24,7 @@ SETS = dict(synthetic=('demo', lambda source: ['synthetic'], []),
 
 
 def make(name, out, source):
-    "Prepare, train and judge one set, each step unless it is there already; returns the report's folder."
+    "Prepare, train and evaluate one set, each step unless it is there already; returns the report's folder."
     preset, before, after = SETS[name]
     cohort, run = out/f'{name}-cohort', out/name
     if not (cohort/'cohort.json').is_file():

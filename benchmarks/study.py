@@ -70,7 +70,7 @@ def frozen(model, cohort, task):
 
 
 def run_arm(out, cohort, task, draws, arm, changes, seed, epochs):
-    "Train one arm and judge it beside the same encoder untrained; returns its rows."
+    "Train one arm and evaluate it beside the same encoder untrained; returns its rows."
     name = ''.join(c if c.isalnum() else '-' for c in arm)
     folder = out/f'{name}-{seed}-{epochs:g}'
     if (folder/'study.csv').is_file(): return pd.read_csv(folder/'study.csv')

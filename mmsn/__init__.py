@@ -22,7 +22,7 @@ Modules:
 - `mmsn.launch`: Before a run and around it: a dry run, the largest batch that fits, Slurm, trackers, a trace, and options that trade time for memory.
 - `mmsn.loop`: Batches, views, one forward a step, the optimiser, the target network, and a checkpoint now and then.
 - `mmsn.options`: Every option of a run: one frozen dataclass for each part, each field with its default and what it means.
-- `mmsn.prepare`: From tables and images, real or invented, to a cohort: a function for each source, and the command `mmsn-prepare`.
+- `mmsn.prepare`: From tables and images, real or synthetic, to a cohort: a function for each source, and the command `mmsn-prepare`.
 - `mmsn.run`: The folder of one training: what it is known by, who holds it, its metrics.
 - `mmsn.sources`: One door for every encoder: a run, an exported folder, the hub, published weights, torchvision and timm.
 - `mmsn.testing`: The patients that every notebook meets: a small cohort, a small config, and where open data lie.

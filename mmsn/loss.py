@@ -85,7 +85,7 @@ def sinkhorn(
     gradient."""
     logt = logt.detach()
     for _ in range(iterations):
-        used = gather(logt.logsumexp(0)).logsumexp(0)     # (K,) log of each prototype's share, over all ranks
+        used = gather(logt.logsumexp(0)).logsumexp(0)     # (K,) log of each prototype's fraction, over all ranks
         logt = (logt - used).log_softmax(1)
     return logt
 

@@ -324,7 +324,7 @@ def encode(self:MMSN,
     if unknown := [d for d in ([drop] if isinstance(drop, str) else drop) if d not in self.infos]:
         raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {", ".join(self.infos)})')
     if not 0 <= patches < 1:
-        raise InputError(f'the share of hidden patches should be at least 0 and below 1, not {patches}')
+        raise InputError(f'the fraction of hidden patches should be at least 0 and below 1, not {patches}')
     present = {name: batch.present[name] & (name not in ([drop] if isinstance(drop, str) else drop))
                for name in self.infos}
     h = {}

@@ -1,4 +1,4 @@
-"""From tables and images, real or invented, to a cohort: a function for each source, and the command `mmsn-prepare`.
+"""From tables and images, real or synthetic, to a cohort: a function for each source, and the command `mmsn-prepare`.
 
 Preparing is the first step of the flow: tables and images → cohort → batch → views → model → run → evaluation. The readers of `mmsn.data` know how each source is laid out; this module puts them behind one interface. There is a function for each source (`synthetic`, `mimic`, `physionet2012`, `nih`, `iu`, `images`, `table`, `medfuse`, `meds`), which returns the opened `Cohort`, and one command, `mmsn-prepare SOURCE … OUT`, whose options are the arguments of these functions.
 

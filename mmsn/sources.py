@@ -472,7 +472,7 @@ def encode(self:ImageModel, batch, drop=(), patches=0., seed=0):
     if unknown := [d for d in drop if d != self.name]:
         raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {self.name})')
     if not 0 <= patches < 1:
-        raise InputError(f'the share of hidden patches should be at least 0 and below 1, not {patches}')
+        raise InputError(f'the fraction of hidden patches should be at least 0 and below 1, not {patches}')
     present, keep = batch.present[self.name] & (self.name not in drop), None
     if patches:
         keep = patch_keep(make_key(seed, 0, batch.index, 0, f'hidden patches of {self.name}'),

@@ -24,7 +24,7 @@ def seed(tmp_path):
 
 
 def test_train_and_evaluate(cohort, seed, tmp_path):
-    "Training goes by the file, warns of what does nothing, and a linear-evaluation file judges it."
+    "Training goes by the file, warns of what does nothing, and a linear-evaluation file evaluates it."
     done = run('mmsn.train', '--seed-config', seed, f'data.cohort={cohort}', *MINE)
     folder = tmp_path/'logs'/'seeded'
     assert 'warning: meta.use_fp16=true' in done.stderr and 'warning: data.image_folder="images/"' in done.stderr and 'Traceback' not in done.stderr

@@ -123,7 +123,7 @@ class _Draw:
     def coin(self, p): return (self.rng.random((self.n, 1, 1)) < p).astype('f4')
     def side(self): return 2*self.coin(.5) - 1
     def field(self, size, cells):
-        "(n, size, size) smooth Gaussian field of unit deviation, with about `cells` knots a side."
+        "(n, size, size) smooth Gaussian field of unit standard deviation, with about `cells` knots a side."
         knots, at = np.linspace(-1.2, 1.2, cells), np.linspace(-1, 1, size)
         w = np.exp(-.5*((at[:, None] - knots)/(.78*(knots[1] - knots[0])))**2)
         w = (w/np.sqrt((w**2).sum(1, keepdims=True))).astype('f4')
@@ -380,7 +380,7 @@ def draw_signals(
     rng,             # numpy Generator
     noise:float=1.,  # strength of personal offset and AR(1) noise
 )->np.ndarray:
-    "(N, 48, 11) float32 latent signals in deviations: background, levels, episodes and swings."
+    "(N, 48, 11) float32 latent signals in standard deviations: background, levels, episodes and swings."
     z = _background(len(truth), rng, noise) + _levels(truth) + _swings(truth, rng)
     z[..., [_SIGNALS[s] for s in CARRIERS]] += _episodes(truth, rng)
     return z
@@ -408,7 +408,7 @@ def _physical(t, z, rng):
     return np.stack(columns, -1, dtype='f4')
 
 # %% ../../nbs/20_data.synthetic.ipynb #83688a4a
-# share of hours with a value, by channel
+# fraction of hours with a value, by channel
 _RATE = np.array([.12, .85, .25, .25, .25, .25, .25, .22, .92, 0, .85, .9, .9, .85, .35, .03, .13])
 # measured more often in the sicker
 _WATCHED = np.isin(np.arange(17), [0, 2, 7, 14, 16])
@@ -464,7 +464,7 @@ def _check(patients, image_size, seed, noise, missingness, lacking):
                  missingness=(missingness, 0))
     for name, (value, low) in least.items():
         if not value >= low: raise InputError(f'{name} should be at least {low}, not {value}')
-    if not 0 <= lacking <= 1: raise InputError(f'lacking is a share between 0 and 1, not {lacking}')
+    if not 0 <= lacking <= 1: raise InputError(f'lacking is a fraction between 0 and 1, not {lacking}')
 
 # %% ../../nbs/20_data.synthetic.ipynb #bc330a0f
 def synthesise(
@@ -473,7 +473,7 @@ def synthesise(
     seed:int=0,                 # of everything
     noise:float=1.,             # nuisance in both modalities; 0: none
     missingness:float=1.,       # 0: every hour of every channel is charted; 2: seldom becomes rare
-    lacking:float=0.,           # share of patients without an image (half of them) or without a chart
+    lacking:float=0.,           # fraction of patients without an image (half of them) or without a chart
     shuffle_pairs:bool=False,   # the control: every image belongs to another patient
 )->Patients:
     "Invented patients, the same for the same arguments; raises InputError."

@@ -50,7 +50,7 @@ ITEMS = {   # channel: ((itemid, label, unit, factor, plus, decimals), ...); the
 _LABS = {50931: ('Blood', 'Chemistry'), 50820: ('Blood', 'Blood Gas'), 51478: ('Urine', 'Hematology'),
          51491: ('Urine', 'Hematology')}
 _SECOND = {'pressure': .4, 'Fraction inspired oxygen': .1, 'coma': .15, 'Height': .25, 'Temperature': .2, 'Weight': .25,
-           'Capillary refill rate': .5}        # share of patients for whom the second item is used
+           'Capillary refill rate': .5}        # fraction of patients for whom the second item is used
 _WARD = {**{c: 'pressure' for c in CHANNELS if c.endswith('blood pressure')},
          **{c: 'coma' for c in CHANNELS if c.startswith('Glascow')}}
 
@@ -120,7 +120,7 @@ def _channel_rows(p, keys, channel, minute, rng):
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #b50a5bdd
 def _event_rows(p, keys, rng):
-    "The same for all channels, end to end."
+    "The same for all channels, one after the other."
     minute = rng.integers(2, 58, (len(p), HOURS))
     parts = [_channel_rows(p, keys, channel, minute, rng) for channel in ITEMS]
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}

@@ -249,11 +249,11 @@ PROTOCOL_TABLES = dict(low_shot=_low_shot, linear_probe=_linear_probe, knn=_knn,
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0050
 def _metrics_of(ev, metric_of=None):
     """Metrics of every encoder, input and label on test, by `metric_table`; of probabilities where `metric_of`
-    judges those."""
+    evaluates those."""
     parts = []
     for encoder, by_input in ev.predictions.items():
         for name, p in by_input.items():
-            p, extra = p.at('test'), dict(judge=metric_of) if metric_of else {}
+            p, extra = p.at('test'), dict(measure=metric_of) if metric_of else {}
             values = p.probabilities if metric_of else p.scores
             parts.append(metric_table(p.labels, values, p.subjects, p.names, ev.task.groups, **ev.boot,
                                       **extra).assign(encoder=encoder, input=name))

@@ -36,7 +36,7 @@ def extract_features(
     split:str=None,      # 'train', 'val', 'test' or all, where `rows` are not given
     batch_size:int=256,  # rows at a time
     drop=(),             # names of modalities treated as missing
-    patches:float=0.,    # share of image patches hidden
+    patches:float=0.,    # fraction of image patches hidden
     corrupt=None,        # function from a `Batch` on the model's device to the batch that is seen
     cache=None,          # folder of tables made before: read if this one is there, else written
 )->pd.DataFrame:         # sample_id, subject_id, split, then name.0 … for every modality and 'joint'
@@ -146,7 +146,7 @@ def plain_series(
     lengths,   # (B,) true hours
     info,      # `ModalityInfo` of the series
 ):             # (B, D) float32
-    "Last, mean, min, max (of categories: last, mean) over observed hours and the share observed, of each channel."
+    "Last, mean, min, max (of categories: last, mean) over observed hours and the fraction observed, of each channel."
     T, out = x.shape[1], []
     hours = torch.arange(T, device=x.device)
     for c in info.channels:

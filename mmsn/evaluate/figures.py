@@ -25,7 +25,7 @@ def low_shot_figure(
     summary:pd.DataFrame,     # columns input, encoder, fraction, auroc, low, high (one row each), perhaps shots
     metric:str='AUROC',       # name on the axis
 ):
-    "AUROC against the share of labels, or samples a class: a panel for each input, a line for each encoder."
+    "AUROC against the fraction of labels, or samples a class: a panel for each input, a line for each encoder."
     summary = summary.assign(shots=summary.shots.fillna(0) if 'shots' in summary else 0)
     kinds = [(c, x, part) for c, x, part in (('shots', 'samples of each class', summary[summary.shots > 0]),
                                              ('fraction', 'fraction of training labels', summary[summary.shots == 0]))
@@ -84,7 +84,7 @@ def _short(text, most=34): return text if len(text) <= most else text[:most - 1]
 # %% ../../nbs/80_evaluate.figures.ipynb #403e10a7
 @_drawn
 def roc_pr_figure(
-    predictions:dict,    # encoder -> `Predictions` of the patients to judge, such as p.at('test')
+    predictions:dict,    # encoder -> `Predictions` of the patients to evaluate, such as p.at('test')
     labels=None,         # label names; the three with the most positives by default
     resamples:int=200,   # of subjects, for the bands; 0 leaves them out
     seed:int=0,          # of the resamples
@@ -118,7 +118,7 @@ def roc_pr_figure(
 # %% ../../nbs/80_evaluate.figures.ipynb #fd0748cb
 @_drawn
 def calibration_figure(
-    predictions:dict,    # encoder -> `Predictions` of the patients to judge
+    predictions:dict,    # encoder -> `Predictions` of the patients to evaluate
     labels=None,         # label names; the three with the most positives by default
     bins:int=10,         # of equally many patients
     resamples:int=200,   # of subjects, for the intervals
@@ -134,7 +134,7 @@ def calibration_figure(
             k, c = p.names.index(name), colour(encoder, i)
             y, q = p.labels[:, k], p.probabilities[:, k]
             t, ece = reliability_curve(y, q, p.subjects, bins, resamples=resamples, seed=seed), metrics(y, q,
-                    judge=lambda *a: Calibration(*a, bins=bins))['ece'][0, 0]
+                    measure=lambda *a: Calibration(*a, bins=bins))['ece'][0, 0]
             top.vlines(t.predicted, t.low, t.high, color=c, lw=1, alpha=.6)
             top.plot(t.predicted, t.observed, 'o-', color=c, lw=1.2, ms=3.5, label=f'{encoder} {ece:.3f}')
             low.hist(q[~np.isnan(y)], np.linspace(0, 1, 41), histtype='step', color=c, lw=1.1)
@@ -221,7 +221,7 @@ def comparison_figure(
 @_drawn
 def robustness_figure(
     table:pd.DataFrame,    # columns encoder, input, severity, relative_loss, perhaps corruption, modality, low, high (from `robustness`)
-    xlabel:str=None,       # of a panel; 'severity', or 'share of patches hidden' where the table names no corruption
+    xlabel:str=None,       # of a panel; 'severity', or 'fraction of patches hidden' where the table names no corruption
     columns:int=4,         # panels in a row
 ):
     "Relative AUROC loss against severity: a panel for each input and corruption, a line for each encoder."
@@ -242,7 +242,7 @@ def robustness_figure(
         word = 'without' if what == 'modality' else f'{what.replace("_", " ")} of' if of not in ('',
                 name) else what.replace('_', ' ')
         title = ': '.join(x for x in (name, f'{word} {of}' if of not in ('', name) else word) if x)
-        _axes(ax, title=title, xlabel=xlabel or ('share of patches hidden' if shares else '' if what == 'modality'
+        _axes(ax, title=title, xlabel=xlabel or ('fraction of patches hidden' if shares else '' if what == 'modality'
                                                  else 'severity'), ylabel='loss of AUROC (%)' if j % columns == 0
                                                  else '')
     _legend(fig, axes)

@@ -77,7 +77,7 @@ def neighbour_purity(
     classes,          # (N,)
     k:int=10,         # neighbours
 )->tuple:
-    """(share of the k nearest neighbours by cosine of standardised features that are of the same class, what chance
+    """(fraction of the k nearest neighbours by cosine of standardised features that are of the same class, what chance
     would give)."""
     x, classes = torch.from_numpy(np.asarray((x - x.mean(0))/(x.std(0) + 1e-6), np.float32)), np.asarray(classes)
     x = torch.nn.functional.normalize(x, dim=1)
@@ -96,7 +96,7 @@ def representation_points(
     methods=('tsne',),      # of 'tsne', 'umap' (if umap-learn is installed), 'pca'
     seed:int=0,             # of the samples and the maps
 )->pd.DataFrame:            # method, encoder, input, sample_id, class, x, y, same, chance
-    "Places of patients on maps of frozen features, and the share of neighbours of the same class beside chance. Raises InputError."
+    "Places of patients on maps of frozen features, and the fraction of neighbours of the same class beside chance. Raises InputError."
     first = next(iter(tables.values()))
     if any(len(t) != len(labels) or not (t.sample_id.to_numpy() == first.sample_id.to_numpy()).all()
            for t in tables.values()):

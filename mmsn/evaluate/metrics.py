@@ -42,7 +42,7 @@ def _rank_metrics(ranking, weights):
     P = found[-1].copy() if len(found) else np.zeros(weights.shape[1])
     wrong = np.einsum('gr,gr->r', pos, neg) - (0 if tied is None else np.einsum('gr,gr->r', pos, tied@weights)/2)
     with np.errstate(divide='ignore', invalid='ignore'):
-        # nought of nought: a positive whose weight is nought
+        # 0/0: a positive whose weight is zero
         precision = np.nan_to_num(found/(found + neg))
         both = np.stack([1 - wrong/(P*N), np.einsum('gr,gr->r', pos, precision)/P])
     return np.where((P > 0) & (N > 0), both, np.nan)
@@ -69,7 +69,7 @@ def _check(labels, scores):
     known = ~np.isnan(labels)
     if not np.isin(labels[known], (0, 1)).all(): raise InputError('labels should be 1, 0 or NaN (unknown)')
     lost = (known & ~np.isfinite(scores)).sum()
-    if lost: raise InputError(f'{lost} known labels have no finite score: judge only rows that were scored, and say so')
+    if lost: raise InputError(f'{lost} known labels have no finite score: evaluate only rows that were scored, and say so')
     return labels, scores
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #a122960f
@@ -93,10 +93,10 @@ def metrics(
     labels,         # (N, K) 1, 0, NaN = unknown
     scores,         # (N, K) float
     weights=None,   # (N, R) row weights; none: every row counts once
-    judge=Ranking,  # what is asked of the scores: `Ranking` or `Calibration`
+    measure=Ranking,  # what is asked of the scores: `Ranking` or `Calibration`
 ):                  # dict metric -> (R, K), NaN where undefined
-    "The metrics of every label under every column of weights: AUROC and AUPRC, or those of another `judge`."
-    return judge(labels, scores)(np.ones((len(labels), 1)) if weights is None else weights)
+    "The metrics of every label under every column of weights: AUROC and AUPRC, or those of another `measure`."
+    return measure(labels, scores)(np.ones((len(labels), 1)) if weights is None else weights)
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #c491679d
 def auroc(labels, scores):
@@ -129,21 +129,21 @@ def subject_weights(
 # %% ../../nbs/71_evaluate.metrics.ipynb #52bbefee
 def bootstrap(
     labels,           # (N, K) 1, 0, NaN = unknown
-    scores,           # (N, K) float, or a list of such arrays judged on the same resamples
+    scores,           # (N, K) float, or a list of such arrays evaluated on the same resamples
     subjects=None,    # (N,) identifiers; none: every row its own subject
     resamples=1000,   # number of resamples of subjects
     seed=0,           # of the draws
-    judge=Ranking,    # what is asked of the scores: `Ranking` or `Calibration`
+    measure=Ranking,    # what is asked of the scores: `Ranking` or `Calibration`
 ):                    # dict metric -> (R, K); for a list of scores a list of them
     "The metrics of every label in every resample; NaN where a resample lacks one class of a label, and if there is only one subject."
     many = isinstance(scores, (list, tuple))
     subjects = np.arange(len(labels)) if subjects is None else np.asarray(subjects)
     if len(subjects) != len(labels): raise InputError(f'{len(subjects)} subjects for {len(labels)} rows of labels')
-    judges = [judge(labels, s) for s in (scores if many else [scores])]
-    parts = [[j(w) for j in judges] for w in subject_weights(subjects, resamples, seed)]
-    # resamples of one subject are all that subject: no interval, not a width of nought
+    measures = [measure(labels, s) for s in (scores if many else [scores])]
+    parts = [[j(w) for j in measures] for w in subject_weights(subjects, resamples, seed)]
+    # resamples of one subject are all that subject: no interval, not a width of zero
     one = np.nan if len(np.unique(subjects)) < 2 else 0
-    out = [{m: np.concatenate([p[i][m] for p in parts]) + one for m in judge.names} for i in range(len(judges))]
+    out = [{m: np.concatenate([p[i][m] for p in parts]) + one for m in measure.names} for i in range(len(measures))]
     return out if many else out[0]
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #95abdc1e
@@ -181,15 +181,15 @@ def metric_table(
     groups=None,      # dict label name -> group, for group means
     resamples=1000,   # bootstrap resamples; 0 leaves out the intervals
     seed=0,           # of the resamples
-    judge=Ranking,    # `Ranking`, or `Calibration` where scores are probabilities
+    measure=Ranking,    # `Ranking`, or `Calibration` where scores are probabilities
 ):                    # columns label, metric, value, low, high, counted, labels, rows, positives
     "A row for every label, the macro mean and each group's mean, and each metric, with 95 % intervals."
     labels, names = _names(labels, names)
-    values = metrics(labels, scores, judge=judge)
-    drawn = bootstrap(labels, scores, subjects, resamples, seed, judge) if resamples else None
+    values = metrics(labels, scores, measure=measure)
+    drawn = bootstrap(labels, scores, subjects, resamples, seed, measure) if resamples else None
     known, out = ~np.isnan(labels), []
     for label, ks in _parts(names, groups):
-        for m in judge.names:
+        for m in measure.names:
             low, high = interval(macro(drawn[m][:, ks])) if resamples else (np.nan, np.nan)
             v = values[m][0, ks]
             out.append(dict(label=label, metric=m, value=float(macro(v)), low=float(low), high=float(high),
@@ -329,11 +329,11 @@ def _masks(columns, subjects, least):
             yield attribute, group, mine, ~mine & (values != 'unknown'), len(np.unique(subjects[mine])) >= least
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #e103caaf
-def _gaps(judge, labels, scores, mine, others, weights):
+def _gaps(measure, labels, scores, mine, others, weights):
     "For each metric (mine, others) x (R, K), as if there were no other patients."
-    sides = [judge(np.where(m[:, None], labels, np.nan), scores) for m in (mine, others)]
+    sides = [measure(np.where(m[:, None], labels, np.nan), scores) for m in (mine, others)]
     drawn = [[side(w) for w in weights] for side in sides]
-    return {m: [np.concatenate([d[m] for d in side]) for side in drawn] for m in judge.names}
+    return {m: [np.concatenate([d[m] for d in side]) for side in drawn] for m in measure.names}
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #216753c3
 def subgroups(
@@ -346,7 +346,7 @@ def subgroups(
     resamples=1000,   # bootstrap resamples
     seed=0,           # of the resamples
     least=20,         # subjects that a group needs
-    judge=Ranking,    # `Ranking`, or `Calibration` where scores are probabilities
+    measure=Ranking,    # `Ranking`, or `Calibration` where scores are probabilities
 # attribute, subgroup, label, metric, value, low, high, gap, gap_low, gap_high, counted, rows, subjects, positives
 ):
     "Every metric for each group of patients, and the gap to everybody else on the same resamples."
@@ -356,8 +356,8 @@ def subgroups(
     once = [np.ones((len(labels), 1))]
     weights, out = [*once, *subject_weights(subjects, resamples, seed)], []
     for attribute, group, mine, others, enough in _masks(columns, subjects, least):
-        found = _gaps(judge, labels, scores, mine, others, weights if enough else once)
-        for (label, ks), m in ((p, m) for p in _parts(names, groups) for m in judge.names):
+        found = _gaps(measure, labels, scores, mine, others, weights if enough else once)
+        for (label, ks), m in ((p, m) for p in _parts(names, groups) for m in measure.names):
             a, gap = macro(found[m][0][:, ks]), macro(found[m][0][:, ks] - found[m][1][:, ks])
             (low, high), (gap_low, gap_high) = (interval(x[1:]) if enough and len(x) > 1 else (np.nan, np.nan)
                                                 for x in (a, gap))
@@ -371,7 +371,7 @@ def subgroups(
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #640c7a56
 def _sign_share(gaps):
-    "Two-sided share of resamples on the other side of nought, 1/(R+1) at the least; NaN if none is defined."
+    "Two-sided fraction of resamples on the other side of zero, 1/(R+1) at the least; NaN if none is defined."
     gaps = gaps[~np.isnan(gaps)]
     return min(1., 2*(min((gaps <= 0).sum(), (gaps >= 0).sum()) + 1)/(len(gaps) + 1)) if len(gaps) else np.nan
 
@@ -385,15 +385,15 @@ def difference_table(
     groups=None,      # dict label name -> group, for group means
     resamples=1000,   # bootstrap resamples
     seed=0,           # of the resamples
-    judge=Ranking,    # `Ranking`, or `Calibration` where scores are probabilities
+    measure=Ranking,    # `Ranking`, or `Calibration` where scores are probabilities
 ):                    # columns label, metric, first, second, difference, low, high, better, p
     "First minus second for every label, the macro mean and each group's mean, with paired 95 % intervals."
     labels, names = _names(labels, names)
-    a, b = (metrics(labels, s, judge=judge) for s in (first, second))
-    drawn_a, drawn_b = bootstrap(labels, [first, second], subjects, resamples, seed, judge)
+    a, b = (metrics(labels, s, measure=measure) for s in (first, second))
+    drawn_a, drawn_b = bootstrap(labels, [first, second], subjects, resamples, seed, measure)
     out = []
     for label, ks in _parts(names, groups):
-        for m in judge.names:
+        for m in measure.names:
             va, vb, gaps = macro(a[m][0, ks]), macro(b[m][0, ks]), macro(drawn_a[m][:, ks]) - macro(drawn_b[m][:, ks])
             low, high = interval(gaps)
             known = gaps[~np.isnan(gaps)]

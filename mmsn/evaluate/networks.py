@@ -141,7 +141,7 @@ def train_end_to_end(
     patience:int=2,    # checks without a better validation AUROC before it stops
     checks:int=5,      # on validation, at even distances
     most_val:int=600,  # validation rows that a check looks at, a seeded draw
-    window:float=.1,   # share of the steps whose weights are averaged
+    window:float=.1,   # fraction of the steps whose weights are averaged
     seed:int=0,        # of the order
 )->pd.DataFrame:       # step, loss, auroc (validation)
     "AdamW with warm-up and cosine; keeps the best running mean of the weights, by checks on validation, and stops early."
@@ -207,7 +207,7 @@ def supervised(
     nets:dict=None,         # where to put the networks trained with all labels, by input: see `EndToEndEncoder`
     **options,              # of `train_end_to_end`: lr, epochs, least, batch_size, patience
 )->pd.DataFrame:            # the columns of `low_shot`
-    "The same architecture from random weights, end to end, with the labels of every draw; judged on test."
+    "The same architecture from scratch, with the labels of every draw; evaluated on test."
     options = dict(lr=config.evaluate.scratch_lr, epochs=config.evaluate.scratch_epochs) | options
     def make(name):
         slim = replace(config, modalities=config.modalities if name == 'joint' else {name: config.modalities[name]})
@@ -218,7 +218,7 @@ def supervised(
 
 # %% ../../nbs/75_evaluate.networks.ipynb #8df48c9e
 class EndToEndEncoder(nn.Module):
-    "Networks that were trained end to end, one an input, asked like a frozen encoder: what `robustness` takes."
+    "Networks that were trained on labels, one an input, called like a frozen encoder: what `robustness` takes."
     def __init__(self,
         model,       # `MMSN` of the same architecture, which says how a batch becomes embeddings
         nets:dict,   # input -> `EndToEnd`

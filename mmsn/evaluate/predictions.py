@@ -104,15 +104,15 @@ def paired_difference(
     first:Predictions,    # of one encoder
     second:Predictions,   # of the other
     groups=None,          # dict label name -> group, for group means
-    split='test',         # whose patients are judged
+    split='test',         # whose patients are evaluated
     resamples=1000,       # bootstrap resamples of subjects
     seed=0,               # of the resamples
-    judge=Ranking,        # `Ranking` or `Calibration`
+    measure=Ranking,        # `Ranking` or `Calibration`
 ):                        # label, metric, first, second, difference, low, high, better, p, rows, subjects
     "First minus second on the test patients that both have scored, with paired 95 % intervals; raises InputError if these are two tasks."
     a, b = common([first.at(split), second.at(split)])
-    scores = [p.probabilities if judge is Calibration else p.scores for p in (a, b)]
-    table = difference_table(a.labels, *scores, a.subjects, a.names, groups, resamples, seed, judge)
+    scores = [p.probabilities if measure is Calibration else p.scores for p in (a, b)]
+    table = difference_table(a.labels, *scores, a.subjects, a.names, groups, resamples, seed, measure)
     return table.assign(rows=len(a), subjects=len(np.unique(a.subjects)))
 
 # %% ../../nbs/72_evaluate.predictions.ipynb #e29f642d
@@ -127,7 +127,7 @@ def compare(
     reference:str=None,    # the run that the others are measured against; the first by default
     label='macro',         # a label, 'macro', or 'macro <group>'; None: all of them
     groups=None,           # dict label name -> group
-    split='test',          # whose patients are judged
+    split='test',          # whose patients are evaluated
     resamples=1000,        # bootstrap resamples of subjects
     seed=0,                # of the resamples
 )->pd.DataFrame:           # run, label, metric, value, low, high, difference, difference_low, difference_high, p, rows
@@ -170,13 +170,13 @@ def ensemble(
     names, shared = list(runs), common(list(runs.values()))
     if best is not None and not 1 <= best <= len(names):
         raise InputError(f'an ensemble of {best} of {len(names)} runs: give a number from 1 to {len(names)}')
-    judge = lambda p: float(macro(auroc(p.labels, p.scores)))
+    measure = lambda p: float(macro(auroc(p.labels, p.scores)))
     val = [p.at('val') for p in shared]
-    alone = np.array([judge(p) for p in val])
+    alone = np.array([measure(p) for p in val])
     if np.isnan(alone).any():
         raise InputError('no label has both classes in the validation split: runs cannot be ranked')
     order = np.argsort(-alone, kind='stable')
-    together = np.array([judge(average([val[i] for i in order[:n]])) for n in range(1, len(names) + 1)])
+    together = np.array([measure(average([val[i] for i in order[:n]])) for n in range(1, len(names) + 1)])
     n = best or int(together.argmax()) + 1
     table = pd.DataFrame(dict(n=np.arange(1, len(names) + 1), run=[names[i] for i in order], alone=alone[order],
                               together=together, chosen=np.arange(len(names)) < n))

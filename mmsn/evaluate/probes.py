@@ -125,7 +125,7 @@ class Probe:
 
 # %% ../../nbs/74_evaluate.probes.ipynb #3b99ba27
 def _moments(X):
-    "Mean and deviation (d,) of what is not NaN; (0, 1) for a column that is empty, deviation 1 for a constant one."
+    "Mean and standard deviation (d,) of what is not NaN; (0, 1) for a column that is empty, 1 for a constant one."
     known = ~np.isnan(X)
     n = np.maximum(known.sum(0), 1)
     mean = np.where(known, X, 0).sum(0)/n
@@ -222,7 +222,7 @@ def _evaluated(task, X):
 
 # %% ../../nbs/74_evaluate.probes.ipynb #3aae42a0
 def _fit_split(X, task, train, labels, solver):
-    "A probe on the positions `train` with their `labels`, and the positions of the test patients it can judge."
+    "A probe on the positions `train` with their `labels`, and the positions of the test patients it can score."
     val = task.at('val', X)
     return solver(X[train], labels, X[val], task.labels[val]), task.at('test', X)
 
@@ -236,7 +236,7 @@ def linear_probe(
     seed:int=0,          # of the resamples
     predictions:dict=None,  # where to put the `Predictions` on validation and test, by input
 )->pd.DataFrame:         # encoder, input, then the columns of `metric_table`, and C
-    "Linear probe of frozen features with all training labels, judged on test."
+    "Linear probe of frozen features with all training labels, evaluated on test."
     out = []
     for name, X in features.items():
         train = task.at('train', X)
@@ -250,8 +250,8 @@ def linear_probe(
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/74_evaluate.probes.ipynb #673ee08c
-def _judge(scored, task, test, names, resamples, seed):
-    "Tidy rows for the draws of one input and share: `scored` is a list of (draw's key, (n, K) test scores)."
+def _draw_rows(scored, task, test, names, resamples, seed):
+    "Tidy rows for the draws of one input and fraction: `scored` is a list of (draw's key, (n, K) test scores)."
     y, K, out = task.labels[test], len(task.names), []
     ends = {m: np.full((2, K + 1), np.nan) for m in METRICS}
     with_macro = lambda v: np.concatenate([v, macro(v)[..., None]], -1)
@@ -275,7 +275,7 @@ def _over_draws(predict, inputs, task, draws, encoder, resamples, seed):
         for key, rows, y in training_sets(task, draws):
             test, s = predict(name, rows, y, key)
             scored.setdefault((key['fraction'], key['shots']), []).append((key, s))
-        out += [_judge(part, task, test, dict(encoder=encoder, input=name), resamples, seed)
+        out += [_draw_rows(part, task, test, dict(encoder=encoder, input=name), resamples, seed)
                 for part in scored.values()]
     return pd.concat(out, ignore_index=True)
 
@@ -289,7 +289,7 @@ def low_shot(
     resamples:int=1000,   # of subjects, for the intervals; 0 leaves them out
     seed:int=0,           # of the resamples
 )->pd.DataFrame:          # encoder, input, fraction, shots, draw, label, metric, value, low, high, counted
-    "Linear probes with few labels: one for every input and draw, judged on test."
+    "Linear probes with few labels: one for every input and draw, evaluated on test."
     def predict(name, rows, y, key):
         probe, test = _fit_split(features[name], task, rows, y, solver)
         return test, probe.scores(features[name][test])
@@ -315,7 +315,7 @@ def drawn_predictions(
 def summarise(
     table:pd.DataFrame,   # from `low_shot`, `supervised`, `finetune`, or several of them together
 )->pd.DataFrame:          # encoder, input, fraction, shots, draws, auroc, low, high, deviation, auprc, counted
-    "Macro means over draws: mean, interval and the deviation between draws, one row an encoder, input and share of labels."
+    "Macro means over draws: mean, interval and the standard deviation between draws, one row an encoder, input and fraction of labels."
     keys = ['encoder', 'input', 'fraction', 'shots']
     part = {m: table[(table.label == 'macro') & (table.metric == m)].groupby(keys, sort=False) for m in METRICS}
     a = part['auroc']
@@ -327,7 +327,7 @@ def summarise(
 def knn_scores(
     X,                # (n, d) training features
     Y,                # (n, K) training labels, NaN = unknown
-    X_test,           # (t, d) features to judge
+    X_test,           # (t, d) features to score
     k:int=20,         # neighbours
     temperature=.07,  # of the weights
     block:int=1024,   # test rows at a time
@@ -353,7 +353,7 @@ def knn(
     resamples:int=1000,  # of subjects, for the intervals
     seed:int=0,          # of the resamples
 )->pd.DataFrame:         # encoder, input, then the columns of `metric_table`
-    "Cosine k-nearest neighbours with all training labels, judged on test."
+    "Cosine k-nearest neighbours with all training labels, evaluated on test."
     out = []
     for name, X in features.items():
         train, test = task.at('train', X), task.at('test', X)

@@ -101,7 +101,7 @@ class Corruption:
     `extract_features`."""
     kind: str           # of `LEVELS`
     severity: int       # 1 to 5
-    modality: str       # whose data is spoiled
+    modality: str       # whose data is corrupted
     infos: dict         # name -> `ModalityInfo`, the cohort's
     seed: int = 0       # of all chance
 
@@ -142,7 +142,7 @@ def _losses(y, scores, subjects, resamples, seed):
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #55c3bb20
 def _plan(corruption, config, infos, severities, seed):
-    """Yields (what is spoiled, modality, [(severity, level, options of `extract_features`), …]) of one corruption
+    """Yields (what is corrupted, modality, [(severity, level, options of `extract_features`), …]) of one corruption
     for one encoder."""
     kinds = {n: m.kind for n, m in config.modalities.items()}
     if corruption == 'modality':
@@ -162,15 +162,15 @@ def robustness(
     cohort:Cohort,                       # what to read
     task:Task,                           # from `Task.of`
     features:dict=None,                  # encoder's name -> its clean table for task.rows, to save the work
-    severities=(0., .3, .5, .7, .9),     # of 'patches': shares of image patches hidden
-    inputs=None,                         # 'joint' and modalities; of them those that see what is spoiled. All by default
+    severities=(0., .3, .5, .7, .9),     # of 'patches': fractions of image patches hidden
+    inputs=None,                         # 'joint' and modalities; of them those that see what is corrupted. All by default
     corruptions=('patches',),            # names of `CORRUPTIONS`, and 'modality'
     resamples:int=200,                   # of subjects, for the interval of the loss; 0 leaves it out
     seed:int=0,                          # of the resamples and the corruptions
     cache=None,                          # folder of `extract_features`
 # encoder, input, corruption, modality, severity, level, auroc, auprc, relative_loss, low, high, rows
 )->pd.DataFrame:
-    "Test AUROC of spoiled patients, by a probe trained on whole ones; severity 0 is clean. Raises InputError."
+    "Test AUROC of corrupted patients, by a probe trained on whole ones; severity 0 is clean. Raises InputError."
     out, test = [], task.at('test')
     corruptions = [corruptions] if isinstance(corruptions, str) else corruptions
     for encoder, clean in _tables(models, cohort, task, features, cache).items():
@@ -184,7 +184,7 @@ def robustness(
             for name in [n for n in (inputs or seen) if n in seen]:
                 if name not in probes: probes[name] = _clean_probe(feature_matrix(clean, name), task)
                 X = [feature_matrix(t, name) for t in tables]
-                here = _judged(X[0], cohort, task.rows[test], hit, what, m.config)
+                here = _evaluable(X[0], cohort, task.rows[test], hit, what, m.config)
                 rows = _losses(task.labels[test][here], [probes[name].scores(x[here]) for x in X],
                                task.subjects[test][here], resamples, seed)
                 names = dict(encoder=encoder, input=name, corruption=what, modality=', '.join(hit))
@@ -193,8 +193,8 @@ def robustness(
     return pd.DataFrame(out)
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #78f6e8f8
-def _judged(X, cohort, rows, hit, what, config):
-    "(n,) bool: whom a corruption is judged on; a modality is taken only from those who keep another."
+def _evaluable(X, cohort, rows, hit, what, config):
+    "(n,) bool: the patients a corruption is evaluated on; a modality is taken only from those who keep another."
     here = ~np.isnan(X).all(1)
     if what.removesuffix(' removed') not in config.modalities: return here
     others = [cohort.present(n)[rows] for n in config.modalities if n not in hit]

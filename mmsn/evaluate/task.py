@@ -56,7 +56,7 @@ class Task:
 # %% ../../nbs/73_evaluate.task.ipynb #a29abb84
 def draw_rows(
     labels,       # (N, K) 1, 0, NaN = unknown
-    fraction,     # share of the rows, 0..1
+    fraction,     # fraction of the rows, 0..1
     draw:int=0,   # number of the draw
     seed:int=0,   # of all draws
 )->np.ndarray:    # (n,) positions, ascending
@@ -89,8 +89,8 @@ def draw_shots(labels, shots:int, draw:int=0, seed:int=0)->list:
 # %% ../../nbs/73_evaluate.task.ipynb #597eef39
 def make_draws(
     task:Task,                    # its training patients are drawn from
-    fractions=(0.01, 0.1, 1.0),   # shares of the labels
-    draws:int=5,                  # draws of each share below 1, and of each number of shots
+    fractions=(0.01, 0.1, 1.0),   # fractions of the labels
+    draws:int=5,                  # draws of each fraction below 1, and of each number of shots
     shots=(),                     # numbers of samples a class, such as (1, 2, 5)
     seed:int=0,                   # of all draws
 # fraction (0 for shots), shots (0 for fractions), draw, sample_id, label ('' = all of the patient's)

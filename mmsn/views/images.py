@@ -26,7 +26,7 @@ def to_float(
 # %% ../../nbs/41_views.images.ipynb #7316dbc0
 def crop_boxes(
     key,                  # (...) int64
-    scale=(0.3, 1.0),     # share of the image's area: smallest, largest
+    scale=(0.3, 1.0),     # fraction of the image's area: smallest, largest
     ratio=(3/4, 4/3),     # width over height in pixels: smallest, largest
     aspect:float=1.0,     # width over height of the image itself
 ):
@@ -55,7 +55,7 @@ def random_resized_crop(
     x,                  # (B, C, H, W) float32
     key,                # (B,) or (n, B) int64, one for each view
     size:int,           # side of the views in pixels
-    scale=(0.3, 1.0),   # share of the image's area
+    scale=(0.3, 1.0),   # fraction of the image's area
     ratio=(3/4, 4/3),   # width over height of the crop
     flip:float=0.0,     # probability of a mirror image
     rotation:float=0.0, # largest rotation in degrees, either way
@@ -77,7 +77,7 @@ def jitter(
     brightness:float=0.4,  # factor drawn from 1 ± this
     contrast:float=0.4,    # factor drawn from 1 ± this
 ):
-    "`(N, C, H, W)`: brightness and contrast changed in a share `p` of the images."
+    "`(N, C, H, W)`: brightness and contrast changed in a fraction `p` of the images."
     u = uniform(key, 3)
     on = u[:, 0] < p
     b = torch.where(on, 1 + brightness*(2*u[:, 1] - 1), 1.0).view(-1, 1, 1, 1)
@@ -100,9 +100,9 @@ def blur(
     x,                  # (N, C, H, W) float32
     key,                # (N,) int64
     p:float=0.5,        # probability
-    sigma=(0.1, 2.0),   # deviation in pixels: smallest, largest
+    sigma=(0.1, 2.0),   # standard deviation in pixels: smallest, largest
 ):
-    "`(N, C, H, W)`: a share `p` of the images blurred, each by its own deviation; the mean is preserved."
+    "`(N, C, H, W)`: a fraction `p` of the images blurred, each by its own standard deviation; the mean is preserved."
     u = uniform(key, 2)
     r = max(1, min(math.ceil(3*sigma[1]), *x.shape[2:]))
     width = torch.where(u[:, 0] < p, sigma[0] + (sigma[1] - sigma[0])*u[:, 1], 0.0).clamp(min=1e-3)
@@ -114,9 +114,9 @@ def blur(
 def noise(
     x,             # (N, C, H, W) float32 in 0..1
     key,           # (N,) int64
-    level:float,   # largest deviation, in units of full scale
+    level:float,   # largest standard deviation, in units of full scale
 ):
-    "`(N, C, H, W)` with Gaussian noise, its deviation drawn from U(0, level) for each image."
+    "`(N, C, H, W)` with Gaussian noise, its standard deviation drawn from U(0, level) for each image."
     z = normal(key, x[0].numel()).view_as(x)
     deviation = uniform(fold_in(key, 'deviation'), 1, 0.0, level).view(-1, 1, 1, 1)
     return torch.addcmul(x, z, deviation).clamp_(0, 1)
@@ -125,7 +125,7 @@ def noise(
 def patch_keep(
     key,                # (B,) or (n, B) int64
     n_patches:int,      # N
-    drop:float,         # r, share of patches dropped
+    drop:float,         # r, fraction of patches dropped
     shared:bool=False,  # one choice for all samples of a view
 ):
     "`(n*B, ⌊N(1-r)⌋)` int64, view-major: the kept patches, ascending; at least one."
@@ -138,7 +138,7 @@ def image_views(
     x,                   # (B, C, H, W) float32 in 0..1
     key,                 # (n, B) int64, one for each view
     size:int,            # side of the views
-    scale,               # share of the image's area: smallest, largest
+    scale,               # fraction of the image's area: smallest, largest
     recipe:ImageViews,   # probabilities and strengths
 ):
     "`(n*B, C, size, size)` float32 in 0..1, view-major."

@@ -91,7 +91,7 @@ class ImagePart(nn.Module):
             self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32).reshape(-1, 1, 1))
 
     def normalise(self, x):
-        "(…, H, W) of 0..1 to mean 0, deviation 1 over the cohort's training images."
+        "(…, H, W) of 0..1 to mean 0, standard deviation 1 over the cohort's training images."
         return (x - self.mean)/self.std
 
     def forward(self, x, lengths, key):

@@ -108,7 +108,7 @@ def window(
     x,        # (B, T, C) float32
     lengths,  # (n*B,) int64 true hours, view-major
     key,      # (n*B,) int64
-    share,    # share of the hours: smallest, largest
+    share,    # fraction of the hours: smallest, largest
 ):
     "A contiguous part of each stay: `(n*B, ⌊high·T⌋, C)` and its lengths `(n*B,)`."
     u = uniform(key, 2)
@@ -137,7 +137,7 @@ def reverse(
     key,      # (n,) int64
     p:float,  # probability
 ):
-    "A share `p` of the stays with their hours backwards, `(n, T, C)`; lengths stay."
+    "A fraction `p` of the stays with their hours backwards, `(n, T, C)`; lengths stay."
     forward = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     backward = (lengths[:, None] - 1 - forward)
     return _take(x, torch.where(uniform(key, 1) < p, backward, forward), lengths)
@@ -174,7 +174,7 @@ def series_views(
     key,                # (n, B) int64, one for each view
     recipe:SeriesViews, # noise, shift, downsample, reverse
     masks:SeriesMasks,  # what these views hide
-    share,              # share of the hours in a window: smallest, largest; None: all hours
+    share,              # fraction of the hours in a window: smallest, largest; None: all hours
     channels:int,       # K
     owner,              # (C,) channel of each column
     normal,             # (C,) normal row

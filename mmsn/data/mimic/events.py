@@ -72,7 +72,7 @@ _VALUE = {'clean': 'coalesce(try_cast(e.valuenum as double), try_cast(e.value as
 _SPELLED = {'clean': "regexp_replace(lower(trim(e.value)), '^[0-9.]+ +', '')", 'benchmark': 'e.value'}
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #b2f130a1
-def _judged(rules, table, source, arterial='true'):
+def _with_fate(rules, table, source, arterial='true'):
     "The statement that reads `source`, laid out as `table`: every row of a chosen stay, with its value and fate."
     link, elsewhere = _link(rules, table)
     ids, first = ', '.join(str(i.itemid) for i in items_of(rules, table)), -GRACE if rules == 'clean' else 0
@@ -126,9 +126,9 @@ def scan_events(
     chosen = con.execute('select stay_id, read from chosen order by stay').df()
     block = max(block, -(-len(chosen)//90))                                # DuckDB keeps a file open for each bucket
     known = dict(codes=_codes(rules), **{f'items_{t}': _item_rows(rules, t) for t in ('chartevents', 'labevents')})
-    _keep(con, _judged(rules, 'chartevents', 'chartevents'), folder/'chartevents', block, 'chartevents', **known)
+    _keep(con, _with_fate(rules, 'chartevents', 'chartevents'), folder/'chartevents', block, 'chartevents', **known)
     source, arterial = _lab_rows(con, rules)
-    _keep(con, _judged(rules, 'labevents', source, arterial), folder/'labevents', block,
+    _keep(con, _with_fate(rules, 'labevents', source, arterial), folder/'labevents', block,
           'labevents' if source == 'labevents' else '', **known)
     con.execute('drop table if exists labs; drop table if exists arterial')
     chosen.to_parquet(folder/'stays.parquet', index=False)
