@@ -14,7 +14,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from .tables import _need, given_split, header, label_columns, numbers, read_text, reader, split_of, subject_numbers
+from .tables import (_need, given_split, header, label_columns, numbers, read_text, reader, split_of,
+                              subject_numbers)
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
@@ -62,7 +63,8 @@ def load_long(
     """Make `long` (subject, moment, variable, value): `moment` in hours, or in seconds where the column holds
     timestamps; returns whether it does."""
     names = _columns_of(path, *_LONG)
-    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('time')} as t, {_cell('variable')} as variable,
+    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('time')} as t,
+        {_cell('variable')} as variable,
         try_cast({_cell('value')} as double) as value from {reader(Path(path), names)}""")
     rows, hours, stamps = con.execute('select count(*), count(try_cast(t as double)), count(try_cast(t as '
                                       'timestamp)) from cells').fetchone()
@@ -108,7 +110,8 @@ def _read_starts(con, path, stamps):
         row = con.execute(f'select min(row) from given where {wrong}').fetchone()[0]
         if row is not None: raise InputError(f'row {row} of {path} {say}')
     for key, these in (('subject, begin', 'true'), ('stay_id', 'stay_id is not null')):
-        twice = con.execute(f'select max(row) from given where {these} group by {key} having count(*) > 1 limit 1').fetchone()
+        twice = con.execute(f'select max(row) from given where {these} group by {key} '
+                            'having count(*) > 1 limit 1').fetchone()
         if twice: raise InputError(f'row {twice[0]} of {path} is a stay that is there already')
 
 # %% ../../nbs/24_data.long.ipynb #48cde66c
@@ -116,7 +119,8 @@ _REASONS = """select stay, (moment - zero)/{unit} as hours, channel, value,
     case when long.subject is null then 'no subject' when moment is null or not isfinite(moment) then 'no time'
          when channel is null then 'unknown variable' when value is null or not isfinite(value) then 'no number'
          when stay is null then 'in no stay' when moment > stop then 'after the end of its stay' end as reason
-    from long asof left join stays on long.subject = stays.subject and long.moment >= stays.begin left join known using (variable)"""
+    from long asof left join stays on long.subject = stays.subject and long.moment >= stays.begin
+    left join known using (variable)"""
 _UNKNOWN = """select variable, count(*) from long where variable is null or variable not in (select variable from known)
     group by 1 order by 2 desc, 1 limit 10"""
 _DROPPED = 'select reason, count(*) from events where reason is not null group by 1 order by 1'
@@ -192,7 +196,7 @@ def prepare_table(
     modality:str='ehr',  # name of the time series
     name:str='table',    # of the cohort
     seed:int=0,          # of the division by subject
-    starts=None,         # CSV or parquet: subject_id, start, optionally end and stay_id; none: one stay a subject, from its start
+    starts=None,         # CSV or parquet: subject_id, start, perhaps end and stay_id; None: one stay a subject
 )->pd.DataFrame:
     "Turn a long table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
     if hours < 0 or timestep <= 0:

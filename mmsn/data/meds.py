@@ -117,8 +117,10 @@ def load_mapped(
     known = match_codes(codes.code.dropna(), table)
     if not len(known):
         raise InputError(f'no code of the data set is in the table of codes; there is, for one, {codes.code.iloc[0]!r}')
-    run(con, '''create or replace table mapped as select subject_id, time, k.channel::int as channel, x*k.scale + k."offset" as x
-        from (select *, coalesce(numeric_value, try_cast(text_value as double)) as x from meds) join known k using (code)
+    run(con, '''create or replace table mapped as select subject_id, time, k.channel::int as channel,
+            x*k.scale + k."offset" as x
+        from (select *, coalesce(numeric_value, try_cast(text_value as double)) as x
+            from meds) join known k using (code)
         where time is not null and subject_id is not null''', desc='events', known=known)
     mapped, timed = codes.n[codes.code.isin(known.code)].sum(), con.execute('select count(*) from mapped').fetchone()[0]
     return [('in the data set', int(codes.n.sum())), ('of codes in the table', int(mapped)),
@@ -183,11 +185,14 @@ def start_windows(
     ends = f'min(e.time) filter ({_is(end, "e.code")})' if end else 'null'
     limit = f'least(b, a + to_seconds({hours}*3600))' if hours else 'b'
     run(con, f"""create or replace table windows as
-        with starts as (select distinct subject_id, time as a from meds where {_is(start)} and time is not null and subject_id is not null),
+        with starts as (select distinct subject_id, time as a from meds where {_is(start)} and time is not null
+                        and subject_id is not null),
              spans as (select *, lead(a) over (partition by subject_id order by a) as later from starts),
-             ended as (select subject_id, a, coalesce({ends}, max(e.time)) as b from spans s join meds e using (subject_id)
+             ended as (select subject_id, a, coalesce({ends}, max(e.time)) as b
+                        from spans s join meds e using (subject_id)
                        where e.time >= a and (later is null or e.time < later) group by all)
-        select (row_number() over (order by subject_id, a) - 1)::int as sample, subject_id, a, {limit} as b from ended""")
+        select (row_number() over (order by subject_id, a) - 1)::int as sample, subject_id, a, {limit} as b
+        from ended""")
     n = con.execute('select count(*) from windows').fetchone()[0]
     if not n: raise InputError(f'no event has the code {start!r}, where windows should begin')
     return [('start events', n)]
@@ -196,8 +201,10 @@ def start_windows(
 def load_found(con)->list:
     """Make `found` (stay = sample, hours, channel, value), sorted by stay: what lies in the windows; returns rows
     (what, count)."""
-    run(con, """create or replace table found as select w.sample as stay, (epoch(m.time) - epoch(w.a))/3600 as hours, channel, x as value
-        from mapped m join windows w on w.subject_id = m.subject_id and m.time >= w.a and m.time <= w.b order by stay""", desc='windows')
+    run(con, """create or replace table found as select w.sample as stay, (epoch(m.time) - epoch(w.a))/3600 as hours,
+            channel, x as value
+        from mapped m join windows w on w.subject_id = m.subject_id and m.time >= w.a and m.time <= w.b
+        order by stay""", desc='windows')
     outside = run(con, """select count(*) from mapped m where not exists (
         from windows w where w.subject_id = m.subject_id and m.time >= w.a and m.time <= w.b)""").fetchone()[0]
     return [('dropped: in no window', outside), ('in windows, once for each',
@@ -230,7 +237,8 @@ def meds_splits(con, subject_id, seed:int)->tuple:
 def meds_facts(con, facts=())->pd.DataFrame:
     "(N, F) of the windows: age in years where births are known, and a column a code of `facts`. Raises InputError."
     born = run(con, """select sample, epoch(b - born)/31557600 as age from windows left join
-        (select subject_id, min(time) as born from meds where code = 'MEDS_BIRTH' group by 1) using (subject_id) order by sample""").df()
+        (select subject_id, min(time) as born from meds where code = 'MEDS_BIRTH' group by 1)
+            using (subject_id) order by sample""").df()
     parts = [born[['age']]] if born.age.notna().any() else []
     for pattern in facts:
         had = run(con, f"""select distinct sample, code from meds e join windows w using (subject_id)

@@ -64,7 +64,8 @@ def _types(con, view, found):
         min(t."{name}") filter ({wrong})
             from {view}_text t positional join {view}_typed v''').fetchone()
         if bad:
-            yield f'{name}: {bad:,} of {filled:,} cells ({bad/filled:.1%}) are no {kind}, for example {example!r}', 'odd'
+            text = f'{name}: {bad:,} of {filled:,} cells ({bad/filled:.1%}) are no {kind}, for example {example!r}'
+            yield text, 'odd'
         if not filled: empty.append(name)
     if empty: yield f'empty in every row: {", ".join(empty)}', 'info'
 
@@ -167,9 +168,11 @@ def _units(con):
         other = con.execute(f'''select itemid, label, valueuom, unit, count(*) from {table} join known using (itemid)
             where valueuom <> '' and lower(trim(valueuom)) <> lower(unit) group by all order by all''').fetchall()
         for item, label, theirs, ours, rows in other:
-            yield table, f'{rows:,} rows of {label} ({item}) are in {theirs!r}, expected is {ours!r}', 'odd' if ours else 'info'
+            text = f'{rows:,} rows of {label} ({item}) are in {theirs!r}, expected is {ours!r}'
+            yield table, text, 'odd' if ours else 'info'
         known = n - sum(o[-1] for o in other) - bare
-        yield table, f'{known:,} of {n:,} rows of our items in the sample have the expected unit, {bare:,} have none', 'ok' if n else 'info'
+        text = f'{known:,} of {n:,} rows of our items in the sample have the expected unit, {bare:,} have none'
+        yield table, text, 'ok' if n else 'info'
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #98400764
 def _words(con):
@@ -191,7 +194,8 @@ def _words(con):
         yield 'chartevents', f'{label}: the word {value!r} in {n:,} rows has no score', 'odd'
     for rules in ('clean', 'benchmark'):
         known, n = con.execute(f'select coalesce(sum(n) filter ({rules}), 0), coalesce(sum(n), 0) from said').fetchone()
-        yield 'chartevents', f'{known:,} of {n:,} words have their score under rules={rules}', 'ok' if known == n else 'info'
+        text = f'{known:,} of {n:,} words have their score under rules={rules}'
+        yield 'chartevents', text, 'ok' if known == n else 'info'
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #f5180f65
 def _times(con):
@@ -200,7 +204,8 @@ def _times(con):
     n, lost, early, late = con.execute('''select count(*), count(*) filter (intime is null),
         count(*) filter (charttime < intime - interval 1 minute),
         count(*) filter (charttime > outtime)
-        from chartevents left join (select distinct stay_id, intime, outtime from icustays) using (stay_id)''').fetchone()
+        from chartevents
+        left join (select distinct stay_id, intime, outtime from icustays) using (stay_id)''').fetchone()
     yield 'chartevents', *_verdict(lost, 'rows of the sample belong to no known stay', 'odd' if lost > n/20 else 'info')
     yield 'chartevents', *_verdict(early + late,
                                    f'of {n:,} rows lie outside their stay ({early:,} before it, {late:,} after it)',
@@ -216,7 +221,8 @@ def _xray_tables(con, mimic_cxr):
     if _has(con, 'metadata'):
         counts = dict(load_images(con, mimic_cxr))
         n = _count(con, 'images')
-        yield 'metadata', f'{n:,} images of {_count(con, "(select distinct study_id from images)"):,} studies', 'ok' if n else 'odd'
+        studies = _count(con, '(select distinct study_id from images)')
+        yield 'metadata', f'{n:,} images of {studies:,} studies', 'ok' if n else 'odd'
         lost = counts['without a time']
         yield 'metadata', *_verdict(lost, 'images have no time that can be read', 'odd' if lost > n/20 else 'info')
         short = _count(con, "metadata_text where length(split_part(StudyTime, '.', 1)) < 6")
@@ -270,7 +276,8 @@ def _both(con):
         yield 'both', f'{n:,} subjects are in both sources', 'ok' if n else 'odd'
     if _has(con, 'icustays', 'metadata'):
         n, ap = con.execute('''select count(distinct stay_id), count(distinct stay_id) filter (view = 'AP')
-            from icustays s join images i on s.subject_id = i.subject_id and i.taken between s.intime and s.outtime''').fetchone()
+            from icustays s join images i
+            on s.subject_id = i.subject_id and i.taken between s.intime and s.outtime''').fetchone()
         yield ('both', f'{n:,} of {_count(con, "icustays"):,} stays have an X-ray taken within them, {ap:,} one of view AP',
            'ok' if n else 'odd')
 

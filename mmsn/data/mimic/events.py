@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .channels import BENCHMARK, CHANNELS, CONVERSIONS, NAMES, SPECIMEN, channel_set, items_of, recode, word_table
+from .channels import (BENCHMARK, CHANNELS, CONVERSIONS, NAMES, SPECIMEN, channel_set, items_of,
+                                      recode, word_table)
 from ..tables import _literal, open_table, run
 from ..timeseries import grid
 from ...options import InputError
@@ -76,17 +77,22 @@ def _with_fate(rules, table, source, arterial='true'):
     "The statement that reads `source`, laid out as `table`: every row of a chosen stay, with its value and fate."
     link, elsewhere = _link(rules, table)
     ids, first = ', '.join(str(i.itemid) for i in items_of(rules, table)), -GRACE if rules == 'clean' else 0
-    found = f'''select c.stay_id, c.stay, c.read, i.*, e.value as said, {_VALUE[rules]} as v, w.code as category, {elsewhere} as elsewhere,
+    found = f'''select c.stay_id, c.stay, c.read, i.*, e.value as said, {_VALUE[rules]} as v,
+        w.code as category, {elsewhere} as elsewhere,
                 {arterial} as arterial, (epoch(e.charttime) - epoch(c.intime))::bigint as sec
             from {source} e {link} join items_{table} i on e.itemid = i.itemid
             left join codes w on w.channel = i.channel and w.word = {_SPELLED[rules]} where e.itemid in ({ids})'''
-    fate = f'''case when sec is null or sec < {first} or sec > read then 1 when elsewhere then 2 when x is null or not isfinite(x) then 3
+    fate = f'''case when sec is null or sec < {first} or sec > read then 1 when elsewhere then 2
+        when x is null or not isfinite(x) then 3
                 when x < low or x > high then 4 when not arterial then 5 else 0 end'''
-    return f'''select stay_id, stay, channel::utinyint as channel, rank::utinyint as rank, sec, x, {fate}::utinyint as fate,
-            case when by_text or {fate} = 3 then left(said, 60) end as said from (select *, {_convert(rules, table)} as x from ({found}))'''
+    return f'''select stay_id, stay, channel::utinyint as channel, rank::utinyint as rank, sec, x,
+            {fate}::utinyint as fate,
+            case when by_text or {fate} = 3 then left(said, 60) end as said
+            from (select *, {_convert(rules, table)} as x from ({found}))'''
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #a28b3388
-_CHART = 'subject_id bigint, hadm_id bigint, stay_id bigint, charttime timestamp, itemid integer, value varchar, valuenum varchar'
+_CHART = ('subject_id bigint, hadm_id bigint, stay_id bigint, charttime timestamp, itemid integer, value varchar, '
+          'valuenum varchar')
 _LAB = _CHART.replace('stay_id', 'specimen_id')
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #e0e7a1aa
@@ -136,7 +142,8 @@ def scan_events(
     return folder
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #5d71078c
-_EMPTY = '''(select null::bigint as stay_id, 0::utinyint as channel, 0::utinyint as rank, 0::bigint as sec, 0::double as x,
+_EMPTY = '''(select null::bigint as stay_id, 0::utinyint as channel, 0::utinyint as rank,
+    0::bigint as sec, 0::double as x,
              0::utinyint as fate, '' as said where false)'''
 
 def _events(folder, bucket='*'):
@@ -178,7 +185,8 @@ _CLEAN = f'''one as materialized (
         select stay, sec, min(rank) as best from one where channel in ({_PRESSURES}) group by all),
     winners as (
         select stay, channel, sec, rank, x from one where channel not in ({_PRESSURES})
-        union all select stay, channel, sec, rank, x from one join device using (stay, sec) where channel in ({_PRESSURES}) and rank = best
+        union all select stay, channel, sec, rank, x
+        from one join device using (stay, sec) where channel in ({_PRESSURES}) and rank = best
         union all select stay, {_TOTAL}, sec, 0, sum(x) from one where channel in ({', '.join(map(str, _PARTS))})
                   group by stay, sec having count(*) = {len(_PARTS)})'''
 _BENCHMARK = '''winners as (
@@ -262,5 +270,6 @@ def first_event(
     folder,   # from scan_events
 )->np.ndarray:
     "(N,) seconds of the first used event of each chosen stay, NaN where there is none."
-    return con.execute(f'''select first from chosen left join (select stay_id, min(sec)::double as first from {_events(folder)}
+    return con.execute(f'''select first from chosen
+        left join (select stay_id, min(sec)::double as first from {_events(folder)}
         where fate = 0 group by all) using (stay_id) order by stay''').df()['first'].to_numpy(float)

@@ -20,7 +20,8 @@ from ..tables import _literal, _near, find_table, header, open_table, run
 from ...options import InputError
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #29d72697
-_TAKEN = """try_strptime(lpad(StudyDate::bigint::varchar, 8, '0') || lpad(floor(StudyTime)::bigint::varchar, 6, '0'), '%Y%m%d%H%M%S')"""
+_TAKEN = """try_strptime(lpad(StudyDate::bigint::varchar, 8, '0') ||
+    lpad(floor(StudyTime)::bigint::varchar, 6, '0'), '%Y%m%d%H%M%S')"""
 _POSITION = 'PatientOrientationCodeSequence_CodeMeaning'
 _METADATA = 'mimic-cxr-2.0.0-metadata'
 
@@ -36,7 +37,8 @@ def load_images(
                'StudyTime double' + f', {_POSITION} varchar'*known, view='metadata')
     run(con, f'''create or replace table images as select distinct subject_id, study_id, dicom_id,
         nullif(upper(trim(ViewPosition)), '') as view,
-        {_POSITION if known else 'null::varchar'} as position, case when StudyTime between 0 and 240000 then {_TAKEN} end as taken
+        {_POSITION if known else 'null::varchar'} as position,
+        case when StudyTime between 0 and 240000 then {_TAKEN} end as taken
         from metadata where subject_id is not null and study_id is not null and dicom_id is not null''')
     twice = con.execute('select dicom_id from images group by 1 having count(*) > 1 order by 1 limit 1').fetchall()
     if twice:
@@ -78,7 +80,8 @@ def pair_images(
     ends = ['c.intime + to_seconds(c.read)']*guard + [hours]*(window is not None)
     rank = f'row_number() over (partition by stay, fits {_PICKS[pick]})' if _PICKS[pick] else '1'
     run(con, f'''create or replace temp table candidates as select *, case when fits then {rank} end as rank from (
-        select c.stay, i.*, c.stay is not null and {seen} as fits from images i left join chosen c on i.subject_id = c.subject_id
+        select c.stay, i.*, c.stay is not null and {seen} as fits
+        from images i left join chosen c on i.subject_id = c.subject_id
         and taken >= c.intime and taken <= {f"least({', '.join(ends)})" if ends else 'c.outtime'}
         where i.subject_id in (select subject_id from chosen))''')
     images = con.execute('''select stay, subject_id, study_id, dicom_id, taken, view, position from candidates
@@ -90,7 +93,8 @@ def _pair_counts(con, views, pick, guard, window):
     "Rows (what, count): every image of the subjects, by the rule that dropped it."
     where = 'the time read of a stay' if guard else 'a stay' if window is None else 'the window of a stay'
     names = views if isinstance(views, str) else ', '.join(views)
-    counts = con.execute('''select count(*), count(*) filter (taken is null), count(*) filter (stay is null and taken is not null),
+    counts = con.execute('''select count(*), count(*) filter (taken is null),
+        count(*) filter (stay is null and taken is not null),
         count(*) filter (stay is not null and not fits), count(*) filter (rank > 1), count(*) filter (rank = 1),
         count(distinct stay) filter (rank = 1) from candidates''').fetchall()[0]
     what = ('of the subjects of these stays', 'dropped: time unknown', f'dropped: outside {where}',
@@ -104,7 +108,8 @@ def all_images(
     views=('AP',),   # view positions, or 'all'
 )->tuple:
     "All images of the chosen views (columns as in `pair_images`, without stay), and rows (what, count)."
-    table = con.execute(f'''select subject_id, study_id, dicom_id, taken, view, position from images where {_check_views(con, views)}
+    table = con.execute(f'''select subject_id, study_id, dicom_id, taken, view, position
+        from images where {_check_views(con, views)}
         order by subject_id, taken, dicom_id''').df()
     (total,), = con.execute('select count(*) from images').fetchall()
     names = views if isinstance(views, str) else ', '.join(views)
@@ -143,7 +148,8 @@ def _label_rows(con, mimic_cxr, name, uncertain):
     one = ', '.join(f'(case when max("{c}") = 1 then 1 when min("{c}") = -1 then {_UNCERTAIN[uncertain]} else 0 '
                     f'end)::float as "{c}"'
                     for c in CHEXPERT)
-    return run(con, f'select study_id, {one} from labels where study_id is not null group by 1').df().set_index('study_id')
+    table = run(con, f'select study_id, {one} from labels where study_id is not null group by 1').df()
+    return table.set_index('study_id')
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #95bd48d7
 def findings(
@@ -174,7 +180,8 @@ def official_split(
     subject in two splits."""
     name = 'mimic-cxr-2.0.0-split'
     open_table(con, mimic_cxr, name, 'subject_id bigint, split varchar', view='official')
-    table = run(con, '''select subject_id, min(case split when 'validate' then 'val' else split end) as split, count(distinct split) as n
+    table = run(con, '''select subject_id, min(case split when 'validate' then 'val' else split end) as split,
+        count(distinct split) as n
         from official where subject_id is not null group by 1 order by 1''').df()
     for what, wrong in (('is in several splits', table.n > 1), ('has an unknown split',
                                                                 ~table.split.isin(['train', 'val', 'test']))):
