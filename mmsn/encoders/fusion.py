@@ -10,6 +10,7 @@ __all__ = ['TabularMLP', 'make_encoder', 'JointEncoder']
 # %% ../../nbs/32_encoders.fusion.ipynb #f0a0add3
 import torch
 from torch import nn
+from fastcore.basics import patch
 
 from .timeseries import series_encoder
 from .vit import ViT
@@ -62,23 +63,29 @@ class JointEncoder(nn.Module):
             self.join = nn.Linear(sum(self.dims.values()), config.fusion.dim)
         self.dims['joint'] = config.fusion.dim if len(self.encoders) > 1 else next(iter(self.dims.values()))
 
-    def encode_one(self,
-        name:str,  # of the modality
-        view,      # n rows of it; `view.args()` is what the encoder takes
-    ):
-        "(n, d) embeddings of one modality."
-        return self.encoders[name](*view.args())
+# %% ../../nbs/32_encoders.fusion.ipynb #77a4c7b7
+@patch
+def encode_one(self:JointEncoder,
+    name:str,  # of the modality
+    view,      # n rows of it; `view.args()` is what the encoder takes
+):
+    "(n, d) embeddings of one modality."
+    return self.encoders[name](*view.args())
 
-    def fuse(self,
-        embeddings:dict,  # name -> (n, d); a name left out is missing in every row
-        present:dict,     # name -> (n,) bool: which rows have the modality
-    ):
-        "(n, joint): the joint embedding, in which a learned token stands for what is missing."
-        if len(self.encoders) == 1: return embeddings[next(iter(self.encoders))]
-        return self.join(torch.cat([self._or_token(name, embeddings.get(name), present[name])
-                                    for name in self.encoders], 1))
+# %% ../../nbs/32_encoders.fusion.ipynb #ba739f01
+@patch
+def fuse(self:JointEncoder,
+    embeddings:dict,  # name -> (n, d); a name left out is missing in every row
+    present:dict,     # name -> (n,) bool: which rows have the modality
+):
+    "(n, joint): the joint embedding, in which a learned token stands for what is missing."
+    if len(self.encoders) == 1: return embeddings[next(iter(self.encoders))]
+    return self.join(torch.cat([self._or_token(name, embeddings.get(name), present[name])
+                                for name in self.encoders], 1))
 
-    def _or_token(self, name, h, present):
-        "(n, d): the embedding where present, else the token, which is in the graph either way."
-        token = self.missing[name].expand(len(present), -1)
-        return token if h is None else torch.where(present[:, None], h, token)
+# %% ../../nbs/32_encoders.fusion.ipynb #e8dbbf0e
+@patch
+def _or_token(self:JointEncoder, name, h, present):
+    "(n, d): the embedding where present, else the token, which is in the graph either way."
+    token = self.missing[name].expand(len(present), -1)
+    return token if h is None else torch.where(present[:, None], h, token)

@@ -10,6 +10,7 @@ __all__ = ['SERIES', 'last_hour', 'mean_hours', 'RecurrentEncoder', 'Transformer
 # %% ../../nbs/31_encoders.timeseries.ipynb #d1f51ff6
 import torch
 from torch import nn
+from fastcore.basics import patch
 
 from .vit import Block, sincos
 from ..options import InputError, SeriesEncoder
@@ -48,24 +49,28 @@ class RecurrentEncoder(nn.Module):
         out = config.hidden*(1 + config.bidirectional)
         self.norm, self.proj = nn.LayerNorm(out), nn.Linear(out, config.dim)
 
-    def forward(self,
-        x,        # (N, T, C) float, normalised
-        lengths,  # (N,) int64 true hours; 0 where the stay is missing
-    ):
-        "(N, dim), the same whatever lies beyond the true hours."
-        lengths = lengths.clamp(min=1)
-        pack = self.config.bidirectional and len(x) > 0   # torch refuses to pack an empty batch
-        states = self._packed(x, lengths) if pack else self.rnn(x)[0]
-        pooled = _POOLS[self.config.pool](states, lengths)
-        if self.config.bidirectional and self.config.pool == 'last':
-            H = self.config.hidden
-            pooled = torch.cat([pooled[:, :H], states[:, 0, H:]], 1)   # the backward half ends at the first hour
-        return self.proj(self.norm(pooled))
+# %% ../../nbs/31_encoders.timeseries.ipynb #79db2f14
+@patch
+def forward(self:RecurrentEncoder,
+    x,        # (N, T, C) float, normalised
+    lengths,  # (N,) int64 true hours; 0 where the stay is missing
+):
+    "(N, dim), the same whatever lies beyond the true hours."
+    lengths = lengths.clamp(min=1)
+    pack = self.config.bidirectional and len(x) > 0   # torch refuses to pack an empty batch
+    states = self._packed(x, lengths) if pack else self.rnn(x)[0]
+    pooled = _POOLS[self.config.pool](states, lengths)
+    if self.config.bidirectional and self.config.pool == 'last':
+        H = self.config.hidden
+        pooled = torch.cat([pooled[:, :H], states[:, 0, H:]], 1)   # the backward half ends at the first hour
+    return self.proj(self.norm(pooled))
 
-    def _packed(self, x, lengths):
-        "States (N, T, 2H) without running over padding, so that the backward half starts at the last true hour."
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+# %% ../../nbs/31_encoders.timeseries.ipynb #c2f66c44
+@patch
+def _packed(self:RecurrentEncoder, x, lengths):
+    "States (N, T, 2H) without running over padding, so that the backward half starts at the last true hour."
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 # %% ../../nbs/31_encoders.timeseries.ipynb #2080c765
 class TransformerEncoder(nn.Module):
@@ -85,16 +90,18 @@ class TransformerEncoder(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.norm, self.proj = nn.LayerNorm(config.hidden), nn.Linear(config.hidden, config.dim)
 
-    def forward(self,
-        x,        # (N, T, C) float, normalised
-        lengths,  # (N,) int64 true hours; 0 where the stay is missing
-    ):
-        "(N, dim), the same whatever lies beyond the true hours."
-        lengths, hours = lengths.clamp(min=1), torch.arange(x.shape[1], device=x.device)
-        mask = (hours < lengths[:, None])[:, None, None]   # (N, 1, 1, T)
-        x = self.embed(x) + sincos(hours, self.config.hidden)
-        for block in self.blocks: x = block(self.drop(x), mask)
-        return self.proj(self.norm(_POOLS[self.config.pool](x, lengths)))
+# %% ../../nbs/31_encoders.timeseries.ipynb #5975aa15
+@patch
+def forward(self:TransformerEncoder,
+    x,        # (N, T, C) float, normalised
+    lengths,  # (N,) int64 true hours; 0 where the stay is missing
+):
+    "(N, dim), the same whatever lies beyond the true hours."
+    lengths, hours = lengths.clamp(min=1), torch.arange(x.shape[1], device=x.device)
+    mask = (hours < lengths[:, None])[:, None, None]   # (N, 1, 1, T)
+    x = self.embed(x) + sincos(hours, self.config.hidden)
+    for block in self.blocks: x = block(self.drop(x), mask)
+    return self.proj(self.norm(_POOLS[self.config.pool](x, lengths)))
 
 # %% ../../nbs/31_encoders.timeseries.ipynb #2d1aeaed
 SERIES = dict(lstm=RecurrentEncoder, gru=RecurrentEncoder, transformer=TransformerEncoder)

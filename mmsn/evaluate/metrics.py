@@ -13,6 +13,7 @@ __all__ = ['METRICS', 'AGES', 'weighted_metrics', 'Ranking', 'metrics', 'auroc',
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from fastcore.basics import patch
 
 from ..data.cohort import Cohort
 from ..options import InputError
@@ -83,10 +84,12 @@ class Ranking:
         labels, scores = _check(labels, scores)
         self.parts = [_ranking(y, s) for y, s in zip(labels.T, scores.T)]
 
-    def __call__(self, weights):
-        "dict metric -> (R, K) under the columns of `weights` (N, R); NaN where undefined."
-        found = np.stack([_rank_metrics(p, weights) for p in self.parts], 2)
-        return dict(zip(self.names, found))
+# %% ../../nbs/71_evaluate.metrics.ipynb #27a0bf79
+@patch
+def __call__(self:Ranking, weights):
+    "dict metric -> (R, K) under the columns of `weights` (N, R); NaN where undefined."
+    found = np.stack([_rank_metrics(p, weights) for p in self.parts], 2)
+    return dict(zip(self.names, found))
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #b6498feb
 def metrics(
@@ -234,16 +237,20 @@ class Calibration:
         every = np.isin((0, 1), y[rows]).all()     # one class only is as undefined here as in a ranking
         return sparse.csr_matrix((error, (b, rows)), (bins, len(y))), rows, error**2, every
 
-    def _one(self, part, weights):
-        gaps, rows, squares, defined = part
-        total = weights[rows].sum(0, dtype=np.float64)
-        with np.errstate(divide='ignore', invalid='ignore'):
-            found = np.stack([squares@weights[rows], abs(gaps@weights).sum(0)])/total
-        return np.where(defined & (total > 0), found, np.nan)
+# %% ../../nbs/71_evaluate.metrics.ipynb #ec15e029
+@patch
+def _one(self:Calibration, part, weights):
+    gaps, rows, squares, defined = part
+    total = weights[rows].sum(0, dtype=np.float64)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        found = np.stack([squares@weights[rows], abs(gaps@weights).sum(0)])/total
+    return np.where(defined & (total > 0), found, np.nan)
 
-    def __call__(self, weights):
-        "dict metric -> (R, K) under the columns of `weights` (N, R); NaN where undefined."
-        return dict(zip(self.names, np.stack([self._one(p, weights) for p in self.parts], 2)))
+# %% ../../nbs/71_evaluate.metrics.ipynb #17d8abea
+@patch
+def __call__(self:Calibration, weights):
+    "dict metric -> (R, K) under the columns of `weights` (N, R); NaN where undefined."
+    return dict(zip(self.names, np.stack([self._one(p, weights) for p in self.parts], 2)))
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #0121c6bd
 def reliability_curve(

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 
 from ..data.cohort import Cohort
 from ..encoders.fusion import JointEncoder
@@ -43,9 +44,11 @@ class EndToEnd(nn.Module):
     @property
     def modalities(self): "What it reads."; return list(self.encoder.encoders) if self.name == 'joint' else [self.name]
 
-    def forward(self, views, present):   # name -> plain view, name -> (B,) bool, as `PlainViews` gives them
-        found = {n: embed(self.encoder, n, [views[n]], present[n]) for n in self.modalities}
-        return self.head(self.encoder.fuse(found, present) if self.name == 'joint' else found[self.name])
+# %% ../../nbs/75_evaluate.networks.ipynb #5a5b66e4
+@patch
+def forward(self:EndToEnd, views, present):   # name -> plain view, name -> (B,) bool, as `PlainViews` gives them
+    found = {n: embed(self.encoder, n, [views[n]], present[n]) for n in self.modalities}
+    return self.head(self.encoder.fuse(found, present) if self.name == 'joint' else found[self.name])
 
 # %% ../../nbs/75_evaluate.networks.ipynb #eee94bc8
 class PlainViews:
@@ -58,34 +61,40 @@ class PlainViews:
     ):
         self.views, self.cohort, self.device, self.most, self.kept = copy.deepcopy(views).to(device), cohort, device, most, {}
 
-    def _read(self, name, rows):
-        "The plain view and presence (B,) of rows of the cohort."
-        b = self.cohort.batch(rows, [name], []).to(self.device)
-        return self.views.parts[name].plain(b.data[name], b.lengths.get(name)), b.present[name]
+# %% ../../nbs/75_evaluate.networks.ipynb #e6b09639
+@patch
+def _read(self:PlainViews, name, rows):
+    "The plain view and presence (B,) of rows of the cohort."
+    b = self.cohort.batch(rows, [name], []).to(self.device)
+    return self.views.parts[name].plain(b.data[name], b.lengths.get(name)), b.present[name]
 
-    def _all(self, name):
-        "The view and presence of every row of the cohort, stays padded alike; None where that is too much."
-        rows, series = np.arange(len(self.cohort)), self.cohort.modalities[name].kind == 'timeseries'
-        view, _ = self._read(name, rows[:1])
-        T = max(8, -(-int(self.cohort.samples[f'{name}_length'].max())//8)*8) if series else view.x.shape[1]
-        if 4*len(rows)*T*view.x[0, 0].numel() > self.most: return None
-        views, present = zip(*(self._read(name, at) for at in np.split(rows, range(1024, len(rows), 1024))))
-        pad = lambda x: F.pad(x, (0, 0)*(x.ndim - 2) + (0, T - x.shape[1]))
-        return replace(view, x=torch.cat([pad(v.x) for v in views]),
-                       **(dict(lengths=torch.cat([v.lengths for v in views])) if series else {})), torch.cat(present)
+# %% ../../nbs/75_evaluate.networks.ipynb #c0e719f1
+@patch
+def _all(self:PlainViews, name):
+    "The view and presence of every row of the cohort, stays padded alike; None where that is too much."
+    rows, series = np.arange(len(self.cohort)), self.cohort.modalities[name].kind == 'timeseries'
+    view, _ = self._read(name, rows[:1])
+    T = max(8, -(-int(self.cohort.samples[f'{name}_length'].max())//8)*8) if series else view.x.shape[1]
+    if 4*len(rows)*T*view.x[0, 0].numel() > self.most: return None
+    views, present = zip(*(self._read(name, at) for at in np.split(rows, range(1024, len(rows), 1024))))
+    pad = lambda x: F.pad(x, (0, 0)*(x.ndim - 2) + (0, T - x.shape[1]))
+    return replace(view, x=torch.cat([pad(v.x) for v in views]),
+                   **(dict(lengths=torch.cat([v.lengths for v in views])) if series else {})), torch.cat(present)
 
-    def __call__(self, rows, names):
-        "(name -> view, name -> (B,) bool) of rows of the cohort."
-        found = {}
-        for name in names:
-            if name not in self.kept: self.kept[name] = self._all(name)
-            if self.kept[name] is None: found[name] = self._read(name, rows); continue
-            (view, present), at = self.kept[name], torch.as_tensor(rows, device=self.device)
-            lengths = getattr(view, 'lengths', None)
-            if lengths is None: view = replace(view, x=view.x[at])
-            else: view = replace(view, x=view.x[at, :max(8, -(-int(lengths[at].max())//8)*8)], lengths=lengths[at])
-            found[name] = view, present[at]
-        return {n: v for n, (v, _) in found.items()}, {n: p for n, (_, p) in found.items()}
+# %% ../../nbs/75_evaluate.networks.ipynb #0923c0fa
+@patch
+def __call__(self:PlainViews, rows, names):
+    "(name -> view, name -> (B,) bool) of rows of the cohort."
+    found = {}
+    for name in names:
+        if name not in self.kept: self.kept[name] = self._all(name)
+        if self.kept[name] is None: found[name] = self._read(name, rows); continue
+        (view, present), at = self.kept[name], torch.as_tensor(rows, device=self.device)
+        lengths = getattr(view, 'lengths', None)
+        if lengths is None: view = replace(view, x=view.x[at])
+        else: view = replace(view, x=view.x[at, :max(8, -(-int(lengths[at].max())//8)*8)], lengths=lengths[at])
+        found[name] = view, present[at]
+    return {n: v for n, (v, _) in found.items()}, {n: p for n, (_, p) in found.items()}
 
 # %% ../../nbs/75_evaluate.networks.ipynb #04df80b3
 def layer_groups(
@@ -231,9 +240,11 @@ class EndToEndEncoder(nn.Module):
             if any(k.startswith(mine) for k in left):
                 raise InputError(f'the network of {name!r} is not of the architecture of this model')
 
-    def encode(self, batch, **options):
-        "Input -> (B, d) of a `Batch`, each by its own network."
-        return {name: m.encode(batch, **options)[name] for name, m in self.parts.items()}
+# %% ../../nbs/75_evaluate.networks.ipynb #d9562e1c
+@patch
+def encode(self:EndToEndEncoder, batch, **options):
+    "Input -> (B, d) of a `Batch`, each by its own network."
+    return {name: m.encode(batch, **options)[name] for name, m in self.parts.items()}
 
 # %% ../../nbs/75_evaluate.networks.ipynb #6c162b17
 def finetune(

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.special import expit, log_expit, logsumexp
+from fastcore.basics import patch
 
 from .metrics import Calibration, METRICS, Ranking, _check, _names, _parts, _sign_share, auroc, difference_table, interval, macro, subject_weights
 from ..options import InputError
@@ -36,20 +37,27 @@ class Predictions:
         if {len(self.ids), len(self.subjects), len(self.split)} != {len(self.labels)}:
             raise InputError('predictions need an id, a subject and a split for each row')
 
-    @classmethod
-    def of(cls, task, scores, at=None):
-        "Those of a `Task` (`62`), `scores` (n, K) being of its positions `at`, or of all its patients."
-        at = np.arange(len(task.labels)) if at is None else np.asarray(at)
-        return cls(task.labels[at], np.asarray(scores, np.float64), tuple(task.names),
-                   *(np.asarray(a)[at] for a in (task.ids, task.subjects, task.split)))
-
     def __len__(self): return len(self.ids)
-    def take(self, at):
-        "The rows `at` (positions or mask)."
-        return replace(self, **{k: getattr(self, k)[at] for k in ('labels', 'scores', 'ids', 'subjects', 'split')})
-    def at(self, split): "The rows of one split."; return self.take(self.split == split)
     @property
     def probabilities(self): "(N, K) in 0..1."; return expit(self.scores)
+
+# %% ../../nbs/72_evaluate.predictions.ipynb #8dab000f
+@patch(cls_method=True)
+def of(cls:Predictions, task, scores, at=None):
+    "Those of a `Task` (`mmsn.evaluate.task`), `scores` (n, K) being of its positions `at`, or of all its patients."
+    at = np.arange(len(task.labels)) if at is None else np.asarray(at)
+    return cls(task.labels[at], np.asarray(scores, np.float64), tuple(task.names),
+               *(np.asarray(a)[at] for a in (task.ids, task.subjects, task.split)))
+
+# %% ../../nbs/72_evaluate.predictions.ipynb #5bab8118
+@patch
+def take(self:Predictions, at):
+    "The rows `at` (positions or mask)."
+    return replace(self, **{k: getattr(self, k)[at] for k in ('labels', 'scores', 'ids', 'subjects', 'split')})
+
+# %% ../../nbs/72_evaluate.predictions.ipynb #b549181b
+@patch
+def at(self:Predictions, split): "The rows of one split."; return self.take(self.split == split)
 
 # %% ../../nbs/72_evaluate.predictions.ipynb #aff30a96
 def save_predictions(

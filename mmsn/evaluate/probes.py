@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..data.loader import epoch_order
 from .metrics import METRICS, auroc, bootstrap, interval, macro, metric_table, metrics
@@ -112,16 +113,20 @@ class Probe:
     C: np.ndarray        # (K,) chosen on validation: the inverse penalty, or the learning rate of SGD
     unit: bool = False   # whether rows are scaled to length 1 after that
 
-    def standard(self, X):
-        "Features (N, d) on the scale of the training rows; a NaN cell becomes the mean."
-        X = np.nan_to_num((np.asarray(X, np.float64) - self.mean)/self.std)
-        return X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12) if self.unit else X
+# %% ../../nbs/74_evaluate.probes.ipynb #cb5a38f6
+@patch
+def standard(self:Probe, X):
+    "Features (N, d) on the scale of the training rows; a NaN cell becomes the mean."
+    X = np.nan_to_num((np.asarray(X, np.float64) - self.mean)/self.std)
+    return X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12) if self.unit else X
 
-    def scores(self, X):
-        "(N, K) log odds; NaN for a row without any feature."
-        out = self.standard(X)@self.weight.T + self.bias
-        out[np.isnan(X).all(1)] = np.nan
-        return out
+# %% ../../nbs/74_evaluate.probes.ipynb #38739f31
+@patch
+def scores(self:Probe, X):
+    "(N, K) log odds; NaN for a row without any feature."
+    out = self.standard(X)@self.weight.T + self.bias
+    out[np.isnan(X).all(1)] = np.nan
+    return out
 
 # %% ../../nbs/74_evaluate.probes.ipynb #3b99ba27
 def _moments(X):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..data.cohort import Cohort
 from ..options import InputError
@@ -33,25 +34,28 @@ class Task:
         torn = pd.DataFrame(dict(subject=self.subjects, split=self.split)).drop_duplicates().subject.duplicated()
         if torn.any(): raise InputError(f'{torn.sum()} subjects are in more than one split: split by subject')
 
-    @classmethod
-    def of(cls,
-        cohort:Cohort,   # where the patients are
-        labels=None,     # label names; all of the cohort's by default
-        rows=None,       # rows of the cohort; all by default
-    ):
-        "The task that a cohort's labels pose."
-        rows = np.arange(len(cohort)) if rows is None else np.asarray(rows, np.int64)
-        s, names = cohort.samples.iloc[rows], list(labels or cohort.labels)
-        labels = cohort.label_matrix(names, rows).astype(np.float64)
-        return cls(labels, s.split.to_numpy(str), s.subject_id.to_numpy(), names, cohort.label_groups,
-                   s.sample_id.to_numpy(), rows)
+# %% ../../nbs/73_evaluate.task.ipynb #b9e8e5e2
+@patch(cls_method=True)
+def of(cls:Task,
+    cohort:Cohort,   # where the patients are
+    labels=None,     # label names; all of the cohort's by default
+    rows=None,       # rows of the cohort; all by default
+):
+    "The task that a cohort's labels pose."
+    rows = np.arange(len(cohort)) if rows is None else np.asarray(rows, np.int64)
+    s, names = cohort.samples.iloc[rows], list(labels or cohort.labels)
+    labels = cohort.label_matrix(names, rows).astype(np.float64)
+    return cls(labels, s.split.to_numpy(str), s.subject_id.to_numpy(), names, cohort.label_groups,
+               s.sample_id.to_numpy(), rows)
 
-    def at(self, split:str, X=None):
-        "Positions of `split`; with features `X` (N, d) only those that have any."
-        if X is not None and len(X) != len(self.labels):
-            raise InputError(f'{len(X)} rows of features for a task of {len(self.labels)} patients')
-        keep = self.split == split
-        return np.flatnonzero(keep if X is None else keep & ~np.isnan(X).all(1))
+# %% ../../nbs/73_evaluate.task.ipynb #8fedb31f
+@patch
+def at(self:Task, split:str, X=None):
+    "Positions of `split`; with features `X` (N, d) only those that have any."
+    if X is not None and len(X) != len(self.labels):
+        raise InputError(f'{len(X)} rows of features for a task of {len(self.labels)} patients')
+    keep = self.split == split
+    return np.flatnonzero(keep if X is None else keep & ~np.isnan(X).all(1))
 
 # %% ../../nbs/73_evaluate.task.ipynb #a29abb84
 def draw_rows(

@@ -14,6 +14,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 
 from ..options import InputError
 from .images import image_views, patch_keep, to_float
@@ -90,29 +91,35 @@ class ImagePart(nn.Module):
         for key in ('mean', 'std'):
             self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32).reshape(-1, 1, 1))
 
-    def normalise(self, x):
-        "(…, H, W) of 0..1 to mean 0, standard deviation 1 over the cohort's training images."
-        return (x - self.mean)/self.std
+# %% ../../nbs/43_views.patient.ipynb #3adc49d8
+@patch
+def normalise(self:ImagePart, x):
+    "(…, H, W) of 0..1 to mean 0, standard deviation 1 over the cohort's training images."
+    return (x - self.mean)/self.std
 
-    def forward(self, x, lengths, key):
-        "Target and anchors of `x` (B, 1, H, W) uint8 with keys (1+R+F, B)."
-        r, x, B, R = self.recipe, to_float(x), len(x), self.recipe.random
-        large = self.normalise(image_views(x, key[:1+R], r.random_size, r.random_scale, r))
-        target, anchors = ImageView(large[:B], None, patch=self.patch), []
-        if R:
-            keep = patch_keep(fold_in(key[1:1+R], 'patches'), (r.random_size//self.patch)**2, r.patch_drop,
-                              r.shared_mask) if r.patch_drop else None
-            anchors.append(ImageView(large[B:], keep, R, self.patch))
-        if r.focal:
-            anchors.append(ImageView(self.normalise(image_views(x, key[1+R:], r.focal_size, r.focal_scale, r)), None,
-                                     r.focal, self.patch))
-        return target, anchors
+# %% ../../nbs/43_views.patient.ipynb #7ea130ba
+@patch
+def forward(self:ImagePart, x, lengths, key):
+    "Target and anchors of `x` (B, 1, H, W) uint8 with keys (1+R+F, B)."
+    r, x, B, R = self.recipe, to_float(x), len(x), self.recipe.random
+    large = self.normalise(image_views(x, key[:1+R], r.random_size, r.random_scale, r))
+    target, anchors = ImageView(large[:B], None, patch=self.patch), []
+    if R:
+        keep = patch_keep(fold_in(key[1:1+R], 'patches'), (r.random_size//self.patch)**2, r.patch_drop,
+                          r.shared_mask) if r.patch_drop else None
+        anchors.append(ImageView(large[B:], keep, R, self.patch))
+    if r.focal:
+        anchors.append(ImageView(self.normalise(image_views(x, key[1+R:], r.focal_size, r.focal_scale, r)), None,
+                                 r.focal, self.patch))
+    return target, anchors
 
-    def plain(self, x, lengths=None):
-        "The whole image at the size of random views, antialiased, without chance."
-        x, size = to_float(x), 2*(self.recipe.random_size,)
-        if x.shape[2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True, align_corners=False)
-        return ImageView(self.normalise(x), None, patch=self.patch)
+# %% ../../nbs/43_views.patient.ipynb #b63537ea
+@patch
+def plain(self:ImagePart, x, lengths=None):
+    "The whole image at the size of random views, antialiased, without chance."
+    x, size = to_float(x), 2*(self.recipe.random_size,)
+    if x.shape[2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True, align_corners=False)
+    return ImageView(self.normalise(x), None, patch=self.patch)
 
 # %% ../../nbs/43_views.patient.ipynb #30e0675c
 class SeriesPart(nn.Module):
@@ -133,19 +140,23 @@ class SeriesPart(nn.Module):
         self.register_buffer('ignored', torch.tensor([names[i] in modality.ignore for i in self.owner]),
                              persistent=False)
 
-    def plain(self, x, lengths):
-        "The stay as it is, (B, T, C) in physical units to normalised."
-        true = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        x = torch.where(self.ignored, self.normal, (x - self.mean)/self.std)
-        return SeriesView(x.mul_(true[..., None]), lengths)
+# %% ../../nbs/43_views.patient.ipynb #78ca3d29
+@patch
+def plain(self:SeriesPart, x, lengths):
+    "The stay as it is, (B, T, C) in physical units to normalised."
+    true = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    x = torch.where(self.ignored, self.normal, (x - self.mean)/self.std)
+    return SeriesView(x.mul_(true[..., None]), lengths)
 
-    def forward(self, x, lengths, key):
-        "Target and anchors of `x` (B, T, C), `lengths` (B,), with keys (1+R+F, B)."
-        target, r, R = self.plain(x, lengths), self.recipe, self.recipe.random
-        groups = [(R, key[1:1+R], r.random_masks, None), (r.focal, key[1+R:], r.focal_masks, r.focal_window)]
-        columns = (self.channels, self.owner, self.normal, self.continuous)
-        return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n)
-                        for n, k, masks, share in groups if n]
+# %% ../../nbs/43_views.patient.ipynb #9912e95a
+@patch
+def forward(self:SeriesPart, x, lengths, key):
+    "Target and anchors of `x` (B, T, C), `lengths` (B,), with keys (1+R+F, B)."
+    target, r, R = self.plain(x, lengths), self.recipe, self.recipe.random
+    groups = [(R, key[1:1+R], r.random_masks, None), (r.focal, key[1+R:], r.focal_masks, r.focal_window)]
+    columns = (self.channels, self.owner, self.normal, self.continuous)
+    return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n)
+                    for n, k, masks, share in groups if n]
 
 # %% ../../nbs/43_views.patient.ipynb #9d753fa0
 class TabularPart(nn.Module):
@@ -186,18 +197,22 @@ class Views(nn.Module):
         self.n = counts.pop() if counts else 1   # anchor views a sample
         self.parts = nn.ModuleDict(parts)
 
-    @torch.no_grad()
-    def forward(self, batch, seed:int, epoch:int)->PatientViews:
-        "Targets and anchors: a function of seed, epoch and each sample's row in the cohort."
-        targets, anchors, numbers = {}, {}, torch.arange(1 + self.n, device=batch.index.device)[:, None]
-        with torch.autocast(batch.index.device.type, enabled=False):
-            for name, part in self.parts.items():
-                key = make_key(seed, epoch, batch.index, numbers, name)
-                targets[name], anchors[name] = part(batch.data[name], batch.lengths.get(name), key)
-        return PatientViews(batch.index, {name: batch.present[name] for name in self.parts}, targets, anchors, self.n)
+# %% ../../nbs/43_views.patient.ipynb #b531f578
+@patch
+@torch.no_grad()
+def forward(self:Views, batch, seed:int, epoch:int)->PatientViews:
+    "Targets and anchors: a function of seed, epoch and each sample's row in the cohort."
+    targets, anchors, numbers = {}, {}, torch.arange(1 + self.n, device=batch.index.device)[:, None]
+    with torch.autocast(batch.index.device.type, enabled=False):
+        for name, part in self.parts.items():
+            key = make_key(seed, epoch, batch.index, numbers, name)
+            targets[name], anchors[name] = part(batch.data[name], batch.lengths.get(name), key)
+    return PatientViews(batch.index, {name: batch.present[name] for name in self.parts}, targets, anchors, self.n)
 
-    @torch.no_grad()
-    def plain(self, batch)->dict:
-        "name -> view with n = 1, without augmentation."
-        with torch.autocast(batch.index.device.type, enabled=False):
-            return {name: part.plain(batch.data[name], batch.lengths.get(name)) for name, part in self.parts.items()}
+# %% ../../nbs/43_views.patient.ipynb #308205ee
+@patch
+@torch.no_grad()
+def plain(self:Views, batch)->dict:
+    "name -> view with n = 1, without augmentation."
+    with torch.autocast(batch.index.device.type, enabled=False):
+        return {name: part.plain(batch.data[name], batch.lengths.get(name)) for name, part in self.parts.items()}
