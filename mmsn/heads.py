@@ -69,8 +69,8 @@ class Space(nn.Module):
     ):
         super().__init__()
         k = config.modalities[name].prototypes or config.loss.prototypes
-        self.head, self.prototypes, self.predictor = ProjectionHead(widths[name], config.head), _prototypes(k,
-                config), prediction_head(config.head)
+        self.head, self.prototypes = ProjectionHead(widths[name], config.head), _prototypes(k, config)
+        self.predictor = prediction_head(config.head)
         self.cross = nn.ModuleDict({other: ProjectionHead(d, config.head)
                                     for other, d in widths.items() if other != name})
         self.register_buffer('prior', _prior(k, config), persistent=False)

@@ -207,8 +207,8 @@ def _outputs(self:MMSN, whole, present, groups):
 @torch.no_grad()
 def _aims(self:MMSN, views:PatientViews, present, terms, sharpen):
     "Target assignments (rows, K) of each of `terms`, and the target embedding (B, d) of each modality and of all."
-    c, whole = self.config.loss, {name: embed(self.target, name, [views.targets[name]], present[name])
-                                  for name in self.infos}
+    c = self.config.loss
+    whole = {name: embed(self.target, name, [views.targets[name]], present[name]) for name in self.infos}
     outputs, joint = self._outputs(whole, present, dict.fromkeys(term.group for term in terms.values()))
     t, rows = {}, {}
     for name, rows[name], out, q in outputs:

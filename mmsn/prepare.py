@@ -205,8 +205,7 @@ def images(
     options = dict(subject_column=subject, split_column=split, labels=labels, facts=facts, fit=fit, modality=modality,
                    name=name, seed=seed, workers=workers)
     lines.append(f'reading {csv}, images of {folder} to {size} x {size} pixels, into {out}')
-    return _make(out, overwrite, say, lines,
-                 lambda: prepare_images(csv, folder, out, size, id, **options))
+    return _make(out, overwrite, say, lines, lambda: prepare_images(csv, folder, out, size, id, **options))
 
 # %% ../nbs/28_prepare.ipynb #61ae0349
 def table(

@@ -173,9 +173,8 @@ def prepare_iu(
     """Turn the frontal Indiana University radiographs into a cohort; returns the summary (part, what, count).
     Raises InputError."""
     source = Path(source)
-    table, labels = read_text(source/'images.csv',
-                              ['image', 'uid', 'projection']), read_text(source/'labels_from_mesh.csv',
-                                                                         ['uid', 'Normal'])
+    table = read_text(source/'images.csv', ['image', 'uid', 'projection'])
+    labels = read_text(source/'labels_from_mesh.csv', ['uid', 'Normal'])
     if labels.uid.duplicated().any():
         raise InputError(f'{source/"labels_from_mesh.csv"} holds uid {labels.uid[labels.uid.duplicated()].iloc[0]} '
                          f'twice')

@@ -201,8 +201,8 @@ def prepare_table(
     "Turn a long table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
     if hours < 0 or timestep <= 0:
         raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
-    known, kinds = pd.DataFrame(index=pd.Index([],
-                                               name='subject_id')) if labels is None else read_labels(labels), read_channels(channels)
+    known = pd.DataFrame(index=pd.Index([], name='subject_id')) if labels is None else read_labels(labels)
+    kinds = read_channels(channels)
     names = [c for c in known if c != 'split']
     provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name,
                       hours=hours, timestep=timestep, seed=seed)

@@ -288,9 +288,8 @@ def series_lines(
     row, hour = np.flatnonzero(seen.any(1)), np.arange(len(values)) - np.repeat(offsets(lengths), lengths) + 1.
     columns = [_texts(values[row, c['columns'][0]:c['columns'][1]], seen[row, k], c) for k, c in enumerate(channels)]
     sink = io.BytesIO()
-    table, plain = pa.table([pa.array(hour[row]), *columns], ['Hours',
-                                                              *NAMES]), pacsv.WriteOptions(include_header=False,
-                                                                      quoting_style='none')
+    table = pa.table([pa.array(hour[row]), *columns], ['Hours', *NAMES])
+    plain = pacsv.WriteOptions(include_header=False, quoting_style='none')
     pacsv.write_csv(table, sink, plain)
     lines = sink.getvalue().splitlines(keepends=True)
     ends = np.searchsorted(row, np.cumsum(lengths))

@@ -133,8 +133,8 @@ def load_labels(
 )->list:
     """Make `asked` (subject_id, prediction_time, one column a label, y0, y1…: 1, 0, NULL); returns the names.
     Raises InputError."""
-    names, kinds = [Path(p).stem for p in labels], dict(subject_id='bigint', prediction_time='timestamp',
-                                                        boolean_value='boolean')
+    names = [Path(p).stem for p in labels]
+    kinds = dict(subject_id='bigint', prediction_time='timestamp', boolean_value='boolean')
     if len(set(names)) < len(names): raise InputError(f'two label folders have one name: {", ".join(names)}')
     for i, path in enumerate(labels):
         _open(con, f'label_{i}', _shards(path, 'labels are parquet files, or a folder of them'), kinds, kinds)

@@ -483,8 +483,8 @@ def synthesise(
     images = draw_images(truth, image_size, image_rng, noise)
     values = _physical(truth, draw_signals(truth, chart_rng, noise), chart_rng)
     observed = _observe(truth, chart_rng, missingness)
-    lot, stay, taken = pair_rng.random(patients), HOURS + pair_rng.uniform(.1, 12, patients), pair_rng.uniform(.5, 40,
-            patients)
+    lot, stay = pair_rng.random(patients), HOURS + pair_rng.uniform(.1, 12, patients)
+    taken = pair_rng.uniform(.5, 40, patients)
     if shuffle_pairs: images = images[_derange(patients, pair_rng)]
     return Patients(images, values, observed, lot >= lacking/2, lot < 1 - lacking/2, stay, taken, truth, seed)
 

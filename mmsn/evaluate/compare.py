@@ -52,8 +52,8 @@ def _one_cohort(opened):
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400018
 def run_predictions(opened, cohort, task, inputs, e, say):
     "Run -> (input, fraction, 0) -> list of `Predictions`, one a draw."
-    draws, out, device = make_draws(task, e.fractions, e.draws,
-                                    seed=e.seed), {}, 'cuda' if torch.cuda.is_available() else 'cpu'
+    draws, out = make_draws(task, e.fractions, e.draws, seed=e.seed), {}
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     for name, source in opened.items():
         say(f'features and probes: {name}')
         model = source.model.to(device).eval()

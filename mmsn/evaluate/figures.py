@@ -64,8 +64,8 @@ def _bands(y, s, subjects, resamples, seed):
     for w in subject_weights(subjects, resamples, seed):
         for a, r, p in zip(*(x.T for x in curve_points(y, s, w))):
             if np.isnan([a[-1], r[-1]]).any(): continue
-            rocs.append(np.interp(at, np.r_[0, a], np.r_[0, r])); prs.append(p[np.searchsorted(r,
-                    at - 1e-12).clip(max=len(p) - 1)])
+            rocs.append(np.interp(at, np.r_[0, a], np.r_[0, r]))
+            prs.append(p[np.searchsorted(r, at - 1e-12).clip(max=len(p) - 1)])
     return [interval(np.array(x)) if len(x) else (np.full(101, np.nan),)*2 for x in (rocs, prs)]
 
 # %% ../../nbs/80_evaluate.figures.ipynb #3b7f4d09
@@ -97,8 +97,8 @@ def roc_pr_figure(
             k = p.names.index(name)
             on = ~np.isnan(p.labels[:, k])
             y, s, c = p.labels[on, k], p.scores[on, k], colour(encoder, i)
-            (a, r, precision), area = (x[:, 0] for x in curve_points(y, s, np.ones((len(y), 1)))), {m: v[0, 0]
-                    for m, v in metrics(y, s).items()}
+            (a, r, precision) = (x[:, 0] for x in curve_points(y, s, np.ones((len(y), 1))))
+            area = {m: v[0, 0] for m, v in metrics(y, s).items()}
             bands = _bands(y, s, p.subjects[on], resamples, seed) if resamples else ()
             for ax, band in zip((top, low), bands):
                 ax.fill_between(np.linspace(0, 1, 101), *band, color=c, alpha=.13, lw=0)
@@ -107,12 +107,12 @@ def roc_pr_figure(
             first = np.flatnonzero(np.diff(r, prepend=0) > 0)
             low.plot(r[first], precision[first], color=c, lw=1.3, drawstyle='steps-pre',
                      label=f'{encoder} {area["auprc"]:.3f}')
-        top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink']); low.axhline(y.mean(), ls=':', lw=.9,
-                color=STYLES[_chosen.get()]['ink'])
-        _axes(top, title=_short(name), xlabel='false alarms', ylabel='recall', aspect='equal'); _axes(low,
-                xlabel='recall', ylabel='precision', ylim=(0, 1.02), aspect='equal')
-        top.legend(loc='lower right', title='AUROC', title_fontsize=8); low.legend(loc='best', title='AUPRC',
-                title_fontsize=8)
+        top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink'])
+        low.axhline(y.mean(), ls=':', lw=.9, color=STYLES[_chosen.get()]['ink'])
+        _axes(top, title=_short(name), xlabel='false alarms', ylabel='recall', aspect='equal')
+        _axes(low, xlabel='recall', ylabel='precision', ylim=(0, 1.02), aspect='equal')
+        top.legend(loc='lower right', title='AUROC', title_fontsize=8)
+        low.legend(loc='best', title='AUPRC', title_fontsize=8)
     return fig
 
 # %% ../../nbs/80_evaluate.figures.ipynb #fd0748cb
@@ -133,16 +133,16 @@ def calibration_figure(
         for i, (encoder, p) in enumerate(predictions.items()):
             k, c = p.names.index(name), colour(encoder, i)
             y, q = p.labels[:, k], p.probabilities[:, k]
-            t, ece = reliability_curve(y, q, p.subjects, bins, resamples=resamples, seed=seed), metrics(y, q,
-                    measure=lambda *a: Calibration(*a, bins=bins))['ece'][0, 0]
+            t = reliability_curve(y, q, p.subjects, bins, resamples=resamples, seed=seed)
+            ece = metrics(y, q, measure=lambda *a: Calibration(*a, bins=bins))['ece'][0, 0]
             top.vlines(t.predicted, t.low, t.high, color=c, lw=1, alpha=.6)
             top.plot(t.predicted, t.observed, 'o-', color=c, lw=1.2, ms=3.5, label=f'{encoder} {ece:.3f}')
             low.hist(q[~np.isnan(y)], np.linspace(0, 1, 41), histtype='step', color=c, lw=1.1)
         top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink'])
         # a rare label lives in a corner
         edge = min(1, 1.1*max(float(np.nanmax([c.get_xdata(), c.get_ydata()])) for c in top.lines[:-1]) + .1)
-        _axes(top, title=_short(name), ylabel='came', xlim=(0, edge), ylim=(0, edge)); _axes(low, xlabel='predicted',
-                ylabel='patients')
+        _axes(top, title=_short(name), ylabel='came', xlim=(0, edge), ylim=(0, edge))
+        _axes(low, xlabel='predicted', ylabel='patients')
         top.legend(loc='upper left', title='calibration error', title_fontsize=8)
     return fig
 
@@ -167,10 +167,10 @@ def subgroup_figure(
         at = np.array([places[k] for k in zip(mine.attribute, mine.subgroup)]) + .22*(i - (len(encoders) - 1)/2)
         whole = mine[mine.attribute == 'all']
         if len(whole):
-            ax.axvspan(whole.low.iloc[0], whole.high.iloc[0], color=c, alpha=.09,
-                       lw=0); ax.axvline(whole.value.iloc[0], color=c, lw=.8, ls=':')
-        ax.hlines(at, mine.low, mine.high, color=c, lw=1.6); ax.plot(mine.value, at, 'o', color=c, ms=4.5,
-                                                                     label=e or None)
+            ax.axvspan(whole.low.iloc[0], whole.high.iloc[0], color=c, alpha=.09, lw=0)
+            ax.axvline(whole.value.iloc[0], color=c, lw=.8, ls=':')
+        ax.hlines(at, mine.low, mine.high, color=c, lw=1.6)
+        ax.plot(mine.value, at, 'o', color=c, ms=4.5, label=e or None)
     first = t[t.encoder == encoders[0]]
     ax.set_yticks([places[k] for k in zip(first.attribute, first.subgroup)],
                   ['everybody' if a == 'all' else f'{a.replace("_", " ")}: {_short(g, 30)}'
@@ -183,7 +183,8 @@ def subgroup_figure(
     for x, word in ((.4, 'subjects'), (1, 'positives')): side.text(x, min(places.values()) - .95, word, **text)
     _axes(ax, title=f'{metric.upper()}, ' + (label.replace('macro', 'mean over labels', 1)
                                              if label.startswith('macro') else _short(label)),
-                                             xlabel=metric.upper()); ax.grid(False, axis='y')
+                                             xlabel=metric.upper())
+    ax.grid(False, axis='y')
     if len(encoders) > 1: _legend(fig, [ax])
     return fig
 
@@ -206,15 +207,17 @@ def comparison_figure(
         c = colour(r.run, places[r.run])
         left.hlines(y, r.low, r.high, color=c, lw=2); left.plot(r.value, y, 'o', color=c, ms=5)
         if r.run == reference: right.text(0, y, ' reference', va='center', fontsize=8); continue
-        right.hlines(y, r.difference_low, r.difference_high, color=c, lw=2); right.plot(r.difference, y, 'o', color=c,
-                ms=5)
+        right.hlines(y, r.difference_low, r.difference_high, color=c, lw=2)
+        right.plot(r.difference, y, 'o', color=c, ms=5)
         right.text(1.02, y, f'p = {r.p:.3f}', transform=right.get_yaxis_transform(), va='center', fontsize=7.5)
     right.axvline(0, color=ink, lw=.8)
     left.set_yticks(at, t.run); left.set_ylim(len(t) - .5, -.5)
     for ax, title, x in ((left, title or f'test {metric.upper()}', metric.upper()),
                          (right, f'difference from {_short(reference, 26)}', 'difference')):
-        _axes(ax, title=title, xlabel=x); ax.grid(False, axis='y'); ax.tick_params(axis='y',
-                length=0); ax.spines['left'].set_visible(False)
+        _axes(ax, title=title, xlabel=x)
+        ax.grid(False, axis='y')
+        ax.tick_params(axis='y', length=0)
+        ax.spines['left'].set_visible(False)
     return fig
 
 # %% ../../nbs/80_evaluate.figures.ipynb #ec91bc9c
@@ -269,14 +272,14 @@ def training_figure(
     order = sorted(of('cross_entropy'), key=lambda k: k != 'joint')
     for ax, (title, lines, level) in zip(axes, panels):
         for name, values in sorted(lines.items(), key=lambda l: l[0] != 'joint'):
-            c, ink = colour(None,
-                            order.index(name)) if name in order else STYLES[_chosen.get()]['ink'], STYLES[_chosen.get()]['ink']
+            c = colour(None, order.index(name)) if name in order else STYLES[_chosen.get()]['ink']
+            ink = STYLES[_chosen.get()]['ink']
             smooth = values.ewm(span=max(len(values)//25, 1)).mean()
-            ax.plot(metrics.step, values, lw=.7, color=c, alpha=.3); ax.plot(metrics.step, smooth, lw=1.4, color=c,
-                                                                             label=name or None)
+            ax.plot(metrics.step, values, lw=.7, color=c, alpha=.3)
+            ax.plot(metrics.step, smooth, lw=1.4, color=c, label=name or None)
         for at in level or ():
-            ax.axhline(at, color=ink, lw=.9, ls=':'); ax.set_ylim(0, max(1.08*at,
-                                                                         1.03*max(v.max() for v in lines.values())))
+            ax.axhline(at, color=ink, lw=.9, ls=':')
+            ax.set_ylim(0, max(1.08*at, 1.03*max(v.max() for v in lines.values())))
         if title == 'gradient norm' and values.max() > 0: ax.set_yscale('log')
         _axes(ax, title=title, xlabel='step')
     _legend(fig, axes)

@@ -101,8 +101,8 @@ def representation_points(
     if any(len(t) != len(labels) or not (t.sample_id.to_numpy() == first.sample_id.to_numpy()).all()
            for t in tables.values()):
         raise InputError('tables and labels should be of the same patients in the same order')
-    found, classes, out = list(dict.fromkeys(c.rpartition('.')[0] for c in first if '.' in c)), label_words(labels,
-            names, chosen), []
+    found = list(dict.fromkeys(c.rpartition('.')[0] for c in first if '.' in c))
+    classes, out = label_words(labels, names, chosen), []
     for encoder, name in itertools.product(tables, inputs or sorted(found, key=lambda n: n != 'joint')):
         x = feature_matrix(tables[encoder], name)
         here = np.flatnonzero(~np.isnan(x).any(1))                         # who lacks the modality has no place
@@ -246,13 +246,13 @@ def hours_figure(
     blank.remove()
     bars.bar(np.arange(length), c.sum(1), color=[colour('pretrained' if v >= 0 else 'scratch') for v in c.sum(1)],
              width=.85)
-    _axes(bars, title=f'{title}{": " if title else ""}what each hour did',
-          xlim=(-.5, length - .5)); bars.tick_params(labelbottom=False)
+    _axes(bars, title=f'{title}{": " if title else ""}what each hour did', xlim=(-.5, length - .5))
+    bars.tick_params(labelbottom=False)
     for ax, values, lim, word in ((stay, np.where(seen, first, np.nan), 2.5, 'the stay: z-scores, where observed'),
                                   (cells, c, abs(c[:, top]).max() + 1e-9, 'and in which channel')):
         ax.imshow(values[:, top].T, aspect='auto', cmap='RdBu_r', vmin=-lim, vmax=lim, interpolation='nearest')
-        ax.set_yticks(range(len(top)), [_short(info.channels[k]['name'], 22) for k in top] if ax is stay
-                      else []); ax.set(xlabel='hour', title=word)
+        ax.set_yticks(range(len(top)), [_short(info.channels[k]['name'], 22) for k in top] if ax is stay else [])
+        ax.set(xlabel='hour', title=word)
     return fig
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #280e8ec2
@@ -265,8 +265,8 @@ def assignments(
 )->np.ndarray:
     """(N, K) float32: each patient's assignment to the prototypes, from the target network, sharpened by the
     temperature only."""
-    rows, names, device, out = np.asarray(rows,
-                                          np.int64), list(model.config.modalities), next(model.parameters()).device, []
+    rows, names, device = np.asarray(rows, np.int64), list(model.config.modalities), next(model.parameters()).device
+    out = []
     for i in range(0, len(rows), batch_size):
         h = model.encode(cohort.batch(rows[i:i + batch_size], names).to(device))['joint']
         out.append(log_probs(model.target_head(h), model.prototypes, model.config.loss.temperature).exp().cpu())
@@ -321,7 +321,8 @@ def prototype_figure(
             if x.ndim == 3: _grey(ax, x[0])
             else:
                 ax.imshow(x[:int(view.lengths[j])].T, aspect='auto', cmap='RdBu_r', vmin=-2.5, vmax=2.5,
-                          interpolation='nearest'); ax.set(xticks=[], yticks=[])
+                          interpolation='nearest')
+                ax.set(xticks=[], yticks=[])
             ax.set_xlabel(f'{shares[typical[j], k]:.0%} sure', fontsize=7, labelpad=2)
         part.suptitle(f'prototype {k}: {r["share"]:.0%} of patients' + (f', {_short(r.label, 40)} × {r.lift:.1f}'
                                                                         if r.lift > 1.1 else ''), fontsize=8.5, x=.01,

@@ -265,8 +265,8 @@ def reliability_curve(
     "What was predicted and what came, in bins of one label; bins without a patient are left out."
     labels, probabilities = (a[:, 0] for a in _check(labels, probabilities))
     on = ~np.isnan(labels)
-    y, p, subjects = labels[on], probabilities[on], (np.arange(len(labels)) if subjects is None
-                                                     else np.asarray(subjects))[on]
+    y, p = labels[on], probabilities[on]
+    subjects = (np.arange(len(labels)) if subjects is None else np.asarray(subjects))[on]
     number = bin_numbers(p, bins, strategy)
     member = sparse.csr_matrix((np.ones(len(y)), (number, np.arange(len(y)))), (bins, len(y)))
     rows, came = np.asarray(member.sum(1))[:, 0], lambda w: (member@(w*y[:, None]))/(member@w)

@@ -155,8 +155,8 @@ def train_end_to_end(
 )->pd.DataFrame:       # step, loss, auroc (validation)
     "AdamW with warm-up and cosine; keeps the best running mean of the weights, by checks on validation, and stops early."
     (rows, y), n, device = train, len(train[0]), net.head.weight.device
-    read, size = cohort if isinstance(cohort, PlainViews) else PlainViews(net.views, cohort, device), min(batch_size,
-            n, max(n//30, 12))
+    read = cohort if isinstance(cohort, PlainViews) else PlainViews(net.views, cohort, device)
+    size = min(batch_size, n, max(n//30, 12))
     steps = max(math.ceil(epochs*n/size), least)
     every, warm = max(steps//checks, 10), max(steps//10, 1)
     seen = np.sort(np.random.default_rng([seed, 1]).permutation(len(val[0]))[:most_val])

@@ -149,8 +149,8 @@ def compare(
     parts = _parts(first.names, groups)
     if label is not None and label not in dict(parts):
         raise InputError(f'no label {label!r}: there is {", ".join(n for n, _ in parts)}')
-    weights, one = [np.ones((len(first), 1)), *subject_weights(first.subjects, resamples,
-                                                               seed)], len(np.unique(first.subjects)) < 2
+    weights = [np.ones((len(first), 1)), *subject_weights(first.subjects, resamples, seed)]
+    one = len(np.unique(first.subjects)) < 2
     found, out = {name: _means(r, weights) for name, r in runs.items()}, []
     for (name, values), (part, ks), m in ((r, q, m) for r in found.items() for q in parts for m in METRICS):
         if label not in (None, part): continue

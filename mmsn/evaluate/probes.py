@@ -70,8 +70,8 @@ def _newton(
         live, a, f, y, w, g, h = live[on], a[:, on], f[:, on], y[:, on], w[:, on], g[:, on], (w*p*(1 - p))[:, on]
         precondition = 1/(h.mean(0)*size + ridge).clamp(min=1e-12)
         x = _conjugate_gradients(lambda d: Z.T@(h*(Z@d)) + ridge*d, g, precondition)
-        move, slope, step, start = Z@x, (g*x).sum(0), torch.ones(len(live), dtype=Z.dtype), _objective(a, f, y, w,
-                ridge)
+        move, slope, step = Z@x, (g*x).sum(0), torch.ones(len(live), dtype=Z.dtype)
+        start = _objective(a, f, y, w, ridge)
         for _ in range(30):
             worse = _objective(a + step*x, f + step*move, y, w, ridge) > start + 1e-4*step*slope + 1e-12*start
             if not worse.any(): break

@@ -56,7 +56,7 @@ def corrupt_image(
     kind:str,   # of `LEVELS`
     level,      # its strength, in the units of the table
 ):              # (B, 1, H, W) uint8
-    "Spoiled images, each by its own key."
+    "Corrupted images, each by its own key."
     v, n = x.float()/255, x[0].numel()
     z = lambda: normal(key, n).view_as(v)
     u = lambda: uniform(key, n).view_as(v)

@@ -178,8 +178,8 @@ def _units(con):
 def _words(con):
     "Rows (part, what, verdict) about words without a score, under either rule set."
     if not _has(con, 'chartevents'): return
-    words, spelled = word_table(), [(i, w) for i, c in enumerate(BENCHMARK) if c.name.startswith('Glascow')
-                                    for w in c.categories]
+    words = word_table()
+    spelled = [(i, w) for i, c in enumerate(BENCHMARK) if c.name.startswith('Glascow') for w in c.categories]
     con.register('words', words)
     con.register('spelled', pd.DataFrame(spelled, columns=['channel', 'value']))
     con.register('spoken',

@@ -225,8 +225,8 @@ def _check_scan(con, folder, rules):
     if kept['rules'] != rules:
         raise InputError(f'the events in {folder} were read by the rules {kept["rules"]!r}, not {rules!r}: read them '
                          f'again')
-    read, chosen = pd.read_parquet(Path(folder)/'stays.parquet'), con.execute('select stay_id, read from chosen '
-                                                                              'order by stay').df()
+    read = pd.read_parquet(Path(folder)/'stays.parquet')
+    chosen = con.execute('select stay_id, read from chosen ' 'order by stay').df()
     at = np.searchsorted(read.stay_id, chosen.stay_id).clip(max=len(read) - 1)
     if not (read.iloc[at].to_numpy() == chosen.to_numpy()).all():
         raise InputError(f'the events in {folder} were read for other stays, or for another part of them: read them '

@@ -103,8 +103,8 @@ def label_names(o:MimicOptions)->list:
 
 def _clashes(o, mimic_iv, mimic_cxr):
     "Pairs (is it so?, why that cannot be)."
-    hourly, needs_cxr = set(o.tasks) & set(HOURLY), o.samples in ('paired',
-                                                                  'cxr') or 'radiology' in o.tasks or o.split == 'cxr'
+    hourly = set(o.tasks) & set(HOURLY)
+    needs_cxr = o.samples in ('paired', 'cxr') or 'radiology' in o.tasks or o.split == 'cxr'
     return (
         (not o.tasks, f'name at least one task, of {", ".join(TASKS)}'),
         (mimic_iv is None and o.samples != 'cxr',
