@@ -19,6 +19,13 @@ from .metrics import Calibration, interval, metrics, reliability_curve, subject_
 from ..options import InputError
 from ..show import STYLES, _axes, _chosen, _drawn, _legend, _panels, colour
 
+# %% ../../nbs/80_evaluate.figures.ipynb #0570b23a
+def _label_axis(ax, counts, percent):
+    "A logarithmic axis with a tick at every number of labels that was tried."
+    ax.set_xscale('log')
+    ax.set_xticks(counts, [f'{t:.0%}' if percent else f'{t:g}' for t in counts])
+    ax.minorticks_off()
+
 # %% ../../nbs/80_evaluate.figures.ipynb #eb35523e
 @_drawn
 def low_shot_figure(
@@ -27,9 +34,9 @@ def low_shot_figure(
 ):
     "AUROC against the fraction of labels, or samples a class: a panel for each input, a line for each encoder."
     summary = summary.assign(shots=summary.shots.fillna(0) if 'shots' in summary else 0)
-    kinds = [(c, x, part) for c, x, part in (('shots', 'samples of each class', summary[summary.shots > 0]),
-                                             ('fraction', 'fraction of training labels', summary[summary.shots == 0]))
-                                             if len(part)]
+    kinds = (('shots', 'samples of each class', summary[summary.shots > 0]),
+             ('fraction', 'fraction of training labels', summary[summary.shots == 0]))
+    kinds = [k for k in kinds if len(k[2])]
     inputs = list(dict.fromkeys(summary.input))
     fig, axes = _panels(len(kinds)*len(inputs), columns=len(inputs), sharey=True)
     for ax, (column, xlabel, part, name) in zip(axes, [(*k, i) for k in kinds for i in inputs]):
@@ -37,8 +44,7 @@ def low_shot_figure(
             rows = part[(part.input == name) & (part.encoder == encoder)].sort_values(column)
             ax.fill_between(rows[column], rows.low, rows.high, color=colour(encoder, i), alpha=.14, lw=0)
             ax.plot(rows[column], rows.auroc, 'o-', color=colour(encoder, i), label=encoder)
-        ax.set_xscale('log'); ticks = sorted(part[column].unique())
-        ax.set_xticks(ticks, [f'{t:.0%}' if column == 'fraction' else f'{t:g}' for t in ticks]); ax.minorticks_off()
+        _label_axis(ax, sorted(part[column].unique()), column == 'fraction')
         _axes(ax, title=name, xlabel=xlabel, ylabel=f'test {metric}' if name == inputs[0] else '')
     _legend(fig, axes)
     return fig
@@ -81,6 +87,24 @@ def _labels_shown(predictions, labels, most):
 # %% ../../nbs/80_evaluate.figures.ipynb #36d24c02
 def _short(text, most=34): return text if len(text) <= most else text[:most - 1].rstrip() + '…'
 
+# %% ../../nbs/80_evaluate.figures.ipynb #5adc93d9
+def _curves(top, low, p, name, label, c, resamples, seed):
+    "ROC and precision-recall curve of one encoder for one label, with bands; returns the prevalence."
+    k = p.names.index(name)
+    on = ~np.isnan(p.labels[:, k])
+    y, s = p.labels[on, k], p.scores[on, k]
+    (a, r, precision) = (x[:, 0] for x in curve_points(y, s, np.ones((len(y), 1))))
+    area = {m: v[0, 0] for m, v in metrics(y, s).items()}
+    bands = _bands(y, s, p.subjects[on], resamples, seed) if resamples else ()
+    for ax, band in zip((top, low), bands):
+        ax.fill_between(np.linspace(0, 1, 101), *band, color=c, alpha=.13, lw=0)
+    top.plot(np.r_[0, a], np.r_[0, r], color=c, lw=1.3, label=f'{label} {area["auroc"]:.3f}')
+    # further alarms at the same recall would only draw a comb
+    first = np.flatnonzero(np.diff(r, prepend=0) > 0)
+    low.plot(r[first], precision[first], color=c, lw=1.3, drawstyle='steps-pre',
+             label=f'{label} {area["auprc"]:.3f}')
+    return y.mean()
+
 # %% ../../nbs/80_evaluate.figures.ipynb #403e10a7
 @_drawn
 def roc_pr_figure(
@@ -94,26 +118,25 @@ def roc_pr_figure(
     fig, axes = plt.subplots(2, len(labels), figsize=(3.1*len(labels), 5.6), squeeze=False)
     for (top, low), name in zip(axes.T, labels):
         for i, (encoder, p) in enumerate(predictions.items()):
-            k = p.names.index(name)
-            on = ~np.isnan(p.labels[:, k])
-            y, s, c = p.labels[on, k], p.scores[on, k], colour(encoder, i)
-            (a, r, precision) = (x[:, 0] for x in curve_points(y, s, np.ones((len(y), 1))))
-            area = {m: v[0, 0] for m, v in metrics(y, s).items()}
-            bands = _bands(y, s, p.subjects[on], resamples, seed) if resamples else ()
-            for ax, band in zip((top, low), bands):
-                ax.fill_between(np.linspace(0, 1, 101), *band, color=c, alpha=.13, lw=0)
-            top.plot(np.r_[0, a], np.r_[0, r], color=c, lw=1.3, label=f'{encoder} {area["auroc"]:.3f}')
-            # further alarms at the same recall would only draw a comb
-            first = np.flatnonzero(np.diff(r, prepend=0) > 0)
-            low.plot(r[first], precision[first], color=c, lw=1.3, drawstyle='steps-pre',
-                     label=f'{encoder} {area["auprc"]:.3f}')
+            chance = _curves(top, low, p, name, encoder, colour(encoder, i), resamples, seed)
         top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink'])
-        low.axhline(y.mean(), ls=':', lw=.9, color=STYLES[_chosen.get()]['ink'])
+        low.axhline(chance, ls=':', lw=.9, color=STYLES[_chosen.get()]['ink'])
         _axes(top, title=_short(name), xlabel='false alarms', ylabel='recall', aspect='equal')
         _axes(low, xlabel='recall', ylabel='precision', ylim=(0, 1.02), aspect='equal')
         top.legend(loc='lower right', title='AUROC', title_fontsize=8)
         low.legend(loc='best', title='AUPRC', title_fontsize=8)
     return fig
+
+# %% ../../nbs/80_evaluate.figures.ipynb #6a181f60
+def _reliability(top, low, p, name, label, c, bins, resamples, seed):
+    "Reliability curve of one encoder for one label, and below it the distribution of its predictions."
+    k = p.names.index(name)
+    y, q = p.labels[:, k], p.probabilities[:, k]
+    t = reliability_curve(y, q, p.subjects, bins, resamples=resamples, seed=seed)
+    ece = metrics(y, q, measure=lambda *a: Calibration(*a, bins=bins))['ece'][0, 0]
+    top.vlines(t.predicted, t.low, t.high, color=c, lw=1, alpha=.6)
+    top.plot(t.predicted, t.observed, 'o-', color=c, lw=1.2, ms=3.5, label=f'{label} {ece:.3f}')
+    low.hist(q[~np.isnan(y)], np.linspace(0, 1, 41), histtype='step', color=c, lw=1.1)
 
 # %% ../../nbs/80_evaluate.figures.ipynb #fd0748cb
 @_drawn
@@ -131,13 +154,7 @@ def calibration_figure(
                              height_ratios=[3.6, 1])
     for (top, low), name in zip(axes.T, labels):
         for i, (encoder, p) in enumerate(predictions.items()):
-            k, c = p.names.index(name), colour(encoder, i)
-            y, q = p.labels[:, k], p.probabilities[:, k]
-            t = reliability_curve(y, q, p.subjects, bins, resamples=resamples, seed=seed)
-            ece = metrics(y, q, measure=lambda *a: Calibration(*a, bins=bins))['ece'][0, 0]
-            top.vlines(t.predicted, t.low, t.high, color=c, lw=1, alpha=.6)
-            top.plot(t.predicted, t.observed, 'o-', color=c, lw=1.2, ms=3.5, label=f'{encoder} {ece:.3f}')
-            low.hist(q[~np.isnan(y)], np.linspace(0, 1, 41), histtype='step', color=c, lw=1.1)
+            _reliability(top, low, p, name, encoder, colour(encoder, i), bins, resamples, seed)
         top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink'])
         # a rare label lives in a corner
         edge = min(1, 1.1*max(float(np.nanmax([c.get_xdata(), c.get_ydata()])) for c in top.lines[:-1]) + .1)
@@ -145,6 +162,40 @@ def calibration_figure(
         _axes(low, xlabel='predicted', ylabel='patients')
         top.legend(loc='upper left', title='calibration error', title_fontsize=8)
     return fig
+
+# %% ../../nbs/80_evaluate.figures.ipynb #d2adfcaa
+def _group_intervals(ax, mine, at, c, label):
+    "Point and interval of each group at its height; behind them the band of all patients."
+    whole = mine[mine.attribute == 'all']
+    if len(whole):
+        ax.axvspan(whole.low.iloc[0], whole.high.iloc[0], color=c, alpha=.09, lw=0)
+        ax.axvline(whole.value.iloc[0], color=c, lw=.8, ls=':')
+    ax.hlines(at, mine.low, mine.high, color=c, lw=1.6)
+    ax.plot(mine.value, at, 'o', color=c, ms=4.5, label=label)
+
+# %% ../../nbs/80_evaluate.figures.ipynb #06f93e12
+def _group_counts(side, heights, first, head):
+    "Beside the intervals the number of subjects and of positives of each group."
+    side.set(xlim=(0, 1)); side.axis('off')
+    text = dict(fontsize=8, va='center', ha='right')
+    for y, n, pos, v in zip(heights, first.subjects, first.positives, first.value):
+        side.text(.4, y, f'{n:,}', **text); side.text(1, y, f'{pos:,}' if v == v else 'too few', **text)
+    for x, word in ((.4, 'subjects'), (1, 'positives')): side.text(x, head, word, **text)
+
+# %% ../../nbs/80_evaluate.figures.ipynb #96516e80
+def _rows_only(ax):
+    "No lines, ticks or axis that would cut through rows of intervals."
+    ax.grid(False, axis='y')
+    ax.tick_params(axis='y', length=0)
+    ax.spines['left'].set_visible(False)
+
+# %% ../../nbs/80_evaluate.figures.ipynb #c9e73181
+def _group_places(t):
+    "(attribute, subgroup) -> its height, with a gap between attributes."
+    places = {}
+    for a, g in t[['attribute', 'subgroup']].drop_duplicates().itertuples(index=False):
+        places[a, g] = len(places) + .7*len({k[0] for k in places} | {a})
+    return places
 
 # %% ../../nbs/80_evaluate.figures.ipynb #2cdfeb22
 @_drawn
@@ -157,36 +208,33 @@ def subgroup_figure(
     t = table[(table.label == label) & (table.metric == metric)]
     if t.empty: raise InputError(f'no {metric} of {label!r} in this table of subgroups')
     t = t.assign(encoder=t.encoder if 'encoder' in t else '')
-    encoders, places = list(dict.fromkeys(t.encoder)), {}
-    for a, g in t[['attribute', 'subgroup']].drop_duplicates().itertuples(index=False):
-        places[a, g] = len(places) + .7*len({k[0] for k in places} | {a})
+    encoders, places = list(dict.fromkeys(t.encoder)), _group_places(t)
     fig, (ax, side) = plt.subplots(1, 2, figsize=(6.8, .7 + .27*(max(places.values()) + 1)), sharey=True,
                                    width_ratios=[5, 1.7])
     for i, e in enumerate(encoders):
-        c, mine = colour(e or 'pretrained', i), t[t.encoder == e]
+        mine = t[t.encoder == e]
         at = np.array([places[k] for k in zip(mine.attribute, mine.subgroup)]) + .22*(i - (len(encoders) - 1)/2)
-        whole = mine[mine.attribute == 'all']
-        if len(whole):
-            ax.axvspan(whole.low.iloc[0], whole.high.iloc[0], color=c, alpha=.09, lw=0)
-            ax.axvline(whole.value.iloc[0], color=c, lw=.8, ls=':')
-        ax.hlines(at, mine.low, mine.high, color=c, lw=1.6)
-        ax.plot(mine.value, at, 'o', color=c, ms=4.5, label=e or None)
+        _group_intervals(ax, mine, at, colour(e or 'pretrained', i), e or None)
     first = t[t.encoder == encoders[0]]
     ax.set_yticks([places[k] for k in zip(first.attribute, first.subgroup)],
                   ['everybody' if a == 'all' else f'{a.replace("_", " ")}: {_short(g, 30)}'
                    for a, g in zip(first.attribute, first.subgroup)])
-    ax.invert_yaxis(); ax.tick_params(axis='y', length=0); ax.spines['left'].set_visible(False)
-    side.set(xlim=(0, 1)); side.axis('off')
-    text = dict(fontsize=8, va='center', ha='right')
-    for y, n, pos, v in zip(ax.get_yticks(), first.subjects, first.positives, first.value):
-        side.text(.4, y, f'{n:,}', **text); side.text(1, y, f'{pos:,}' if v == v else 'too few', **text)
-    for x, word in ((.4, 'subjects'), (1, 'positives')): side.text(x, min(places.values()) - .95, word, **text)
-    _axes(ax, title=f'{metric.upper()}, ' + (label.replace('macro', 'mean over labels', 1)
-                                             if label.startswith('macro') else _short(label)),
-                                             xlabel=metric.upper())
-    ax.grid(False, axis='y')
+    ax.invert_yaxis()
+    _group_counts(side, ax.get_yticks(), first, min(places.values()) - .95)
+    of = label.replace('macro', 'mean over labels', 1) if label.startswith('macro') else _short(label)
+    _axes(ax, title=f'{metric.upper()}, {of}', xlabel=metric.upper())
+    _rows_only(ax)
     if len(encoders) > 1: _legend(fig, [ax])
     return fig
+
+# %% ../../nbs/80_evaluate.figures.ipynb #1401134c
+def _compared_run(left, right, y, r, c, reference):
+    "One run at height `y`: its interval, and its paired difference from the reference."
+    left.hlines(y, r.low, r.high, color=c, lw=2); left.plot(r.value, y, 'o', color=c, ms=5)
+    if r.run == reference: return right.text(0, y, ' reference', va='center', fontsize=8)
+    right.hlines(y, r.difference_low, r.difference_high, color=c, lw=2)
+    right.plot(r.difference, y, 'o', color=c, ms=5)
+    right.text(1.02, y, f'p = {r.p:.3f}', transform=right.get_yaxis_transform(), va='center', fontsize=7.5)
 
 # %% ../../nbs/80_evaluate.figures.ipynb #c864c058
 @_drawn
@@ -204,21 +252,30 @@ def comparison_figure(
     reference = t.run[same].iloc[0] if same.any() else 'the reference'
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, .9 + .3*len(t)), sharey=True)
     for y, (i, r) in zip(at, t.iterrows()):
-        c = colour(r.run, places[r.run])
-        left.hlines(y, r.low, r.high, color=c, lw=2); left.plot(r.value, y, 'o', color=c, ms=5)
-        if r.run == reference: right.text(0, y, ' reference', va='center', fontsize=8); continue
-        right.hlines(y, r.difference_low, r.difference_high, color=c, lw=2)
-        right.plot(r.difference, y, 'o', color=c, ms=5)
-        right.text(1.02, y, f'p = {r.p:.3f}', transform=right.get_yaxis_transform(), va='center', fontsize=7.5)
+        _compared_run(left, right, y, r, colour(r.run, places[r.run]), reference)
     right.axvline(0, color=ink, lw=.8)
     left.set_yticks(at, t.run); left.set_ylim(len(t) - .5, -.5)
     for ax, title, x in ((left, title or f'test {metric.upper()}', metric.upper()),
                          (right, f'difference from {_short(reference, 26)}', 'difference')):
         _axes(ax, title=title, xlabel=x)
-        ax.grid(False, axis='y')
-        ax.tick_params(axis='y', length=0)
-        ax.spines['left'].set_visible(False)
+        _rows_only(ax)
     return fig
+
+# %% ../../nbs/80_evaluate.figures.ipynb #7119f507
+def _corruption_title(name, what, of):
+    "Input and corruption of a panel in words: 'joint: cells removed of ehr', 'joint: without ehr'."
+    word = 'without' if what == 'modality' else f'{what.replace("_", " ")} of' if of not in ('',
+            name) else what.replace('_', ' ')
+    return ': '.join(x for x in (name, f'{word} {of}' if of not in ('', name) else word) if x)
+
+# %% ../../nbs/80_evaluate.figures.ipynb #f55a6afa
+def _loss_lines(ax, part, encoders):
+    "Relative loss against severity, a line and its band for each encoder."
+    for i, encoder in enumerate(encoders):
+        rows = part[part.encoder == encoder].sort_values('severity')
+        if {'low', 'high'} <= set(rows):
+            ax.fill_between(rows.severity, 100*rows.low, 100*rows.high, color=colour(encoder, i), alpha=.14, lw=0)
+        ax.plot(rows.severity, 100*rows.relative_loss, 'o-', color=colour(encoder, i), label=encoder, ms=3.5)
 
 # %% ../../nbs/80_evaluate.figures.ipynb #ec91bc9c
 @_drawn
@@ -234,30 +291,17 @@ def robustness_figure(
     fig, axes = _panels(len(keys), 2.4 if named else 3., 2.1 if named else 2.5, columns, sharey=True)
     for j, (ax, (name, what, of)) in enumerate(zip(axes, keys)):
         part = table[(table.input == name) & (table.corruption == what) & (table.modality == of)]
-        for i, encoder in enumerate(dict.fromkeys(table.encoder)):
-            rows = part[part.encoder == encoder].sort_values('severity')
-            if {'low', 'high'} <= set(rows):
-                ax.fill_between(rows.severity, 100*rows.low, 100*rows.high, color=colour(encoder, i), alpha=.14, lw=0)
-            ax.plot(rows.severity, 100*rows.relative_loss, 'o-', color=colour(encoder, i), label=encoder, ms=3.5)
-        shares = what in ('', 'patches')
-        if shares: ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')
+        _loss_lines(ax, part, dict.fromkeys(table.encoder))
+        if patches := what in ('', 'patches'): ax.xaxis.set_major_formatter(lambda v, _: f'{v:.0%}')
         if what == 'modality': ax.set_xticks([0, 1], ['there', 'taken away'])
-        word = 'without' if what == 'modality' else f'{what.replace("_", " ")} of' if of not in ('',
-                name) else what.replace('_', ' ')
-        title = ': '.join(x for x in (name, f'{word} {of}' if of not in ('', name) else word) if x)
-        _axes(ax, title=title, xlabel=xlabel or ('fraction of patches hidden' if shares else '' if what == 'modality'
-                                                 else 'severity'), ylabel='loss of AUROC (%)' if j % columns == 0
-                                                 else '')
+        word = 'fraction of patches hidden' if patches else '' if what == 'modality' else 'severity'
+        _axes(ax, title=_corruption_title(name, what, of), xlabel=xlabel or word, ylabel='' if j % columns else 'loss of AUROC (%)')
     _legend(fig, axes)
     return fig
 
-# %% ../../nbs/80_evaluate.figures.ipynb #6ca030f3
-@_drawn
-def training_figure(
-    metrics:pd.DataFrame,    # metrics.csv of a run
-    prototypes:int,          # K of the joint space; the logs say it of modalities that have a space of their own
-):
-    "Cross entropy per kind of anchor, the signs of collapse, gradient norm and the schedule of a run."
+# %% ../../nbs/80_evaluate.figures.ipynb #e4cd215a
+def _training_panels(metrics, prototypes):
+    "(title, name -> column of the log, levels to mark) of each panel that the log has columns for."
     of = lambda what: {c.split('/')[0]: metrics[c] for c in metrics if c.endswith(f'/{what}') and c.count('/') == 1}
     above = {k: ce - metrics[f'{k}/floor'] for k, ce in of('cross_entropy').items()}
     chance = sorted({math.log(prototypes), *(round(float(v.iloc[-1]), 6) for v in of('chance').values())})
@@ -267,20 +311,33 @@ def training_figure(
               ('prototypes used', of('used'), K), ('H of the mean assignment', of('entropy_of_mean'), chance),
               ('H of one assignment', of('entropy'), chance), ('effective rank', of('effective_rank'), None),
               ('gradient norm', {'': metrics.gradient_norm}, None), ('learning rate', {'': metrics.lr}, None)]
-    panels = [p for p in panels if p[1]]
+    return [p for p in panels if p[1]]
+
+# %% ../../nbs/80_evaluate.figures.ipynb #7a4a5930
+def _training_lines(ax, steps, lines, order):
+    "Each kind of anchor as logged (faint) and smoothed."
+    for name, values in sorted(lines.items(), key=lambda l: l[0] != 'joint'):
+        c = colour(None, order.index(name)) if name in order else STYLES[_chosen.get()]['ink']
+        smooth = values.ewm(span=max(len(values)//25, 1)).mean()
+        ax.plot(steps, values, lw=.7, color=c, alpha=.3)
+        ax.plot(steps, smooth, lw=1.4, color=c, label=name or None)
+
+# %% ../../nbs/80_evaluate.figures.ipynb #6ca030f3
+@_drawn
+def training_figure(
+    metrics:pd.DataFrame,    # metrics.csv of a run
+    prototypes:int,          # K of the joint space; the logs say it of modalities that have a space of their own
+):
+    "Cross entropy per kind of anchor, the signs of collapse, gradient norm and the schedule of a run."
+    panels = _training_panels(metrics, prototypes)
     fig, axes = _panels(len(panels), 2.5, 2., 4)
-    order = sorted(of('cross_entropy'), key=lambda k: k != 'joint')
+    order = sorted({t: lines for t, lines, _ in panels}.get('cross entropy', {}), key=lambda k: k != 'joint')
     for ax, (title, lines, level) in zip(axes, panels):
-        for name, values in sorted(lines.items(), key=lambda l: l[0] != 'joint'):
-            c = colour(None, order.index(name)) if name in order else STYLES[_chosen.get()]['ink']
-            ink = STYLES[_chosen.get()]['ink']
-            smooth = values.ewm(span=max(len(values)//25, 1)).mean()
-            ax.plot(metrics.step, values, lw=.7, color=c, alpha=.3)
-            ax.plot(metrics.step, smooth, lw=1.4, color=c, label=name or None)
+        _training_lines(ax, metrics.step, lines, order)
         for at in level or ():
-            ax.axhline(at, color=ink, lw=.9, ls=':')
+            ax.axhline(at, color=STYLES[_chosen.get()]['ink'], lw=.9, ls=':')
             ax.set_ylim(0, max(1.08*at, 1.03*max(v.max() for v in lines.values())))
-        if title == 'gradient norm' and values.max() > 0: ax.set_yscale('log')
+        if title == 'gradient norm' and metrics.gradient_norm.max() > 0: ax.set_yscale('log')
         _axes(ax, title=title, xlabel='step')
     _legend(fig, axes)
     return fig
