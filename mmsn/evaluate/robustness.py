@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..data.cohort import Cohort
 from .features import extract_features, feature_matrix
@@ -49,6 +50,17 @@ def _poisson_counts(x, u, scale):
     ends = (cdf + torch.arange(256, device=x.device)[:, None]).flatten()
     return torch.searchsorted(ends, x.double() + u, right=True) - x.long()*most
 
+# %% ../../nbs/76_evaluate.robustness.ipynb #bd225618
+def _impulse(v, u, level):
+    "Half of the fraction `level` of pixels black, half white."
+    return torch.where(u < level, (u < level/2).float(), v)
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #b837424b
+def _contrast(v, level):
+    "Differences from the mean of each image, times `level`."
+    mean = v.mean((1, 2, 3), keepdim=True)
+    return mean + level*(v - mean)
+
 # %% ../../nbs/76_evaluate.robustness.ipynb #20a9dd52
 def corrupt_image(
     x,          # (B, 1, H, W) uint8
@@ -63,13 +75,9 @@ def corrupt_image(
     if kind == 'gaussian noise': v = v + level*z()
     elif kind == 'speckle noise': v = v*(1 + level*z())
     elif kind == 'poisson noise': v = _poisson_counts(x, u().double(), level).float()/level
-    elif kind == 'impulse noise':
-        r = u()
-        v = torch.where(r < level, (r < level/2).float(), v)
+    elif kind == 'impulse noise': v = _impulse(v, u(), level)
     elif kind == 'gaussian blur': v = blur(v, key, 1., 2*(level*min(x.shape[2:])/224,))
-    elif kind == 'contrast':
-        mean = v.mean((1, 2, 3), keepdim=True)
-        v = mean + level*(v - mean)
+    elif kind == 'contrast': v = _contrast(v, level)
     else:
         raise InputError(f'no corruption of images {kind!r}: there is '
                          f'{", ".join(k for k in KINDS if KINDS[k] == "image")}')
@@ -106,14 +114,18 @@ class Corruption:
     seed: int = 0       # of all chance
 
     def __repr__(self): return f'Corruption({self.kind!r}, {self.level}, {self.modality!r}, seed={self.seed})'
-    @property
-    def level(self): "Strength, in the units of the table."; return LEVELS[self.kind][self.severity - 1]
 
-    def __call__(self, batch):
-        x, key = batch.data[self.modality], fold_in(make_key(self.seed, 0, batch.index, 0, self.kind), self.modality)
-        if KINDS[self.kind] == 'image': x = corrupt_image(x, key, self.kind, self.level)
-        else: x = corrupt_series(x, batch.lengths[self.modality], key, self.kind, self.level, self.infos[self.modality])
-        return replace(batch, data=batch.data | {self.modality: x})
+# %% ../../nbs/76_evaluate.robustness.ipynb #2b625169
+@patch(as_prop=True)
+def level(self:Corruption): "Strength, in the units of the table."; return LEVELS[self.kind][self.severity - 1]
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #5627cdce
+@patch
+def __call__(self:Corruption, batch):
+    x, key = batch.data[self.modality], fold_in(make_key(self.seed, 0, batch.index, 0, self.kind), self.modality)
+    if KINDS[self.kind] == 'image': x = corrupt_image(x, key, self.kind, self.level)
+    else: x = corrupt_series(x, batch.lengths[self.modality], key, self.kind, self.level, self.infos[self.modality])
+    return replace(batch, data=batch.data | {self.modality: x})
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #80abec3f
 def _clean_probe(X, task, Cs=None):
@@ -156,6 +168,19 @@ def _plan(corruption, config, infos, severities, seed):
             yield corruption, n, [(float(c.severity), float(c.level), dict(corrupt=c)) for c in made]
     else: raise InputError(f'no corruption {corruption!r}: there is {", ".join(CORRUPTIONS)}, modality')
 
+# %% ../../nbs/76_evaluate.robustness.ipynb #e861adf4
+def _inputs_that_see(config, what, modality, inputs):
+    "Of `inputs` those that the corruption reaches: the fused embedding, and the modality's own unless it is taken away."
+    seen = ['joint'] if what.removesuffix(' removed') in config.modalities else ['joint', *modality]
+    return [n for n in (inputs or seen) if n in seen]
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #068f6f39
+def _corrupted_rows(task, tables, name, probe, here, resamples, seed):
+    "`_losses` of one input on the test patients `here`, its probe trained on whole data."
+    test, X = task.at('test'), [feature_matrix(t, name) for t in tables]
+    return _losses(task.labels[test][here], [probe.scores(x[here]) for x in X], task.subjects[test][here],
+                   resamples, seed)
+
 # %% ../../nbs/76_evaluate.robustness.ipynb #631bca2e
 def robustness(
     models:dict,                         # encoder's name -> `MMSN`, or what `any_encoder` opens
@@ -180,13 +205,10 @@ def robustness(
             hit = [modality] if isinstance(modality, str) else modality
             tables = [clean.iloc[test]] + [extract_features(m, cohort, task.rows[test], cache=cache, **options)
                                            for *_, options in steps]
-            seen = ['joint'] if what.removesuffix(' removed') in m.config.modalities else ['joint', *hit]
-            for name in [n for n in (inputs or seen) if n in seen]:
+            for name in _inputs_that_see(m.config, what, hit, inputs):
                 if name not in probes: probes[name] = _clean_probe(feature_matrix(clean, name), task)
-                X = [feature_matrix(t, name) for t in tables]
-                here = _evaluable(X[0], cohort, task.rows[test], hit, what, m.config)
-                rows = _losses(task.labels[test][here], [probes[name].scores(x[here]) for x in X],
-                               task.subjects[test][here], resamples, seed)
+                here = _evaluable(feature_matrix(tables[0], name), cohort, task.rows[test], hit, what, m.config)
+                rows = _corrupted_rows(task, tables, name, probes[name], here, resamples, seed)
                 names = dict(encoder=encoder, input=name, corruption=what, modality=', '.join(hit))
                 out += [names | dict(severity=s, level=l, **r, rows=int(here.sum()))
                         for (s, l), r in zip([(0., 0.), *(step[:2] for step in steps)], rows)]
@@ -199,6 +221,12 @@ def _evaluable(X, cohort, rows, hit, what, config):
     if what.removesuffix(' removed') not in config.modalities: return here
     others = [cohort.present(n)[rows] for n in config.modalities if n not in hit]
     return here & cohort.present(hit[0])[rows] & np.any(others, axis=0)
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #dcad2c5d
+def _left_alone(m, cohort, rows, names, alone, cache):
+    "Feature tables of `rows` with every modality but one taken away, for each of `alone`."
+    others = [tuple(n for n in names if n != a) for a in alone]
+    return [extract_features(m, cohort, rows, drop=drop, cache=cache) for drop in others]
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #91480308
 def missing(
@@ -221,9 +249,7 @@ def missing(
         probe, test = _clean_probe(feature_matrix(clean, 'joint'), task), task.at('test')
         test = test[np.all([cohort.present(n)[task.rows[test]] for n in names], axis=0)]
         if not len(test): raise InputError(f'no test patient has all of {", ".join(names)}')
-        tables = [clean.iloc[test]] + [extract_features(m, cohort, task.rows[test],
-                                                        drop=tuple(n for n in names if n != a), cache=cache)
-                                                        for a in alone]
+        tables = [clean.iloc[test], *_left_alone(m, cohort, task.rows[test], names, alone, cache)]
         rows = _losses(task.labels[test], [probe.scores(feature_matrix(t, 'joint')) for t in tables],
                        task.subjects[test], resamples, seed)
         out += [dict(encoder=encoder, input='joint', seen=s, **r, rows=len(test))
@@ -267,14 +293,11 @@ def retrieval(
         raise InputError(f'{len(rows)} patients have both {query} and {gallery}: retrieval at {k} needs more')
     subjects = cohort.samples.subject_id.to_numpy()[rows]
     for encoder, m in models.items():
-        only = lambda name: feature_matrix(extract_features(m, cohort, rows,
-                                                            drop=tuple(n for n in m.config.modalities if n != name),
-                                                            cache=cache), 'joint').astype(np.float64)
-        q, g = only(query), only(gallery)
+        tables = _left_alone(m, cohort, rows, list(m.config.modalities), (query, gallery), cache)
+        q, g = (feature_matrix(t, 'joint').astype(np.float64) for t in tables)
         hits, chance = recall_hits(q - q.mean(0), g - g.mean(0), k), k/len(rows)
         drawn = np.concatenate([hits@w/w.sum(0) for w in subject_weights(subjects, resamples, seed)])
         low, high = interval(drawn)
         out.append(dict(encoder=encoder, query=query, gallery=gallery, k=k, recall=hits.mean(), low=float(low),
-                        high=float(high),
-                        chance=chance, times_chance=hits.mean()/chance, rows=len(rows)))
+                        high=float(high), chance=chance, times_chance=hits.mean()/chance, rows=len(rows)))
     return pd.DataFrame(out)
