@@ -85,6 +85,23 @@ def neighbour_purity(
     counts = pd.Series(classes).map(pd.Series(classes).value_counts()).to_numpy()
     return float((classes[near] == classes[:, None]).mean()), float(((counts - 1)/max(len(x) - 1, 1)).mean())
 
+# %% ../../nbs/81_evaluate.inspect.ipynb #ae1ee642
+def _same_patients(tables, labels):
+    "Raise InputError unless all tables are of the patients of `labels`, in one order; returns their sample_id."
+    ids = next(iter(tables.values())).sample_id.to_numpy()
+    if any(len(t) != len(labels) or not (t.sample_id.to_numpy() == ids).all() for t in tables.values()):
+        raise InputError('tables and labels should be of the same patients in the same order')
+    return ids
+
+# %% ../../nbs/81_evaluate.inspect.ipynb #3fa6be8a
+def _maps(x, classes, ids, methods, seed):
+    "A table a method: places of the patients, and the neighbours of the same class, which no method changes."
+    same, chance = neighbour_purity(x, classes)
+    for method in methods:
+        at = map_points(x, method, seed)
+        yield pd.DataFrame({'method': method, 'sample_id': ids, 'class': classes, 'x': at[:, 0], 'y': at[:, 1],
+                            'same': same, 'chance': chance})
+
 # %% ../../nbs/81_evaluate.inspect.ipynb #2da445ca
 def representation_points(
     tables:dict,            # encoder -> table of `extract_features`, all of the same patients in the same order
@@ -97,22 +114,16 @@ def representation_points(
     seed:int=0,             # of the samples and the maps
 )->pd.DataFrame:            # method, encoder, input, sample_id, class, x, y, same, chance
     "Places of patients on maps of frozen features, and the fraction of neighbours of the same class beside chance. Raises InputError."
-    first = next(iter(tables.values()))
-    if any(len(t) != len(labels) or not (t.sample_id.to_numpy() == first.sample_id.to_numpy()).all()
-           for t in tables.values()):
-        raise InputError('tables and labels should be of the same patients in the same order')
+    ids, first = _same_patients(tables, labels), next(iter(tables.values()))
     found = list(dict.fromkeys(c.rpartition('.')[0] for c in first if '.' in c))
     classes, out = label_words(labels, names, chosen), []
     for encoder, name in itertools.product(tables, inputs or sorted(found, key=lambda n: n != 'joint')):
         x = feature_matrix(tables[encoder], name)
         here = np.flatnonzero(~np.isnan(x).any(1))                         # who lacks the modality has no place
         rows = here[sample_classes(classes[here], most, seed)]
-        same, chance = neighbour_purity(x[rows], classes[rows])
-        for method in methods:
-            at = map_points(x[rows], method, seed)
-            out.append(pd.DataFrame({'method': method, 'encoder': encoder, 'input': name,
-                                     'sample_id': first.sample_id.to_numpy()[rows], 'class': classes[rows],
-                                     'x': at[:, 0], 'y': at[:, 1], 'same': same, 'chance': chance}))
+        for t in _maps(x[rows], classes[rows], ids[rows], methods, seed):
+            t.insert(1, 'encoder', encoder); t.insert(2, 'input', name)
+            out.append(t)
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #73890d77
@@ -174,6 +185,13 @@ def _grey(ax, x, title=''):
     ax.imshow(x, cmap='gray', vmin=np.percentile(x, 1), vmax=np.percentile(x, 99) + 1e-6)
     ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False); ax.set_title(title, fontsize=8)
 
+# %% ../../nbs/81_evaluate.inspect.ipynb #9839ceea
+def _attention(ax, m, shape):
+    "A map of attention over an image of `shape`: the more, the less transparent."
+    m, (height, width) = m.float().cpu().numpy(), shape
+    ax.imshow(m, cmap='autumn', alpha=.75*m/m.max(), vmin=0, extent=(-.5, width - .5, height - .5, -.5),
+              interpolation='nearest')
+
 # %% ../../nbs/81_evaluate.inspect.ipynb #a4a933ba
 @_drawn
 def attention_figure(
@@ -186,16 +204,13 @@ def attention_figure(
     "Images, where the last block looks in the mean, and head by head."
     n, h = min(most, len(images)), min(heads, maps.shape[1])
     fig, axes = plt.subplots(n, 2 + h, figsize=(1.35*(2 + h), 1.45*n), squeeze=False)
-    side = images.shape[-2:]
     for i, line in enumerate(axes):
         x = images[i, 0].cpu().numpy()
         _grey(line[0], x, titles[i] if i < len(titles) else '')
         shown = [('mean of heads', maps[i].mean(0))] + [(f'head {j + 1}', maps[i, j]) for j in range(h)]
         for ax, (title, m) in zip(line[1:], shown):
             _grey(ax, x, title if i == 0 else '')
-            m = m.float().cpu().numpy()
-            ax.imshow(m, cmap='autumn', alpha=.75*m/m.max(), vmin=0, extent=(-.5, side[1] - .5, side[0] - .5, -.5),
-                      interpolation='nearest')
+            _attention(ax, m, images.shape[-2:])
     return fig
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #192b768e
@@ -225,6 +240,20 @@ def channel_sums(
     "(..., channels): the columns of each channel added up, its observation bit included."
     return torch.stack([cells[..., slice(*c['columns'])].sum(-1) + cells[..., c['mask']] for c in info.channels], -1)
 
+# %% ../../nbs/81_evaluate.inspect.ipynb #7e4a3b6a
+def _hour_bars(bars, sums, title):
+    "What each hour did in all: towards the embedding or away from it by colour."
+    bars.bar(np.arange(len(sums)), sums, color=[colour('pretrained' if v >= 0 else 'scratch') for v in sums], width=.85)
+    _axes(bars, title=f'{title}{": " if title else ""}what each hour did', xlim=(-.5, len(sums) - .5))
+    bars.tick_params(labelbottom=False)
+
+# %% ../../nbs/81_evaluate.inspect.ipynb #f892f177
+def _channel_rows(ax, values, names, limit, title):
+    "(hours, channels) as an image, a row a channel."
+    ax.imshow(values.T, aspect='auto', cmap='RdBu_r', vmin=-limit, vmax=limit, interpolation='nearest')
+    ax.set_yticks(range(values.shape[1]), names)
+    ax.set(xlabel='hour', title=title)
+
 # %% ../../nbs/81_evaluate.inspect.ipynb #71f67929
 @_drawn
 def hours_figure(
@@ -244,15 +273,10 @@ def hours_figure(
     fig, ((blank, bars), (stay, cells)) = plt.subplots(2, 2, figsize=(7.6, 1.4 + .22*len(top)),
                                                        height_ratios=[1, max(.25*len(top), .8)])
     blank.remove()
-    bars.bar(np.arange(length), c.sum(1), color=[colour('pretrained' if v >= 0 else 'scratch') for v in c.sum(1)],
-             width=.85)
-    _axes(bars, title=f'{title}{": " if title else ""}what each hour did', xlim=(-.5, length - .5))
-    bars.tick_params(labelbottom=False)
-    for ax, values, lim, word in ((stay, np.where(seen, first, np.nan), 2.5, 'the stay: z-scores, where observed'),
-                                  (cells, c, abs(c[:, top]).max() + 1e-9, 'and in which channel')):
-        ax.imshow(values[:, top].T, aspect='auto', cmap='RdBu_r', vmin=-lim, vmax=lim, interpolation='nearest')
-        ax.set_yticks(range(len(top)), [_short(info.channels[k]['name'], 22) for k in top] if ax is stay else [])
-        ax.set(xlabel='hour', title=word)
+    _hour_bars(bars, c.sum(1), title)
+    names = [_short(info.channels[k]['name'], 22) for k in top]
+    _channel_rows(stay, np.where(seen, first, np.nan)[:, top], names, 2.5, 'the stay: z-scores, where observed')
+    _channel_rows(cells, c[:, top], [], abs(c[:, top]).max() + 1e-9, 'and in which channel')
     return fig
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #280e8ec2
@@ -272,6 +296,15 @@ def assignments(
         out.append(log_probs(model.target_head(h), model.prototypes, model.config.loss.temperature).exp().cpu())
     return torch.cat(out).numpy()
 
+# %% ../../nbs/81_evaluate.inspect.ipynb #93b66cdb
+def _over_represented(labels, overall, names):
+    "(label, lift) whose rate among these patients' `labels` (n, L) is furthest above `overall`; ('', NaN) without any."
+    rate = macro(np.where(np.isnan(labels.T), np.nan, labels.T)) if len(labels) else np.full(len(names), np.nan)
+    lift = np.divide(rate, overall, out=np.full(len(names), np.nan), where=overall > 0)
+    if np.isnan(lift).all(): return '', np.nan
+    best = int(np.nanargmax(lift))
+    return names[best], lift[best]
+
 # %% ../../nbs/81_evaluate.inspect.ipynb #e299c311
 def prototype_table(
     shares,    # (N, K) from `assignments`
@@ -284,14 +317,19 @@ def prototype_table(
     overall = macro((labels.T == 1).astype(float) + np.where(np.isnan(labels.T), np.nan, 0))
     for k in range(shares.shape[1]):
         mine = best == k
-        rate = macro(np.where(np.isnan(labels[mine].T), np.nan,
-                              labels[mine].T)) if mine.any() else np.full(len(names), np.nan)
-        lift = np.divide(rate, overall, out=np.full(len(names), np.nan), where=overall > 0)
-        j = int(np.nanargmax(lift)) if not np.isnan(lift).all() else None
+        label, lift = _over_represented(labels[mine], overall, names)
         out.append(dict(prototype=k, patients=int(mine.sum()), share=mine.mean(),
                         confidence=float(shares[mine, k].mean()) if mine.any() else np.nan,
-                        label='' if j is None else names[j], lift=np.nan if j is None else lift[j]))
+                        label=label, lift=lift))
     return pd.DataFrame(out).sort_values('patients', ascending=False, ignore_index=True)
+
+# %% ../../nbs/81_evaluate.inspect.ipynb #f28a8e76
+def _as_seen(ax, view, j):
+    "Row `j` of a view: an image, or the observed hours of a stay with a row a column."
+    x = view.x[j].cpu().numpy()
+    if x.ndim == 3: return _grey(ax, x[0])
+    ax.imshow(x[:int(view.lengths[j])].T, aspect='auto', cmap='RdBu_r', vmin=-2.5, vmax=2.5, interpolation='nearest')
+    ax.set(xticks=[], yticks=[])
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #a28c2a63
 @_drawn
@@ -305,26 +343,20 @@ def prototype_figure(
     most:int=6,         # patients of each
 ):
     "The most typical patients of each prototype, a line each, as the encoder sees them."
-    rows, table = np.asarray(rows), prototype_table(shares, cohort.label_matrix(None, rows),
-                                                    cohort.labels).set_index('prototype')
+    rows = np.asarray(rows)
+    table = prototype_table(shares, cohort.label_matrix(None, rows), cohort.labels).set_index('prototype')
     chosen = list(table.index[:4] if prototypes is None else prototypes)
     here = cohort.present(name)[rows]
     fig = plt.figure(figsize=(1.3*most, 1.62*len(chosen)))
     for part, k in zip(np.atleast_1d(fig.subfigures(len(chosen), 1)), chosen):
         line, r = part.subplots(1, most, squeeze=False)[0], table.loc[k]
         typical = np.argsort(np.where(here, -shares[:, k], np.inf), kind='stable')[:min(most, here.sum())]
-        view = model.views.plain(cohort.batch(rows[typical],
-                                              list(model.config.modalities)).to(next(model.parameters()).device))[name]
+        batch = cohort.batch(rows[typical], list(model.config.modalities)).to(next(model.parameters()).device)
+        view = model.views.plain(batch)[name]
         for ax in line[len(typical):]: ax.set_visible(False)
         for j, ax in enumerate(line[:len(typical)]):
-            x = view.x[j].cpu().numpy()
-            if x.ndim == 3: _grey(ax, x[0])
-            else:
-                ax.imshow(x[:int(view.lengths[j])].T, aspect='auto', cmap='RdBu_r', vmin=-2.5, vmax=2.5,
-                          interpolation='nearest')
-                ax.set(xticks=[], yticks=[])
+            _as_seen(ax, view, j)
             ax.set_xlabel(f'{shares[typical[j], k]:.0%} sure', fontsize=7, labelpad=2)
-        part.suptitle(f'prototype {k}: {r["share"]:.0%} of patients' + (f', {_short(r.label, 40)} × {r.lift:.1f}'
-                                                                        if r.lift > 1.1 else ''), fontsize=8.5, x=.01,
-                                                                        ha='left')
+        more = f', {_short(r.label, 40)} × {r.lift:.1f}' if r.lift > 1.1 else ''
+        part.suptitle(f'prototype {k}: {r["share"]:.0%} of patients{more}', fontsize=8.5, x=.01, ha='left')
     return fig
