@@ -28,18 +28,22 @@ def effective_rank(
     p = s/s.sum().clamp_min(1e-12)
     return torch.where(finite, torch.special.entr(p).sum().exp(), math.nan)
 
+# %% ../nbs/52_watch.ipynb #c7720574
+def _collapse_of(group, metrics):
+    "The line about one kind of anchor, or None."
+    chance = float(metrics.get(f'{group}/chance', metrics['chance']))
+    used, entropy = float(metrics[f'{group}/used']), float(metrics[f'{group}/entropy'])
+    if used <= 1 and float(metrics[f'{group}/entropy_of_mean']) < .1*chance:
+        return (f'collapse: all {group} anchors and targets choose one prototype; '
+                'raise loss.me_max_weight or lower optim.lr')
+    if entropy > .98*chance and '-to-' not in group:
+        return (f'collapse: {group} anchors find all prototypes alike (entropy {entropy:.2f} of {chance:.2f}); '
+                'lower optim.lr or loss.temperature, or raise fusion.drop')
+
 # %% ../nbs/52_watch.ipynb #bc0b3cf4
 def collapsed(
     metrics:dict,  # of one step, tensors or floats; other keys are ignored
 ):
     "One line that says which anchors have collapsed and what to try, or None."
-    for key in [k for k in metrics if k.endswith('/used')]:
-        group = key.removesuffix('/used')
-        chance = float(metrics.get(f'{group}/chance', metrics['chance']))
-        used, entropy = float(metrics[key]), float(metrics[f'{group}/entropy'])
-        if used <= 1 and float(metrics[f'{group}/entropy_of_mean']) < .1*chance:
-            return f'collapse: all {group} anchors and targets choose one prototype; raise loss.me_max_weight or lower optim.lr'
-        if entropy > .98*chance and '-to-' not in group:
-            return (f'collapse: {group} anchors find all prototypes alike (entropy {entropy:.2f} of {chance:.2f}); '
-                    'lower optim.lr or loss.temperature, or raise fusion.drop')
-    return None
+    groups = [k.removesuffix('/used') for k in metrics if k.endswith('/used')]
+    return next(filter(None, (_collapse_of(g, metrics) for g in groups)), None)

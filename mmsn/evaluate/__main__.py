@@ -31,6 +31,14 @@ def parser():
                    help='a linear-evaluation file of the earlier academic code, in the place of a run')
     return p
 
+# %% ../../nbs/85_evaluate.ipynb #37655422
+def _evaluated(seed_config, runs, overrides, out):
+    "The page of the report: of a file of the earlier academic code, of several runs beside each other, or of one."
+    from mmsn.evaluate.compare import evaluate_runs
+    from mmsn.evaluate.evaluation import evaluate, evaluate_seed
+    if seed_config: return evaluate_seed(seed_config, [*runs, *overrides], out)
+    return evaluate_runs(runs, overrides, out) if len(runs) > 1 else evaluate(runs[0], overrides, out)
+
 # %% ../../nbs/85_evaluate.ipynb #e8500011
 @cli
 def main(argv=None):
@@ -40,11 +48,7 @@ def main(argv=None):
     runs, overrides = [w for w in words if '=' not in w], [w for w in words if '=' in w]
     if not (runs or args.seed_config):
         raise InputError('nothing to evaluate: give the folder of a run, or --seed-config FILE')
-    from mmsn.evaluate.compare import evaluate_runs
-    from mmsn.evaluate.evaluation import evaluate, evaluate_seed
-    if args.seed_config: page = evaluate_seed(args.seed_config, words, args.out)
-    elif len(runs) > 1: page = evaluate_runs(runs, overrides, args.out)
-    else: page = evaluate(runs[0], overrides, args.out)
+    page = _evaluated(args.seed_config, runs, overrides, args.out)
     print(f'tables {page.parent}, report {page}')
 
 # %% ../../nbs/85_evaluate.ipynb #fdb10d7e

@@ -136,6 +136,13 @@ def _follow(mean, net, share):
     torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), share)
     for old, new in zip(mean.buffers(), net.buffers()): old.copy_(new)
 
+# %% ../../nbs/75_evaluate.networks.ipynb #2085fd95
+def _warm_cosine(net, lr, decay, steps):
+    "AdamW over `layer_groups`, and its schedule: a tenth of the steps up, then half a cosine."
+    optimiser, warm = torch.optim.AdamW(layer_groups(net, lr, decay), weight_decay=.05, fused=True), max(steps//10, 1)
+    rate = lambda s: min((s + 1)/warm, .5 + .5*math.cos(math.pi*min(s/steps, 1)))
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+
 # %% ../../nbs/75_evaluate.networks.ipynb #1fde03e6
 def train_end_to_end(
     net:EndToEnd,      # trained in place, ends with its best weights
@@ -158,11 +165,9 @@ def train_end_to_end(
     read = cohort if isinstance(cohort, PlainViews) else PlainViews(net.views, cohort, device)
     size = min(batch_size, n, max(n//30, 12))
     steps = max(math.ceil(epochs*n/size), least)
-    every, warm = max(steps//checks, 10), max(steps//10, 1)
+    every = max(steps//checks, 10)
     seen = np.sort(np.random.default_rng([seed, 1]).permutation(len(val[0]))[:most_val])
-    optimiser = torch.optim.AdamW(layer_groups(net, lr, decay), weight_decay=.05, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: min((s + 1)/warm,
-                                                                          .5 + .5*math.cos(math.pi*min(s/steps, 1))))
+    optimiser, schedule = _warm_cosine(net, lr, decay, steps)
     order, mean, best, stale, log = _order(n, size, seed), copy.deepcopy(net), (-1., None), 0, []
     y = torch.as_tensor(y, dtype=torch.float32, device=device)
     for step in range(1, steps + 1):
@@ -178,19 +183,28 @@ def train_end_to_end(
     net.load_state_dict(best[1])
     return pd.DataFrame(log)
 
+# %% ../../nbs/75_evaluate.networks.ipynb #8089a93c
+def _inputs(views, inputs):
+    "The inputs asked for, all by default; InputError for one that the config does not have."
+    have = ['joint', *views.parts]
+    for name in inputs or ():
+        if name not in have: raise InputError(f'no input {name!r}: the config has {", ".join(have)}')
+    return list(inputs or have)
+
+# %% ../../nbs/75_evaluate.networks.ipynb #ec9e6cfc
+def _having(cohort, task, names):
+    "A function that keeps of positions in the task those whose patients have any of the modalities `names`."
+    present = np.any([cohort.present(n)[task.rows] for n in names], axis=0)
+    return lambda at: at[present[at]]
+
 # %% ../../nbs/75_evaluate.networks.ipynb #ee613126
 def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, nets=None, **options):
     "Train a fresh `make(input)` for every input and draw, with its own seed, and tabulate."
-    modalities = list(views.parts)
-    inputs = list(inputs or ['joint', *modalities])
-    for name in inputs:
-        if name not in ('joint', *modalities):
-            raise InputError(f'no input {name!r}: the config has joint, {", ".join(modalities)}')
+    inputs = _inputs(views, inputs)
     if task.rows is None: raise InputError('this task has no rows of a cohort: make it with Task.of')
     read = PlainViews(views, cohort, device)
     def predict(name, rows, y, key):
-        present = np.any([cohort.present(n)[task.rows] for n in (modalities if name == 'joint' else [name])], axis=0)
-        has = lambda at: at[present[at]]
+        has = _having(cohort, task, views.parts if name == 'joint' else [name])
         keep, val, test = np.isin(rows, has(rows)), has(task.at('val')), has(task.at('test'))
         if not keep.any(): raise InputError(f'no training row of draw {key} has {name}')
         with torch.random.fork_rng():

@@ -47,6 +47,16 @@ def _objective(A, fit, Y, W, ridge):
     "Penalised log loss (P,) of P problems at coefficients A with linear predictions `fit` (n, P)."
     return .5*(ridge*A*A).sum(0) + (W*(F.softplus(fit) - Y*fit)).sum(0)
 
+# %% ../../nbs/74_evaluate.probes.ipynb #897a3600
+def _halved(a, x, f, move, y, w, ridge, slope):
+    "(P,) step of each problem along `x`, halved until its objective falls enough (Armijo)."
+    step, start = torch.ones(a.shape[1], dtype=a.dtype), _objective(a, f, y, w, ridge)
+    for _ in range(30):
+        worse = _objective(a + step*x, f + step*move, y, w, ridge) > start + 1e-4*step*slope + 1e-12*start
+        if not worse.any(): break
+        step = torch.where(worse, step/2, step)
+    return step
+
 # %% ../../nbs/74_evaluate.probes.ipynb #0a2c54f1
 def _newton(
     Z,         # (n, r+1) orthogonal columns, the last all ones (the intercept, not penalised)
@@ -70,12 +80,8 @@ def _newton(
         live, a, f, y, w, g, h = live[on], a[:, on], f[:, on], y[:, on], w[:, on], g[:, on], (w*p*(1 - p))[:, on]
         precondition = 1/(h.mean(0)*size + ridge).clamp(min=1e-12)
         x = _conjugate_gradients(lambda d: Z.T@(h*(Z@d)) + ridge*d, g, precondition)
-        move, slope, step = Z@x, (g*x).sum(0), torch.ones(len(live), dtype=Z.dtype)
-        start = _objective(a, f, y, w, ridge)
-        for _ in range(30):
-            worse = _objective(a + step*x, f + step*move, y, w, ridge) > start + 1e-4*step*slope + 1e-12*start
-            if not worse.any(): break
-            step = torch.where(worse, step/2, step)
+        move = Z@x
+        step = _halved(a, x, f, move, y, w, ridge, (g*x).sum(0))
         A[:, live], Fit[:, live] = a + step*x, f + step*move
     warnings.warn(f'{len(live)} of {Y.shape[1]} logistic regressions did not converge in {most} steps')
     return A
@@ -169,6 +175,18 @@ def fit_probe(
     weight, bias = fit_logistic(np.nan_to_num((X[on] - mean)/std), np.asarray(Y)[on], Cs)
     return _choose(Probe(mean, std, None, None, None), weight, bias, X_val, Y_val, Cs)
 
+# %% ../../nbs/74_evaluate.probes.ipynb #ce5b3ac2
+def _nesterov(x, y, known, lrs, steps, order):
+    "(lrs, d, K) weights after `steps` of Nesterov SGD with a cosine, one solution for every learning rate."
+    w, lr = torch.zeros(len(lrs), x.shape[1], y.shape[1]), torch.tensor(lrs)[:, None, None]
+    v = torch.zeros_like(w)
+    for t in range(steps):
+        at = next(order)
+        g = x[at].T@((torch.sigmoid(x[at]@w) - y[at])*known[at]/known[at].sum(0).clamp(min=1))     # (lrs, d, K)
+        v = .9*v + g
+        w = w - lr*(.5 + .5*math.cos(math.pi*t/steps))*(g + .9*v)
+    return w
+
 # %% ../../nbs/74_evaluate.probes.ipynb #5d53e7a6
 def fit_sgd(
     X,                   # (n, d) training features; rows of NaN are left out
@@ -188,17 +206,10 @@ def fit_sgd(
     probe = Probe(*_moments(X[on]), None, None, None, unit=True)
     x, y = torch.from_numpy(probe.standard(X[on])).float(), torch.from_numpy(Y[on]).float()
     x = torch.cat([x, torch.ones(len(x), 1)], 1)                                      # the last column is the bias
-    known, y, (n, K) = (~y.isnan()).float(), y.nan_to_num(0), y.shape
+    known, y, n = (~y.isnan()).float(), y.nan_to_num(0), len(y)
     size = min(batch_size, n)
     steps, order = max(math.ceil(epochs*n/size), 100), _order(n, size, seed)
-    w, lr = torch.zeros(len(lrs), x.shape[1], K), torch.tensor(lrs)[:, None, None]
-    v = torch.zeros_like(w)
-    for t in range(steps):
-        at = next(order)
-        g = x[at].T@((torch.sigmoid(x[at]@w) - y[at])*known[at]/known[at].sum(0).clamp(min=1))     # (lrs, d+1, K)
-        v = .9*v + g
-        w = w - lr*(.5 + .5*math.cos(math.pi*t/steps))*(g + .9*v)
-    w = w.permute(2, 0, 1).double().numpy()                                           # (K, lrs, d+1)
+    w = _nesterov(x, y, known, lrs, steps, order).permute(2, 0, 1).double().numpy()                                           # (K, lrs, d+1)
     return _choose(probe, w[..., :-1], w[..., -1], X_val, Y_val, lrs)
 
 # %% ../../nbs/74_evaluate.probes.ipynb #4610df9b

@@ -57,6 +57,19 @@ def at(self:Task, split:str, X=None):
     keep = self.split == split
     return np.flatnonzero(keep if X is None else keep & ~np.isnan(X).all(1))
 
+# %% ../../nbs/73_evaluate.task.ipynb #c758c39d
+def _stratified(strata, want, total, rng):
+    "(n,) bool: `total` rows with at least `want` of each stratum (a column of `strata`), the rarest chosen first."
+    chosen, decided = np.zeros((2, len(strata)), bool)
+    for k in np.argsort(strata.sum(0), kind='stable'):
+        pool = np.flatnonzero(strata[:, k] & ~decided)
+        need = int(min(want[k] - strata[chosen, k].sum(), total - chosen.sum(), len(pool)))
+        if need > 0: chosen[rng.choice(pool, need, replace=False)] = True
+        decided |= strata[:, k]                      # a commoner label must not bring in more of this one
+    left = np.flatnonzero(~chosen)
+    chosen[rng.choice(left, min(total - chosen.sum(), len(left)), replace=False)] = True
+    return chosen
+
 # %% ../../nbs/73_evaluate.task.ipynb #a29abb84
 def draw_rows(
     labels,       # (N, K) 1, 0, NaN = unknown
@@ -72,15 +85,7 @@ def draw_rows(
     positive = np.asarray(labels)[rows] == 1
     strata = np.c_[positive, ~positive.any(1)]
     want = np.maximum(np.round(fraction*strata.sum(0)), 1)
-    chosen, decided = np.zeros((2, len(rows)), bool)
-    for k in np.argsort(strata.sum(0), kind='stable'):
-        pool = np.flatnonzero(strata[:, k] & ~decided)
-        need = int(min(want[k] - strata[chosen, k].sum(), total - chosen.sum(), len(pool)))
-        if need > 0: chosen[rng.choice(pool, need, replace=False)] = True
-        decided |= strata[:, k]                      # a commoner label must not bring in more of this one
-    left = np.flatnonzero(~chosen)
-    chosen[rng.choice(left, min(total - chosen.sum(), len(left)), replace=False)] = True
-    return rows[np.flatnonzero(chosen)]
+    return rows[np.flatnonzero(_stratified(strata, want, total, rng))]
 
 # %% ../../nbs/73_evaluate.task.ipynb #eaeb857a
 def draw_shots(labels, shots:int, draw:int=0, seed:int=0)->list:
