@@ -19,6 +19,17 @@ from .tables import _need, given_split, label_columns, numbers, read_text, split
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
 
+# %% ../../nbs/25_data.folders.ipynb #c3d20f6c
+def _fact(column, name, where):
+    "Numbers as they are; words (12 at most) as one column of 1, 0, NaN for each."
+    value, text = pd.to_numeric(column, errors='coerce'), column.str.strip()
+    words = sorted(text.dropna().unique())
+    if value.notna().any() and (value.notna() == column.notna()).all(): return value.astype(float)
+    if 0 < len(words) <= 12:
+        return pd.DataFrame({f'{name}_{w}': (text == w).astype(float).where(text.notna()) for w in words})
+    raise InputError(f'column {name!r} of {where} has {len(words)} different texts: a fact is a number or one '
+                     f'of at most 12 words')
+
 # %% ../../nbs/25_data.folders.ipynb #da567f8c
 def fact_table(
     table,     # DataFrame of text
@@ -27,18 +38,8 @@ def fact_table(
 )->pd.DataFrame:
     """(N, F) numbers: a column of numbers as it is, of words (12 at most) as one column of 1, 0, NaN a word. Raises
     InputError."""
-    parts = []
-    for n in names:
-        _need(table, n, where)
-        value, text = pd.to_numeric(table[n], errors='coerce'), table[n].str.strip()
-        words = sorted(text.dropna().unique())
-        if value.notna().any() and (value.notna() == table[n].notna()).all(): parts.append(value.astype(float))
-        elif 0 < len(words) <= 12:
-            parts.append(pd.DataFrame({f'{n}_{w}': (text == w).astype(float).where(text.notna()) for w in words}))
-        else:
-            raise InputError(f'column {n!r} of {where} has {len(words)} different texts: a fact is a number or one '
-                             f'of at most 12 words')
-    return pd.concat(parts, axis=1)
+    for n in names: _need(table, n, where)
+    return pd.concat([_fact(table[n], n, where) for n in names], axis=1)
 
 # %% ../../nbs/25_data.folders.ipynb #6b7ba1cb
 def image_names(ids, folder)->list:
@@ -47,6 +48,21 @@ def image_names(ids, folder)->list:
     ids = [str(i) for i in ids]
     there = {e: sum((Path(folder)/(i + e)).is_file() for i in ids[:100]) for e in ('', '.jpg', '.jpeg', '.png')}
     return [i + max(there, key=there.get) for i in ids]
+
+# %% ../../nbs/25_data.folders.ipynb #8f0d8857
+def _image_rows(table, stored):
+    "Rows (part, what, count): what was listed, what was dropped and why, what is used with a remark."
+    rejected, noted = stored.rejected.reason.value_counts(), stored.noted.note.value_counts()
+    return [('images', 'rows', len(table)), *(('images', f'dropped: {r}', n) for r, n in rejected.items()),
+            *(('images', f'used, but {n}', k) for n, k in noted.items())]
+
+# %% ../../nbs/25_data.folders.ipynb #524867fa
+def _image_samples(table, where, id_column, subject_column, split_column, seed):
+    "sample_id, subject_id, split, image: one row an image."
+    subject = np.arange(len(table)) if subject_column is None else subject_numbers(table[subject_column], where)
+    split = split_of(subject, seed) if split_column is None else given_split(table, split_column, where)
+    return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split,
+                             image=table[id_column].to_numpy()))
 
 # %% ../../nbs/25_data.folders.ipynb #2cd90482
 def image_cohort(
@@ -70,13 +86,10 @@ def image_cohort(
     """The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises
     InputError."""
     _check_images(table, where, images, size, id_column, subject_column)
-    subject = np.arange(len(table)) if subject_column is None else subject_numbers(table[subject_column], where)
+    samples = _image_samples(table, where, id_column, subject_column, split_column, seed)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
-    split = split_of(subject, seed) if split_column is None else given_split(table, split_column, where)
-    samples = pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split,
-                                image=table[id_column].to_numpy()))
-    with CohortWriter(out, name, list(labels), provenance=dict(provenance or {}, size=size, fit=fit,
-                                                               seed=seed)) as writer:
+    provenance = dict(provenance or {}, size=size, fit=fit, seed=seed)
+    with CohortWriter(out, name, list(labels), provenance=provenance) as writer:
         stored = store_images(image_names(table[id_column], images), size, writer.add_images(modality, size, size),
                               root=images, fit=fit, workers=workers)
         samples[f'{modality}_index'] = stored.index
@@ -84,10 +97,8 @@ def image_cohort(
             writer.add_tabular('demographics', tabular)
             samples['demographics_index'] = np.arange(len(table))
         samples = pd.concat([samples, y.reset_index(drop=True)], axis=1)[stored.index >= 0].reset_index(drop=True)
-        rows = [('images', 'rows', len(table)), *(('images', f'dropped: {r}', n)
-                                                  for r, n in stored.rejected.reason.value_counts().items())]
-        rows += [('images', f'used, but {n}', k) for n, k in stored.noted.note.value_counts().items()]
-        return close_with_summary(writer, samples, rows + [('subjects', 'with an image', samples.subject_id.nunique())])
+        subjects = ('subjects', 'with an image', samples.subject_id.nunique())
+        return close_with_summary(writer, samples, [*_image_rows(table, stored), subjects])
 
 # %% ../../nbs/25_data.folders.ipynb #f6218e51
 def _check_images(table, where, images, size, id_column, subject_column=None):
@@ -139,6 +150,13 @@ def read_nih(source)->tuple:
     table['image'] = table.image.map(lambda n: where.get(n, n))
     return table, path, source
 
+# %% ../../nbs/25_data.folders.ipynb #50cac27a
+def _official_split(table, listed, path, seed):
+    "The published test images; the others by hash of the patient, since the official list has no validation split."
+    test, patients = set(listed.read_text().split()), subject_numbers(table.patient_id, path)
+    rest = np.array(SPLITS)[(split_of(patients, seed, (.875, .125)) == 'val').astype(int)]
+    return np.where([Path(i).name in test for i in table.image], 'test', rest)
+
 # %% ../../nbs/25_data.folders.ipynb #0d8d880e
 def prepare_nih(
     source,           # folder with labels.csv and images/, or as released
@@ -149,18 +167,13 @@ def prepare_nih(
 )->pd.DataFrame:
     "Turn NIH ChestX-ray14 into a cohort; returns the summary (part, what, count). Raises InputError."
     table, path, images = read_nih(source)
-    listed, split = Path(source)/'test_list.txt', None
-    if listed.is_file():
-        test, split = set(listed.read_text().split()), 'split'
-        patients = subject_numbers(table.patient_id, path)
-        # the official list has no validation split
-        rest = np.array(SPLITS)[(split_of(patients, seed, (.875, .125)) == 'val').astype(int)]
-        table['split'] = np.where([Path(i).name in test for i in table.image], 'test', rest)
+    listed = Path(source)/'test_list.txt'
+    split = 'split' if listed.is_file() else None
+    if split: table[split] = _official_split(table, listed, path, seed)
     provenance = dict(command='prepare_nih', source='NIH ChestX-ray14, NIH Clinical Center',
                       licence='free with attribution')
     return image_cohort(table, path, images, out, size, 'image', 'patient_id', split, (*NIH_LABELS, 'No Finding'),
-                        ('age', 'sex', 'view'),
-                        name='nih', seed=seed, workers=workers, provenance=provenance)
+                        ('age', 'sex', 'view'), name='nih', seed=seed, workers=workers, provenance=provenance)
 
 # %% ../../nbs/25_data.folders.ipynb #794d18c8
 def prepare_iu(
@@ -182,5 +195,4 @@ def prepare_iu(
     table = table[table.projection == 'Frontal'].merge(labels, on='uid', how='left').reset_index(drop=True)
     provenance = dict(command='prepare_iu', source='Indiana University chest X-rays', licence='CC BY-NC-ND 4.0')
     return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', labels=names,
-                        fit='squash',
-                        name='iu', seed=seed, workers=workers, provenance=provenance)
+                        fit='squash', name='iu', seed=seed, workers=workers, provenance=provenance)

@@ -85,12 +85,10 @@ def _minutes(text):
     try: h, m = text.split(':'); return int(h)*60 + int(m)
     except ValueError: raise InputError(f'{text!r} is not a time like 07:30')
 
-# %% ../../nbs/23_data.physionet.ipynb #d7506013
-def read_events_2012(
-    source,   # folder with set-a/ or set-a.tar.gz
-)->pd.DataFrame:
-    "Every row of every stay: stay (0..N-1), hours, variable (categorical), value. Raises InputError."
-    lines, bodies = [], []
+# %% ../../nbs/23_data.physionet.ipynb #df26c75a
+def _bodies(source):
+    "The rows of each stay without their header, as bytes, and how many they are."
+    bodies, lines = [], []
     for name, raw in _members(source):
         head, _, body = raw.partition(b'\n')
         if head.strip() != b'Time,Parameter,Value':
@@ -98,15 +96,26 @@ def read_events_2012(
         bodies.append(body.rstrip() + b'\n' if body.strip() else b'')
         lines.append(bodies[-1].count(b'\n'))
     if not sum(lines): raise InputError(f'no stays in {source}')
+    return bodies, lines
+
+# %% ../../nbs/23_data.physionet.ipynb #aa16da29
+def _parsed(bodies, source):
+    "All rows as one table, times and variables as categories."
     words = pa.dictionary(pa.int32(), pa.string())
-    try:
-        table = pacsv.read_csv(io.BytesIO(b''.join(bodies)), pacsv.ReadOptions(column_names=['time', 'variable',
-                'value']),
-                               pacsv.ParseOptions(ignore_empty_lines=False),
-                               pacsv.ConvertOptions(column_types=dict(time=words, variable=words,
-                                                                      value=pa.float64()))).to_pandas()
+    read = pacsv.ReadOptions(column_names=['time', 'variable', 'value'])
+    parse = pacsv.ParseOptions(ignore_empty_lines=False)
+    convert = pacsv.ConvertOptions(column_types=dict(time=words, variable=words, value=pa.float64()))
+    try: return pacsv.read_csv(io.BytesIO(b''.join(bodies)), read, parse, convert).to_pandas()
     except pa.ArrowInvalid as e:
         raise InputError(f'{source} holds a stay that is not rows of time, parameter and number: {e}')
+
+# %% ../../nbs/23_data.physionet.ipynb #d7506013
+def read_events_2012(
+    source,   # folder with set-a/ or set-a.tar.gz
+)->pd.DataFrame:
+    "Every row of every stay: stay (0..N-1), hours, variable (categorical), value. Raises InputError."
+    bodies, lines = _bodies(source)
+    table = _parsed(bodies, source)
     minutes = np.array([_minutes(t) for t in table.time.cat.categories])
     hours = minutes[table.time.cat.codes]/60
     return pd.DataFrame(dict(stay=np.repeat(np.arange(len(lines)), lines), hours=hours, variable=table.variable,
@@ -115,6 +124,15 @@ def read_events_2012(
 # %% ../../nbs/23_data.physionet.ipynb #e651ead3
 _FACTS = ('RecordID', 'Age', 'Gender', 'Height', 'ICUType')
 _UNITS = {1: 'coronary', 2: 'cardiac_surgery', 3: 'medical', 4: 'surgical'}
+
+# %% ../../nbs/23_data.physionet.ipynb #8938414b
+def _demographics(table):
+    "Age, sex, height, weight and unit, unknown where out of range; heights from 300 are divided by 2.54."
+    height = table.Height.where(table.Height < 300, table.Height/2.54)
+    units = {f'unit_{name}': (table.ICUType == code).astype(float) for code, name in _UNITS.items()}
+    return pd.DataFrame(dict(age=table.Age.where(table.Age >= 0), male=table.Gender.where(table.Gender.isin([0, 1])),
+                             height=height.where(height.between(120, 230)),
+                             weight=table.Weight.where(table.Weight.between(20, 500)), **units))
 
 # %% ../../nbs/23_data.physionet.ipynb #6cd311bc
 def facts_2012(
@@ -129,12 +147,7 @@ def facts_2012(
     table = table.reindex(index=range(int(events.stay.max()) + 1), columns=[*_FACTS, 'Weight'])
     if table.RecordID.isna().any():
         raise InputError(f'stay number {int(table.RecordID.isna().argmax()) + 1} has no RecordID')
-    height = table.Height.where(table.Height < 300, table.Height/2.54)
-    units = {f'unit_{name}': (table.ICUType == code).astype(float) for code, name in _UNITS.items()}
-    made = pd.DataFrame(dict(age=table.Age.where(table.Age >= 0), male=table.Gender.where(table.Gender.isin([0, 1])),
-                             height=height.where(height.between(120, 230)),
-                             weight=table.Weight.where(table.Weight.between(20, 500)), **units))
-    return table.RecordID.astype('int64').to_numpy(), made, fact
+    return table.RecordID.astype('int64').to_numpy(), _demographics(table), fact
 
 # %% ../../nbs/23_data.physionet.ipynb #1dbbc8cb
 def outcomes_2012(source, records)->pd.DataFrame:
@@ -150,6 +163,13 @@ def outcomes_2012(source, records)->pd.DataFrame:
         raise InputError(f'{path} holds RecordID {table.index[table.index.duplicated()][0]} twice')
     return table.mask(table < 0).reindex(records).reset_index(drop=True)
 
+# %% ../../nbs/23_data.physionet.ipynb #74e0ef07
+def _hourly_sums(e):
+    "Events of one hour added up, at the time of the last; the hours are the bins of `grid`: (0, 1], (1, 2], …"
+    hour = np.ceil(e.hours).clip(lower=1)
+    return e.groupby(['stay', hour], sort=False).agg(dict(hours='max', channel='first',
+                                                          value='sum')).droplevel(1).reset_index()
+
 # %% ../../nbs/23_data.physionet.ipynb #d09f40a3
 def clean_2012(
     events,   # of `read_events_2012`, without its facts
@@ -162,16 +182,22 @@ def clean_2012(
     point = (channel == NAMES_2012.index('pH')) & e.value.between(630, 840)
     e = pd.DataFrame(dict(stay=e.stay, hours=e.hours, channel=channel, value=e.value.where(~point, e.value/100)))
     urine = (e.channel == NAMES_2012.index('Urine')) & e.value.between(0, 5000)
-    # the bin of `grid`: (0, 1], (1, 2], … and 0 in the first
-    hour = np.ceil(e.hours[urine]).clip(lower=1)
-    total = e[urine].groupby(['stay', hour], sort=False).agg(dict(hours='max', channel='first',
-                                                                  value='sum')).droplevel(1).reset_index()
-    rows = [('events', 'rows, facts left out', len(events)), ('events', 'dropped: unknown variable',
-                                                              int((~known).sum())),
+    total = _hourly_sums(e[urine])
+    rows = [('events', 'rows, facts left out', len(events)),
+            ('events', 'dropped: unknown variable', int((~known).sum())),
             ('events', 'dropped: -1, missing', int((known & (events.value == -1)).sum())),
             ('events', 'pH divided by 100', int(point.sum())),
             ('events', 'added to others of the hour (urine)', int(urine.sum()) - len(total))]
     return pd.concat([e[~urine], total]).sort_values('stay', kind='stable', ignore_index=True), rows
+
+# %% ../../nbs/23_data.physionet.ipynb #70e4d12d
+def _add_modality(writer, name, events, samples):
+    "Add the channels of one modality; returns starts, lengths and counts of `add_series`."
+    places = [i for i, c in enumerate(CHANNELS_2012) if name in ('ehr', c[1])]
+    channels = [Channel(c[0], *c[2:]) for c in (CHANNELS_2012[i] for i in places)]
+    e = events[events.channel.isin(places)]
+    e = e.assign(channel=np.searchsorted(places, e.channel))
+    return add_series(writer, name, channels, e, np.full(samples, 48.))
 
 # %% ../../nbs/23_data.physionet.ipynb #2b819682
 def prepare_physionet2012(
@@ -186,8 +212,7 @@ def prepare_physionet2012(
     if modalities not in (('ehr',), ('vitals', 'labs')):
         raise InputError(f'modalities should be ehr, or vitals and labs, not {", ".join(modalities)}')
     provenance = dict(command='prepare_physionet2012', source='PhysioNet/CinC Challenge 2012, set A',
-                      licence='ODC-By 1.0',
-                      modalities=list(modalities), seed=seed)
+                      licence='ODC-By 1.0', modalities=list(modalities), seed=seed)
     with CohortWriter(out, 'physionet2012', ['mortality'], {'mortality': 'outcome'}, provenance) as writer:
         events = read_events_2012(source)
         records, facts, fact = facts_2012(events)
@@ -196,12 +221,7 @@ def prepare_physionet2012(
         events, rows = clean_2012(events[~fact])
         counts = []
         for name in modalities:
-            mine = [i for i, c in enumerate(CHANNELS_2012) if name in ('ehr', c[1])]
-            channels = [Channel(c[0], *c[2:]) for c in (CHANNELS_2012[i] for i in mine)]
-            e = events[events.channel.isin(mine)]
-            e = e.assign(channel=np.searchsorted(mine, e.channel))
-            samples[f'{name}_start'], samples[f'{name}_length'], n = add_series(writer, name, channels, e,
-                                                                                np.full(len(records), 48.))
+            samples[f'{name}_start'], samples[f'{name}_length'], n = _add_modality(writer, name, events, len(records))
             counts.append(n)
         writer.add_tabular('demographics', facts)
         return close_with_summary(writer, pd.concat([samples, outcomes_2012(source, records)], axis=1),

@@ -9,6 +9,7 @@ __all__ = ['Task', 'draw_rows', 'draw_shots', 'make_draws', 'training_sets']
 
 # %% ../../nbs/73_evaluate.task.ipynb #608f3b74
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,12 @@ def draw_shots(labels, shots:int, draw:int=0, seed:int=0)->list:
     return [np.sort(np.r_[pick(np.flatnonzero(y == 1)), pick(np.flatnonzero(y == 0))]).astype(np.int64)
             for y in np.asarray(labels).T]
 
+# %% ../../nbs/73_evaluate.task.ipynb #55d0926f
+def _draw_table(task, at, fraction=0., shots=0, draw=0, label=''):
+    "The rows of one draw: the training patients at the positions `at`."
+    ids = task.ids[task.at('train')[at]]
+    return pd.DataFrame(dict(fraction=fraction, shots=shots, draw=draw, sample_id=ids, label=label))
+
 # %% ../../nbs/73_evaluate.task.ipynb #597eef39
 def make_draws(
     task:Task,                    # its training patients are drawn from
@@ -105,15 +112,13 @@ def make_draws(
 # fraction (0 for shots), shots (0 for fractions), draw, sample_id, label ('' = all of the patient's)
 )->pd.DataFrame:
     "Whose labels may be used, for every draw: to be saved with the results, and given to every encoder."
-    train, out = task.at('train'), []
-    def add(fraction, shots, draw, at, label=''):
-        out.append(pd.DataFrame(dict(fraction=fraction, shots=shots, draw=draw, sample_id=task.ids[train[at]],
-                                     label=label)))
+    labels, out = task.labels[task.at('train')], []
     for f in fractions:
-        for i in range(draws if f < 1 else 1): add(float(f), 0, i, draw_rows(task.labels[train], f, i, seed))
-    for k in shots:
-        for i in range(draws):
-            for label, at in zip(task.names, draw_shots(task.labels[train], k, i, seed)): add(0., k, i, at, label)
+        for i in range(draws if f < 1 else 1):
+            out.append(_draw_table(task, draw_rows(labels, f, i, seed), float(f), draw=i))
+    for k, i in product(shots, range(draws)):
+        for label, at in zip(task.names, draw_shots(labels, k, i, seed)):
+            out.append(_draw_table(task, at, shots=k, draw=i, label=label))
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/73_evaluate.task.ipynb #531c0c4a
