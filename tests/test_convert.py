@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import refused, run
-from mmsn import convert, sources
+from mmsn import sources
 from mmsn.options import Config, Head, ImageEncoder, ImageModality, ImageViews, Loss, SeriesModality
 from mmsn.convert import main
 from mmsn.sources import read_source

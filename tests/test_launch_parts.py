@@ -1,7 +1,6 @@
 "Parts of mmsn.launch that take more lines than a page has room for: refusals in bulk, memory that is really taken, the halves of a job, its stored file."
 import gc, json, math, os, pickletools, shutil, signal, threading, time, types
 from importlib.resources import files
-from pathlib import Path
 
 import psutil
 import pytest

@@ -5,7 +5,7 @@ from pathlib import Path
 import duckdb, numpy as np, pandas as pd, pytest
 from PIL import Image
 
-from conftest import ROOT, refused
+from conftest import refused
 from mmsn.data.cohort import Cohort
 from mmsn.data.mimic.prepare import prepare_mimic
 from mmsn.data.mimic.stays import MORTALITY
