@@ -169,7 +169,8 @@ class Block(nn.Module):
 
 # %% ../../nbs/30_encoders.vit.ipynb #3162fd6b
 def _init(module, kind, scale=1.):
-    "Draw the weights of a linear or convolutional layer: 'trunc' of standard deviation 0.02, or 'fan_in' of scale/sqrt(inputs)."
+    """Draw the weights of a linear or convolutional layer: 'trunc' of standard deviation 0.02, or 'fan_in' of
+    scale/sqrt(inputs)."""
     if not isinstance(module, (nn.Linear, nn.Conv2d)): return
     std = .02 if kind == 'trunc' else scale*module.weight[0].numel()**-.5
     nn.init.trunc_normal_(module.weight, std=std)

@@ -209,7 +209,8 @@ def fit_sgd(
     known, y, n = (~y.isnan()).float(), y.nan_to_num(0), len(y)
     size = min(batch_size, n)
     steps, order = max(math.ceil(epochs*n/size), 100), _order(n, size, seed)
-    w = _nesterov(x, y, known, lrs, steps, order).permute(2, 0, 1).double().numpy()                                           # (K, lrs, d+1)
+    # (K, lrs, d+1)
+    w = _nesterov(x, y, known, lrs, steps, order).permute(2, 0, 1).double().numpy()
     return _choose(probe, w[..., :-1], w[..., -1], X_val, Y_val, lrs)
 
 # %% ../../nbs/74_evaluate.probes.ipynb #4610df9b

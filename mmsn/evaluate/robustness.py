@@ -170,7 +170,8 @@ def _plan(corruption, config, infos, severities, seed):
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #e861adf4
 def _inputs_that_see(config, what, modality, inputs):
-    "Of `inputs` those that the corruption reaches: the fused embedding, and the modality's own unless it is taken away."
+    """Of `inputs` those that the corruption reaches: the fused embedding, and the modality's own unless it is taken
+    away."""
     seen = ['joint'] if what.removesuffix(' removed') in config.modalities else ['joint', *modality]
     return [n for n in (inputs or seen) if n in seen]
 
