@@ -1,5 +1,5 @@
 "Processes that share a batch are one process with all of it: loss, gradients, ten steps of training, evaluation; and the run resumes when their number changes."
-import json, os, signal, socket, time
+import gc, json, os, signal, socket, time
 
 import pandas as pd, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
@@ -190,7 +190,12 @@ def train_worker(rank, world, port, folder, config, steps):
     seen['features'] = gather_rows(torch.tensor(feature_matrix(table, 'joint')), mine)
     seen['ids'] = gather_rows(torch.tensor(table.sample_id.tolist()), mine)
     if rank == world - 1: save_file({k: v.contiguous() for k, v in seen.items()}, f'{folder}.safetensors')
-    trainer.accelerator.end_training()
+    # DDP's reducer has to go before its process group: in torch 2.9 the last reference to a destroyed group waits for a thread that waits for the interpreter
+    accelerator = trainer.accelerator
+    del trainer, inner, batches, out, norm
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
 
 
 @pytest.fixture(scope='module')
