@@ -286,9 +286,12 @@ class Train:
     checkpoint_every: int = 500      # steps between checkpoints; one is written at the end in any case
     keep_last: int = 2               # checkpoints kept: the last ones
     keep_every: int = 0              # and those of every multiple of this many steps; 0: none
-    # and the one with the lowest mean of this metric since the one before: 'loss_above_floor'; none by default
+    # and the one with the lowest mean of this metric since the one before: 'loss_above_floor', 'probe/error'; none by
+    # default
     keep_best: str = ''
     log_every: int = 10              # steps between rows of metrics
+    # steps between small probes on validation labels, compared with the random start; 0: none
+    probe_every: int = 0
     threads: int = 0                 # CPU threads of torch; 0 leaves torch's choice
     tracker: str = ''  # 'tensorboard', 'trackio', 'wandb' or 'mlflow' through Accelerate, offline; none by default
     # compute transformer blocks again in the backward pass instead of keeping them
