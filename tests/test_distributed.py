@@ -334,3 +334,39 @@ def test_a_signal_to_one_process_stops_all(toy, tmp_path, number, rank):
     assert [p.exitcode for p in context.processes] == [0, 0]
     _, state = latest(folder/'checkpoints')
     assert state['step'] == len((folder/'metrics.jsonl').read_text().splitlines()) > 3
+
+
+def tracked_worker(rank, world, port, config, folder):
+    "Train to the end with a tracker that writes what it is told into a file of the folder; then the processes still hear one another."
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), ACCELERATE_USE_CPU='true')
+    torch.set_num_threads(1)
+    from accelerate.tracking import GeneralTracker
+    from mmsn import loop
+    from mmsn.config import load_config
+
+    class Lines(GeneralTracker):
+        name, requires_logging_directory, tracker = 'lines', False, None
+        def __init__(self): super().__init__(_blank=True)
+        def write(self, line):
+            with open(folder/f'lines-{rank}', 'a') as f: f.write(f'{line}\n')
+        def store_init_configuration(self, values): self.write(values['name'])
+        def log(self, values, step=None, **kwargs): self.write(step)
+        def finish(self): self.write('end')
+
+    loop.make_trackers = lambda *_: (dict(log_with=Lines()), {})
+    trainer = loop.Trainer(load_config('demo', [*config, 'train.tracker=tensorboard']))
+    trainer.fit()
+    heard = loop.gather_rows(torch.tensor([rank]), torch.tensor([rank])).tolist()
+    (folder/f'heard-{rank}').write_text(json.dumps(heard))
+
+
+def test_a_tracked_run_on_two_processes_ends(toy, tmp_path):
+    "The tracker is told to finish, and the process group stays, as without one: to destroy it while DDP holds it may wait for ever (torch 2.9, see `train_worker`)."
+    config = [*TRAINER, f'data.cohort={toy.folder}', 'optim.batch_size=12', f'train.run={tmp_path/"run"}', 'optim.epochs=1', 'optim.warmup_epochs=0']
+    context = mp.start_processes(tracked_worker, (2, free_port(), config, tmp_path), nprocs=2, start_method='fork', join=False)
+    for process in context.processes: process.join(60)
+    codes = [p.exitcode for p in context.processes]
+    for process in context.processes: process.kill()
+    assert codes == [0, 0] and [json.loads((tmp_path/f'heard-{rank}').read_text()) for rank in (0, 1)] == [[0, 1]]*2
+    steps = pd.read_csv(tmp_path/'run'/'metrics.csv').step
+    assert (tmp_path/'lines-0').read_text().split() == ['demo', *map(str, steps), 'end'] and len(steps) > 3
