@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmsn.loss import msn_loss
 
 VIEWS, SAMPLES, INPUT = 3, 8, 6
-CASES = {'default': {}, 'weights': dict(me_max_weight=5., entropy_weight=.5), 'prior': dict(prior=.25), 'shares': dict(prior=(5, 4, 3, 2, 1)),
+CASES = {'default': {}, 'weights': dict(me_max_weight=5., entropy_weight=.5), 'prior': dict(prior=.25), 'prior weights': dict(prior=(5, 4, 3, 2, 1)),
          'smoothed': dict(label_smoothing=.2), 'unbalanced': dict(sinkhorn_iterations=0)}
 SIZES = {'even': (4, 4), 'uneven': (6, 2), 'one empty': (8, 0)}   # samples a process
 
