@@ -164,10 +164,10 @@ def _check_loss(loss:Loss):
                          'nothing can be learned')
     if isinstance(loss.prior, tuple):
         if len(loss.prior) != loss.prototypes:
-            raise InputError(f'loss.prior names {len(loss.prior)} shares, '
+            raise InputError(f'loss.prior names {len(loss.prior)} weights, '
                              f'but there are {loss.prototypes} prototypes (loss.prototypes)')
         if min(loss.prior) < 0 or not sum(loss.prior):
-            raise InputError(f'loss.prior should hold shares, not {loss.prior}')
+            raise InputError(f'loss.prior should hold weights, not {loss.prior}')
 
 # %% ../nbs/01_config.ipynb #895d889a
 def _check_terms(config:Config):
@@ -222,7 +222,7 @@ def _check_space(config:Config):
             raise InputError(f'{key} has no effect: all share loss.prototypes, unless fusion.space=own')
         if not kinds[name].alone: raise InputError(f'{key} has no effect while modalities.{name}.alone is false')
         if isinstance(config.loss.prior, tuple):
-            raise InputError(f'{key} needs another loss.prior than a list of shares: give an exponent, or none')
+            raise InputError(f'{key} needs another loss.prior than a list of weights: give an exponent, or none')
 
 # %% ../nbs/01_config.ipynb #3e809474
 def spaces(config:Config)->list:

@@ -56,7 +56,7 @@ def _prototypes(k, config):
 
 # %% ../nbs/51_heads.ipynb #51d63978
 def _prior(k, config):
-    "(K,) shares, or None."
+    "(K,) probabilities, or None."
     return None if config.loss.prior is None else as_prior(config.loss.prior, k)
 
 # %% ../nbs/51_heads.ipynb #081ccb20

@@ -330,7 +330,8 @@ def _loop(self:Trainer):
     with _stopping(self), bar:
         self._steps(bar)
         self.save()
-    if t.tracker: self.accelerator.end_training()
+    # not `end_training`, which destroys the process group too: DDP still holds it, and torch 2.9 may wait for ever
+    for tracker in self.accelerator.trackers: tracker.finish()
 
 # %% ../nbs/64_loop.ipynb #c14d5b8f
 @patch

@@ -113,10 +113,10 @@ def power_law(
 
 # %% ../nbs/50_loss.ipynb #cb36b88f
 def as_prior(
-    prior,            # exponent of a power law, or K shares (tensor or sequence)
+    prior,            # exponent of a power law, or K weights (tensor or sequence)
     prototypes:int,   # K
 ):
-    "Probabilities (K,) of a prior; shares are divided by their sum."
+    "Probabilities (K,) of a prior; weights are divided by their sum."
     if isinstance(prior, (int, float)): return power_law(prototypes, prior)
     prior = torch.as_tensor(prior, dtype=torch.float32)
     return prior/prior.sum()
@@ -124,7 +124,7 @@ def as_prior(
 # %% ../nbs/50_loss.ipynb #53604dc2
 def me_max(
     log_mean,     # (K,) log of the mean assignment
-    prior=None,   # None: uniform; float: exponent of a power law; K shares
+    prior=None,   # None: uniform; float: exponent of a power law; K weights
 ):
     "`log K - H(mean)` without a prior, `KL(prior || mean)` with one; never negative."
     if prior is None: return math.log(len(log_mean)) + (log_mean.exp()*log_mean).sum()
@@ -194,10 +194,10 @@ def _check(anchors, targets, prototypes, temperature, sharpen, sinkhorn_iteratio
     if not 0 <= label_smoothing < 1:
         raise ValueError(f'label_smoothing should be at least 0 and below 1, not {label_smoothing}')
     if prior is not None and not isinstance(prior, (int, float)):
-        shares = torch.as_tensor(prior, dtype=torch.float32)
-        if shares.shape != prototypes.shape[:1] or (shares < 0).any() or not shares.sum() > 0:
-            raise ValueError(f'prior should hold {len(prototypes)} shares, none of them negative, not '
-                             f'{tuple(shares.shape)} with sum {float(shares.sum()):.4g}')
+        weights = torch.as_tensor(prior, dtype=torch.float32)
+        if weights.shape != prototypes.shape[:1] or (weights < 0).any() or not weights.sum() > 0:
+            raise ValueError(f'prior should hold {len(prototypes)} weights, none of them negative, not '
+                             f'{tuple(weights.shape)} with sum {float(weights.sum()):.4g}')
 
 # %% ../nbs/50_loss.ipynb #6905052e
 def msn_loss(
@@ -209,7 +209,7 @@ def msn_loss(
     sinkhorn_iterations=3,  # rounds of balancing of the targets; 0 turns it off (the paper then uses me_max_weight=5)
     me_max_weight=1.,       # weight of me-max
     entropy_weight=0.,      # weight of the mean entropy of the anchors
-    prior=None,             # None: uniform; float: exponent of PMSN's power law; K shares
+    prior=None,             # None: uniform; float: exponent of PMSN's power law; K weights
     label_smoothing=0.,     # s, of the prototypes' labels, for anchors and targets
 )->MSNTerms:
     """The masked siamese loss over all ranks (arXiv 2204.07141, equations 1-2; with a prior 2210.07277). Raises
