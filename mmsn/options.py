@@ -39,6 +39,7 @@ class ImageEncoder:
     patch: int = 16              # side of a patch in pixels; divides every view size
     mlp_ratio: float = 4.0       # hidden width of a block's MLP over dim
     stem: str = 'linear'  # 'linear': one convolution a patch; 'conv': stride-2 3x3 convolutions, better in short runs
+    mask_stem: bool = False      # with stem=conv: hidden patches are 0 after each convolution too, not only before it
     pool: str = 'cls'            # 'cls': class token after the final norm; 'mean': mean of the patch tokens
     positions: str = 'learned'   # 'learned' or fixed 'sincos' position embedding
     # 'trunc': normal of standard deviation 0.02; 'fan_in': scaled by layer width, for narrow models

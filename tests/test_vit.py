@@ -90,3 +90,30 @@ def test_masks_and_order():
     close(block(x, mask)[:, :4], block(x[:, :4]), 1e-5)
     order = torch.tensor([3, 0, 4, 1, 2])
     close(block(x)[:, order], block(x[:, order]), 1e-5)
+
+
+@pytest.mark.parametrize('pool', ['cls', 'mean'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_mask_stem(pool, channels):
+    "Visible tokens neither see hidden pixels nor what a stem makes of hidden places; without hidden patches nothing changes."
+    torch.manual_seed(0)
+    m = model(stem='conv', mask_stem=True, pool=pool, channels=channels)
+    for conv in m.patch_embed.convs: torch.nn.init.normal_(conv.bias)
+    keep = torch.rand(3, 16).argsort(1)[:, :7]
+    hidden = torch.ones(3, 16).scatter(1, keep, 0.).view(3, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3).bool()
+    x = torch.randn(3, 1, 64, 64, requires_grad=True)
+    m.tokens(x, keep).square().sum().backward()
+    assert (x.grad[hidden] == 0).all() and (x.grad[~hidden] != 0).float().mean() > .9
+    with torch.no_grad():
+        other = torch.where(hidden, torch.randn_like(x)*50, x)
+        assert torch.equal(m(other, keep), m(x, keep)) and torch.equal(m.features(other, 2, keep), m.features(x, 2, keep))
+        features = []
+        hooks = [conv.register_forward_hook(lambda _, a, out: features.append(a[0])) for conv in [*m.patch_embed.convs, m.patch_embed.proj]]
+        m(x, keep)
+        for hook in hooks: hook.remove()
+        for f in features:   # what enters each convolution is 0 outside the visible patches, and not 0 inside
+            at = hidden[:, :, ::64//f.shape[-1], ::64//f.shape[-1]].expand_as(f)
+            assert f[at].abs().max() == 0 < f[~at].abs().max()
+        plain = model(stem='conv', pool=pool, channels=channels)
+        plain.load_state_dict(m.state_dict())
+        assert torch.equal(m(x), plain(x)) and not torch.equal(m(x, keep), plain(x, keep))

@@ -46,6 +46,15 @@ def _channels_last(x):
     N, C, H, W = x.shape
     return x.permute(0, 2, 3, 1).reshape(-1).view(N, H, W, C).permute(0, 3, 1, 2)
 
+# %% ../../nbs/30_encoders.vit.ipynb #631137ef
+def _masked(
+    x,         # (N, C, H, W) feature map
+    visible,   # (N, 1, rows, cols) 1 where a patch is visible, else 0, H and W multiples of it; none: all
+):
+    "The same with 0 at every position of a hidden patch."
+    if visible is None: return x
+    return x*F.interpolate(visible, scale_factor=x.shape[2]//visible.shape[2], mode='nearest').to(x.dtype)
+
 # %% ../../nbs/30_encoders.vit.ipynb #fb51524b
 class ConvStem(nn.Module):
     "log2(patch) convolutions 3x3 of stride 2 with ReLU, then one of 1x1 (arXiv 2106.14881, without its BatchNorm)."
@@ -62,10 +71,16 @@ class ConvStem(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x):   # (N, C, H, W) -> (N, L, d)
+    def forward(self, x, visible=None):   # (N, C, H, W), (N, 1, rows, cols) 1 or 0 -> (N, L, d)
         x = _channels_last(x)
-        for conv in self.convs: x = F.relu(conv(x))
-        return self.proj(x).flatten(2).transpose(1, 2)
+        for conv in self.convs: x = _masked(F.relu(conv(x)), visible)
+        return _masked(self.proj(x), visible).flatten(2).transpose(1, 2)
+
+# %% ../../nbs/30_encoders.vit.ipynb #f21cab40
+def _visible(x, keep, patch):
+    "(N, 1, rows, cols) of 1 where a patch of `x` (N, C, H, W) is among `keep` (N, n), else 0."
+    rows, cols = _grid(x.shape[-2:], patch)
+    return x.new_zeros(len(x), rows*cols).scatter(1, keep, 1.).view(-1, 1, rows, cols)
 
 # %% ../../nbs/30_encoders.vit.ipynb #ebd13794
 def hide_patches(
@@ -74,9 +89,7 @@ def hide_patches(
     patch:int,   # side of a patch in pixels
 ):
     "The same images with 0 in every pixel of the other patches."
-    rows, cols = _grid(x.shape[-2:], patch)
-    seen = x.new_zeros(len(x), rows*cols).scatter(1, keep, 1.).view(-1, 1, rows, cols)
-    return x*F.interpolate(seen, scale_factor=patch, mode='nearest')
+    return _masked(x, _visible(x, keep, patch))
 
 # %% ../../nbs/30_encoders.vit.ipynb #258a9004
 def sincos(
@@ -224,8 +237,9 @@ def embed(self:ViT,
     n_cls = int(self.cls_token is not None)
     if x.shape[1] == 1 < self.channels: x = x.expand(-1, self.channels, -1, -1)
     # its tokens overlap
-    if keep is not None and isinstance(self.patch_embed, ConvStem): x = hide_patches(x, keep, self.patch)
-    x = self.patch_embed(x) + pos[:, n_cls:]
+    seen = None if keep is None or not isinstance(self.patch_embed, ConvStem) else _visible(x, keep, self.patch)
+    inside = (seen,) if self.config.mask_stem and seen is not None else ()
+    x = self.patch_embed(_masked(x, seen), *inside) + pos[:, n_cls:]
     if keep is not None: x = x.gather(1, keep[..., None].expand(-1, -1, self.dim))
     return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1) if n_cls else x
 
