@@ -111,7 +111,7 @@ _POSITIVE = (
     'hidden', 'layers', 'output', 'random_size', 'focal_size')
 _FRACTIONS = ('patch_drop', 'drop', 'time', 'channel', 'cell', 'drop_start', 'label_smoothing', 'reverse')
 _NOT_NEGATIVE = (
-    'weight', 'predict', 'depth', 'random', 'focal', 'noise', 'shift', 'drop_path', 'dropout', 'me_max_weight',
+    'weight', 'predict', 'depth', 'random', 'focal', 'heavy', 'noise', 'shift', 'drop_path', 'dropout', 'me_max_weight',
     'entropy_weight', 'sinkhorn_iterations', 'keep_every')
 
 # %% ../nbs/01_config.ipynb #ab482e73

@@ -61,6 +61,8 @@ class ImageViews:
     focal_scale: tuple[float, float] = (0.05, 0.3)    # the same for a focal view
     ratio: tuple[float, float] = (0.75, 1.3333)       # width over height of a crop
     patch_drop: float = 0.15            # fraction of patches that a random view drops
+    heavy: int = 0                      # of the random views, so many (the first) hide a fraction drawn for each sample
+    heavy_drop: tuple[float, float] = (0.3, 0.8)      # smallest and largest fraction that such a view hides
     shared_mask: bool = False           # one permutation of patches for the whole batch (the reference) or one a sample
     flip: float = 0.0                   # probability of a mirror image; 0 because anatomy has sides
     rotation: float = 0.0               # largest rotation in degrees, either way

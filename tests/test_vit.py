@@ -117,3 +117,28 @@ def test_mask_stem(pool, channels):
         plain = model(stem='conv', pool=pool, channels=channels)
         plain.load_state_dict(m.state_dict())
         assert torch.equal(m(x), plain(x)) and not torch.equal(m(x, keep), plain(x, keep))
+
+
+@pytest.mark.parametrize('stem', ['linear', 'conv', 'masked'])
+@pytest.mark.parametrize('pool', ['cls', 'mean'])
+def test_keep_as_a_mask(pool, stem):
+    "A mask over all patches says what numbers say, in every method, and lets images hide different counts."
+    torch.manual_seed(0)
+    m = model(stem='linear' if stem == 'linear' else 'conv', mask_stem=stem == 'masked', pool=pool, depth=3)
+    x, counts, n_cls = torch.randn(4, 1, 64, 64), (1, 5, 11, 16), int(pool == 'cls')
+    order = torch.rand(4, 16).argsort(1)
+    mask = torch.zeros(4, 16).scatter(1, order, (torch.arange(16) < torch.tensor(counts)[:, None]).float()).bool()
+    for i, n in enumerate(counts):
+        one, keep = x[i:i+1], mask[i:i+1].nonzero()[None, :, 1]
+        close(m(x, mask)[i:i+1], m(one, keep), 1e-5)
+        close(m.features(x, 2, mask)[i:i+1], m.features(one, 2, keep), 1e-5)
+        seen = torch.cat([torch.ones(n_cls).bool(), mask[i]])
+        close(m.tokens(x, mask)[i, seen], m.tokens(one, keep)[0], 1e-5)
+        maps = m.attention(x, 1, mask)[i]
+        close(maps[:, seen][..., seen], m.attention(one, 1, keep)[0], 1e-5)
+        assert (maps[..., ~seen] == 0).all()
+    pixels = x.clone().requires_grad_()
+    m(pixels, mask).square().sum().backward()
+    hidden = ~mask.view(4, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    assert (pixels.grad[hidden] == 0).all() and all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
+    assert torch.equal(m(torch.where(hidden, 9., x), mask), m(x, mask))

@@ -78,14 +78,15 @@ class ConvStem(nn.Module):
 
 # %% ../../nbs/30_encoders.vit.ipynb #f21cab40
 def _visible(x, keep, patch):
-    "(N, 1, rows, cols) of 1 where a patch of `x` (N, C, H, W) is among `keep` (N, n), else 0."
+    "(N, 1, rows, cols) of 1 where `keep` (as in `ViT.embed`) has a patch of `x` (N, C, H, W), else 0."
     rows, cols = _grid(x.shape[-2:], patch)
-    return x.new_zeros(len(x), rows*cols).scatter(1, keep, 1.).view(-1, 1, rows, cols)
+    seen = keep.to(x.dtype) if keep.dtype == torch.bool else x.new_zeros(len(x), rows*cols).scatter(1, keep, 1.)
+    return seen.view(-1, 1, rows, cols)
 
 # %% ../../nbs/30_encoders.vit.ipynb #ebd13794
 def hide_patches(
     x,           # (N, C, H, W) images
-    keep,        # (N, n) int64 numbers of the patches that stay
+    keep,        # patches that stay: numbers (N, n) int64, or a mask (N, L) bool
     patch:int,   # side of a patch in pixels
 ):
     "The same images with 0 in every pixel of the other patches."
@@ -146,9 +147,10 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(*self._heads(x), attn_mask=mask)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
-    def weights(self, x):   # (N, L, d) -> (N, heads, L, L): each row sums to 1
+    def weights(self, x, mask=None):   # as in `forward` -> (N, heads, L, L): each row sums to 1
         q, k, _ = self._heads(x)
-        return (q@k.mT*q.shape[-1]**-.5).softmax(-1)
+        scores = q@k.mT*q.shape[-1]**-.5
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
 
 # %% ../../nbs/30_encoders.vit.ipynb #1e3efc42
 class MLP(nn.Module):
@@ -230,9 +232,9 @@ class ViT(nn.Module):
 @patch
 def embed(self:ViT,
     x,          # (N, channels or 1, H, W) float, normalised; a grey image is repeated for a stem of three channels
-    keep=None,  # (N, n) int64 numbers of the patches to see, row by row; none: all
+    keep=None,  # patches to see, row by row: numbers (N, n) int64, or a mask (N, L) bool; none: all
 ):
-    "(N, [1 +] n, d): what enters the first block."
+    "(N, [1 +] n, d): what enters the first block; with a mask all L patches do, and attention passes over the hidden."
     pos = resize_positions(self.pos_embed, self.grid, _grid(x.shape[-2:], self.patch))
     n_cls = int(self.cls_token is not None)
     if x.shape[1] == 1 < self.channels: x = x.expand(-1, self.channels, -1, -1)
@@ -240,8 +242,15 @@ def embed(self:ViT,
     seen = None if keep is None or not isinstance(self.patch_embed, ConvStem) else _visible(x, keep, self.patch)
     inside = (seen,) if self.config.mask_stem and seen is not None else ()
     x = self.patch_embed(_masked(x, seen), *inside) + pos[:, n_cls:]
-    if keep is not None: x = x.gather(1, keep[..., None].expand(-1, -1, self.dim))
+    if keep is not None and keep.dtype != torch.bool: x = x.gather(1, keep[..., None].expand(-1, -1, self.dim))
     return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1) if n_cls else x
+
+# %% ../../nbs/30_encoders.vit.ipynb #055e279f
+@patch
+def _mask(self:ViT, keep):
+    "(N, 1, 1, [1 +] L) bool, the tokens that may be looked at, where `keep` is a mask; else None: all that there are."
+    if keep is None or keep.dtype != torch.bool: return None
+    return F.pad(keep, (int(self.cls_token is not None), 0), value=True)[:, None, None]
 
 # %% ../../nbs/30_encoders.vit.ipynb #fc65f1a4
 @patch
@@ -249,9 +258,10 @@ def tokens(self:ViT,
     x,          # as in `embed`
     keep=None,  # as in `embed`
 ):
-    "(N, [1 +] n, d): tokens after the final norm, the class token first where there is one."
-    x = self.embed(x, keep)
-    for block in self.blocks: x = block(x)
+    """(N, [1 +] n, d): tokens after the final norm, the class token first where there is one; those of patches hidden
+    by a mask mean nothing."""
+    x, mask = self.embed(x, keep), self._mask(keep)
+    for block in self.blocks: x = block(x, mask)
     return self.norm(x)
 
 # %% ../../nbs/30_encoders.vit.ipynb #d913a2b8
@@ -261,12 +271,14 @@ def forward(self:ViT,
     keep=None,  # as in `embed`
 ):
     "(N, d): the class token, or the mean over the patches seen."
-    return self._pool(self.tokens(x, keep))
+    return self._pool(self.tokens(x, keep), keep)
 
 # %% ../../nbs/30_encoders.vit.ipynb #d1895fc5
 @patch
-def _pool(self:ViT, x):   # (N, L, d) after the final norm -> (N, d)
-    return x[:, 0] if self.cls_token is not None else x.mean(1)
+def _pool(self:ViT, x, keep=None):   # (N, L, d) after the final norm -> (N, d)
+    if self.cls_token is not None: return x[:, 0]
+    if keep is None or keep.dtype != torch.bool: return x.mean(1)
+    return (x*keep[..., None]).sum(1)/keep.sum(1, keepdim=True)
 
 # %% ../../nbs/30_encoders.vit.ipynb #4713fcac
 @patch
@@ -279,10 +291,10 @@ def features(self:ViT,
     depth, seen = len(self.blocks), []
     if not 1 <= blocks <= depth:
         raise InputError(f'the encoder has {depth} blocks, so features of the last {blocks} do not exist')
-    x = self.embed(x, keep)
+    x, mask = self.embed(x, keep), self._mask(keep)
     for i, block in enumerate(self.blocks):
-        x = block(x)
-        if i >= depth - blocks: seen.append(self._pool(self.norm(x)))
+        x = block(x, mask)
+        if i >= depth - blocks: seen.append(self._pool(self.norm(x), keep))
     return torch.cat(seen, 1)
 
 # %% ../../nbs/30_encoders.vit.ipynb #75171a96
@@ -296,9 +308,9 @@ def attention(self:ViT,
     Raises InputError."""
     depth = len(self.blocks)
     if not -depth <= block < depth: raise InputError(f'the encoder has {depth} blocks, none with number {block}')
-    x = self.embed(x, keep)
-    for earlier in self.blocks[:block % depth]: x = earlier(x)
-    return self.blocks[block].attn.weights(self.blocks[block].norm1(x))
+    x, mask = self.embed(x, keep), self._mask(keep)
+    for earlier in self.blocks[:block % depth]: x = earlier(x, mask)
+    return self.blocks[block].attn.weights(self.blocks[block].norm1(x), mask)
 
 # %% ../../nbs/30_encoders.vit.ipynb #0565c46b
 _TORCHVISION = (('encoder.layers.encoder_layer_', 'blocks.'), ('.ln_1.', '.norm1.'), ('.ln_2.', '.norm2.'),
