@@ -13,7 +13,8 @@ config.loss
 # %% auto #0
 __all__ = ['SIZES', 'SERIES_PRESETS', 'PROTOCOLS', 'MODALITIES', 'InputError', 'ImageEncoder', 'ImageViews', 'ImageModality',
            'SeriesEncoder', 'SeriesMasks', 'series_preset', 'SeriesViews', 'SeriesModality', 'TabularEncoder',
-           'TabularModality', 'Fusion', 'Head', 'Cells', 'Loss', 'Optim', 'Data', 'Train', 'Evaluate', 'Config']
+           'TabularModality', 'Fusion', 'Head', 'Cells', 'Tokens', 'Loss', 'Optim', 'Data', 'Train', 'Evaluate',
+           'Config']
 
 # %% ../nbs/00_options.ipynb #59f480b1
 import typing
@@ -228,6 +229,13 @@ class Cells:
     def __post_init__(self):
         if isinstance(self.kind, str): object.__setattr__(self, 'kind', (self.kind,))
 
+# %% ../nbs/00_options.ipynb #2bc45c08
+@dataclass(frozen=True)
+class Tokens:
+    "A term on the hidden patches of an image's anchors, predicted from the visible ones."
+    weight: float = 0.0              # of this term beside loss.weight; 0: none
+    kind: str = 'latent'             # 'latent': the target network's tokens there; 'pixels': the patches themselves
+
 # %% ../nbs/00_options.ipynb #70c2f48b
 @dataclass(frozen=True)
 class Loss:
@@ -245,6 +253,7 @@ class Loss:
     prior: typing.Union[None, float, tuple[float, ...]] = None
     weight: float = 1.0              # of all this beside the terms below; 0: those alone
     cells: Cells = field(default_factory=Cells)   # terms on single cells of time series
+    tokens: Tokens = field(default_factory=Tokens)   # a term on hidden patches of images
 
 # %% ../nbs/00_options.ipynb #861e8f18
 @dataclass(frozen=True)

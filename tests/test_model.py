@@ -468,3 +468,43 @@ def test_hidden_patches_at_encoding():
         has = batch.present['cxr']
         eq(m.encode(batch, patches=.7, corrupt=fill)['cxr'][has], m.encode(batch, patches=.7)['cxr'][has])
         assert not torch.equal(m.encode(batch, corrupt=fill)['cxr'][has], m.encode(batch)['cxr'][has])
+
+
+def test_term_on_hidden_patches():
+    "The loss is the siamese one plus weight times the term; its target is the anchor's own crop whole; saved and read back it is the same."
+    views = dict(random=2, focal=1, heavy=1, random_size=32, focal_size=16, patch_drop=.25)
+    parts = dict(cxr=dict(views=views), ehr=dict(views=dict(random=2, focal=1)))
+    plain, m = (MMSN.from_config(tiny_config('cxr', 'ehr', **parts, **extra), cohort) for extra in ({}, dict(loss=dict(prototypes=8, tokens=dict(weight=.5)))))
+    for name, p in plain.state_dict().items(): assert torch.equal(p, m.state_dict()[name]), name
+    eq({k.split('.')[0] for k in m.state_dict().keys() - plain.state_dict().keys()}, {'auxiliary'})
+    v = m.views(batch, 0, 0)
+    out, without = m(v), plain(v)
+    close(out.loss, without.loss + .5*out.metrics['tokens/loss'], 1e-5)
+    for k, x in without.metrics.items(): close(out.metrics[k], x, 1e-5)
+    image, total = m.auxiliary['tokens'].images['cxr'], 0.
+    with torch.no_grad():
+        for view in v.anchors['cxr'][:2]:   # by hand, a row at a time
+            errors = []
+            for i in batch.present['cxr'].nonzero()[:, 0].tolist():
+                keep = view.keep[i:i+1]
+                if keep.dtype == torch.bool: keep = keep.nonzero()[None, :, 1]
+                hidden = torch.ones(16).scatter(0, keep[0], 0.).bool()
+                truth = torch.nn.functional.layer_norm(m.target.encoders['cxr'].tokens(view.x[i:i+1]), (32,))
+                errors.append(torch.nn.functional.smooth_l1_loss(image.head(m.online.encoders['cxr'].tokens(view.x[i:i+1], keep), keep), truth, reduction='none')[0, hidden])
+            total += torch.cat(errors).mean()/2
+    close(out.metrics['tokens/loss'], total, 1e-4)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in m.target.parameters())
+    again = MMSN.from_pretrained(m.save_pretrained(Path(tmp.name)/'tokens'))
+    for name, p in m.auxiliary.state_dict().items(): assert torch.equal(again.auxiliary.state_dict()[name], p), name
+    with torch.autocast('cpu', torch.bfloat16): assert m(v).loss.isfinite()
+
+
+def test_term_on_hidden_patches_learns():
+    "In a few steps the term falls by a third, with a class token and with the mean of tokens, for tokens and for pixels."
+    for pool, kind in (('mean', 'latent'), ('cls', 'pixels')):
+        encoder = dict(dim=32, depth=1, heads=2, patch=8, pool=pool, positions='sincos', init='fan_in')
+        m = MMSN.from_config(tiny_config('cxr', cxr=dict(encoder=encoder), loss=dict(prototypes=8, tokens=dict(weight=1., kind=kind))), cohort)
+        rows = run_steps(m, cohort, 40)
+        assert rows['tokens/loss'][-5:].mean() < .8*rows['tokens/loss'][:5].mean(), (pool, kind, rows['tokens/loss'].tolist())

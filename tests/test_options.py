@@ -136,6 +136,10 @@ OTHER = dict(
                momentum=.5, final_momentum=.7, schedule_stretch=2.))
 
 
+HEAVY = dict(modalities__cxr__views__heavy=1)   # an image that hides patches: without one, a term on hidden patches is refused
+OTHER['loss']['tokens'] = dict(weight=only(1., **HEAVY), kind=only('pixels', loss__tokens__weight=1., **HEAVY))
+
+
 def change_of(preset, path, value):
     "(context, change, whether it should be refused) for one key of a preset."
     kinds, parts = kinds_of(preset), path.split('.')
@@ -145,6 +149,7 @@ def change_of(preset, path, value):
     if new == ('not',): new = not value
     if isinstance(new, tuple): new = next(w for w in new if w != value)
     if len(kinds) == 1 and (parts[0] == 'fusion' or parts[-1] in ('alone', 'weight', 'drop', 'prototypes') and parts[0] == 'modalities'): what, context = 'refused', {}     # there is nothing to fuse
+    if path.startswith('loss.tokens') and 'image' not in kinds.values(): what, new, context = 'refused', dict(weight=1., kind='nothing')[parts[-1]], {}
     assert what or new != value, f'choose another value for {path}: {preset} has {value!r} already'
     changes = {f'modalities.{n}.views.{parts[-1]}': new for n, k in kinds.items() if k != 'tabular'} if what == 'everywhere' else {path: new}
     return {'.'.join(parts[:2]) + k if k[0] == '.' else k: v for k, v in context.items()}, changes, what == 'refused'

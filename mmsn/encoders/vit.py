@@ -280,6 +280,18 @@ def _pool(self:ViT, x, keep=None):   # (N, L, d) after the final norm -> (N, d)
     if keep is None or keep.dtype != torch.bool: return x.mean(1)
     return (x*keep[..., None]).sum(1)/keep.sum(1, keepdim=True)
 
+# %% ../../nbs/30_encoders.vit.ipynb #5312b5c1
+@patch
+def states(self:ViT, x, keep=None):
+    "(N, [1 +] n, d): `tokens`."
+    return self.tokens(x, keep)
+
+# %% ../../nbs/30_encoders.vit.ipynb #1fe635e9
+@patch
+def pooled(self:ViT, states, x, keep=None):
+    "(N, d) of the states of `x`."
+    return self._pool(states, keep)
+
 # %% ../../nbs/30_encoders.vit.ipynb #4713fcac
 @patch
 def features(self:ViT,
