@@ -88,11 +88,12 @@ class ImageModality:
 # %% ../nbs/00_options.ipynb #51c67aa5
 @dataclass(frozen=True)
 class SeriesEncoder:
-    "A recurrent network or transformer over the hours of a stay."
-    name: str = 'lstm'           # 'lstm', 'gru' or 'transformer'
-    hidden: int = 128            # width of the hidden state
+    "A recurrent network, a transformer over the hours of a stay, or one over channels and hours."
+    name: str = 'lstm'           # 'lstm', 'gru', 'transformer' or 'axial'
+    hidden: int = 128            # width of the hidden state; axial: of a token
     layers: int = 1              # stacked layers
-    heads: int = 4               # attention heads of the transformer
+    heads: int = 4               # attention heads of the transformer, and of axial
+    bin: int = 4                 # axial: hours a token
     dropout: float = 0.0         # between layers
     bidirectional: bool = False  # read both ways (recurrent networks)
     # any of 'last': state at the last true hour, 'mean' and 'max' over the true hours; joined in this order
@@ -224,6 +225,7 @@ class Cells:
     # 'forecast': the next hour's values where observed; 'value': the values that a view hides; 'latent': the target
     # network's states at the hours of hidden cells
     kind: tuple[str, ...] = ('forecast',)
+    horizon: int = 1                 # forecast: hours ahead, of whose observed values the mean is asked
     presence: float = 0.5            # forecast: weight of whether a channel will be observed, beside the values
 
     def __post_init__(self):
