@@ -117,8 +117,8 @@ IMAGE = dict(
     encoder=dict(name=refused('resnet'), size='tiny', channels=3, dim=24, depth=1, heads=4, patch=4, mlp_ratio=2., stem=('linear', 'conv'), pool=('cls', 'mean'),
                  mask_stem=only(('not',), __encoder__stem='conv', __views__patch_drop=.4, __views__heavy=0),
                  positions=('learned', 'sincos'), init=('trunc', 'fan_in'), drop_path=.9),
-    views=dict(random=everywhere(2), focal=everywhere(3), random_size=40, focal_size=24, random_scale=[.3, .4], focal_scale=[.9, 1.], ratio=[1., 1.], patch_drop=.5, shared_mask=only(True, __views__patch_drop=.4, __views__heavy=0),
-               heavy=(0, 1), heavy_drop=only([.6, .7], __views__heavy=1),
+    views=dict(random=everywhere(2), focal=everywhere(3), random_size=40, focal_size=24, random_scale=[.3, .4], focal_scale=[.9, 1.], ratio=[1., 1.], patch_drop=only(.5, __views__heavy=0, loss__tokens__weight=0.), shared_mask=only(True, __views__patch_drop=.4, __views__heavy=0),
+               heavy=only((0, 1), loss__tokens__weight=0.), heavy_drop=only([.6, .7], __views__heavy=1),
                flip=1., rotation=45., jitter=.1, brightness=.9, contrast=.9, blur=only(1., __views__random_size=96), noise=.3))
 MASKS = dict(time=.5, channel=.5, cell=.6, drop_start=.5)
 TIMESERIES = dict(
@@ -137,7 +137,7 @@ OTHER = dict(
 
 
 HEAVY = dict(modalities__cxr__views__heavy=1)   # an image that hides patches: without one, a term on hidden patches is refused
-OTHER['loss']['tokens'] = dict(weight=only(1., **HEAVY), kind=only('pixels', loss__tokens__weight=1., **HEAVY))
+OTHER['loss']['tokens'] = dict(weight=only((1., .5), **HEAVY), kind=only('pixels', loss__tokens__weight=1., **HEAVY))
 
 
 def change_of(preset, path, value):
