@@ -111,8 +111,8 @@ _POSITIVE = (
     'hidden', 'layers', 'bin', 'horizon', 'output', 'random_size', 'focal_size')
 _FRACTIONS = ('patch_drop', 'drop', 'time', 'channel', 'cell', 'drop_start', 'label_smoothing', 'reverse')
 _NOT_NEGATIVE = (
-    'weight', 'predict', 'depth', 'random', 'focal', 'noise', 'shift', 'drop_path', 'dropout', 'me_max_weight',
-    'entropy_weight', 'sinkhorn_iterations', 'keep_every', 'probe_every')
+    'weight', 'predict', 'depth', 'random', 'focal', 'heavy', 'noise', 'shift', 'drop_path', 'dropout',
+    'me_max_weight', 'entropy_weight', 'sinkhorn_iterations', 'keep_every', 'probe_every')
 
 # %% ../nbs/01_config.ipynb #ab482e73
 def _walk(part, where=''):
@@ -169,6 +169,24 @@ def _check_loss(loss:Loss):
         if min(loss.prior) < 0 or not sum(loss.prior):
             raise InputError(f'loss.prior should hold weights, not {loss.prior}')
 
+# %% ../nbs/01_config.ipynb #ee75e705
+def _hides_patches(
+    m,   # an `ImageModality`
+)->bool:
+    "Whether some anchor view of an image hides patches."
+    return m.views.heavy > 0 or m.views.patch_drop > 0 and m.views.random > m.views.heavy
+
+# %% ../nbs/01_config.ipynb #f6e8ac9a
+def _check_tokens(config:Config):
+    "Raise InputError for a term on hidden patches where there is no such term, or no such patch."
+    tokens, images = config.loss.tokens, [m for m in config.modalities.values() if m.kind == 'image']
+    if tokens.kind not in ('latent', 'pixels'):
+        raise InputError(f"loss.tokens.kind should be 'latent' or 'pixels', not {tokens.kind!r}")
+    if not tokens.weight or not config.modalities or any(_hides_patches(m) for m in images): return
+    if not images: raise InputError('loss.tokens is for images, and the config has none: set loss.tokens.weight=0')
+    raise InputError('loss.tokens needs anchors that hide patches: set views.heavy or views.patch_drop of the image, '
+                     'or loss.tokens.weight=0')
+
 # %% ../nbs/01_config.ipynb #895d889a
 def _check_terms(config:Config):
     "Raise InputError for terms of the loss that nothing is left of, or that nothing in the config could feed."
@@ -180,7 +198,8 @@ def _check_terms(config:Config):
         raise InputError('loss.cells.kind names nothing: list at least one, or set loss.cells.weight=0')
     if loss.cells.weight and config.modalities and not series:
         raise InputError('loss.cells is for time series, and the config has none: set loss.cells.weight=0')
-    if not loss.weight and not loss.cells.weight:
+    _check_tokens(config)
+    if not loss.weight and not loss.cells.weight and not loss.tokens.weight:
         raise InputError('loss.weight=0 leaves nothing to learn: give another term a weight')
 
 # %% ../nbs/01_config.ipynb #62ab3ad9

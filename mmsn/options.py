@@ -13,7 +13,8 @@ config.loss
 # %% auto #0
 __all__ = ['SIZES', 'SERIES_PRESETS', 'PROTOCOLS', 'MODALITIES', 'InputError', 'ImageEncoder', 'ImageViews', 'ImageModality',
            'SeriesEncoder', 'SeriesMasks', 'series_preset', 'SeriesViews', 'SeriesModality', 'TabularEncoder',
-           'TabularModality', 'Fusion', 'Head', 'Cells', 'Loss', 'Optim', 'Data', 'Train', 'Evaluate', 'Config']
+           'TabularModality', 'Fusion', 'Head', 'Cells', 'Tokens', 'Loss', 'Optim', 'Data', 'Train', 'Evaluate',
+           'Config']
 
 # %% ../nbs/00_options.ipynb #59f480b1
 import typing
@@ -39,6 +40,7 @@ class ImageEncoder:
     patch: int = 16              # side of a patch in pixels; divides every view size
     mlp_ratio: float = 4.0       # hidden width of a block's MLP over dim
     stem: str = 'linear'  # 'linear': one convolution a patch; 'conv': stride-2 3x3 convolutions, better in short runs
+    mask_stem: bool = False      # with stem=conv: hidden patches are 0 after each convolution too, not only before it
     pool: str = 'cls'            # 'cls': class token after the final norm; 'mean': mean of the patch tokens
     positions: str = 'learned'   # 'learned' or fixed 'sincos' position embedding
     # 'trunc': normal of standard deviation 0.02; 'fan_in': scaled by layer width, for narrow models
@@ -60,6 +62,8 @@ class ImageViews:
     focal_scale: tuple[float, float] = (0.05, 0.3)    # the same for a focal view
     ratio: tuple[float, float] = (0.75, 1.3333)       # width over height of a crop
     patch_drop: float = 0.15            # fraction of patches that a random view drops
+    heavy: int = 0                      # of the random views, so many (the first) hide a fraction drawn for each sample
+    heavy_drop: tuple[float, float] = (0.3, 0.8)      # smallest and largest fraction that such a view hides
     shared_mask: bool = False           # one permutation of patches for the whole batch (the reference) or one a sample
     flip: float = 0.0                   # probability of a mirror image; 0 because anatomy has sides
     rotation: float = 0.0               # largest rotation in degrees, either way
@@ -227,6 +231,13 @@ class Cells:
     def __post_init__(self):
         if isinstance(self.kind, str): object.__setattr__(self, 'kind', (self.kind,))
 
+# %% ../nbs/00_options.ipynb #2bc45c08
+@dataclass(frozen=True)
+class Tokens:
+    "A term on the hidden patches of an image's anchors, predicted from the visible ones."
+    weight: float = 0.0              # of this term beside loss.weight; 0: none
+    kind: str = 'latent'             # 'latent': the target network's tokens there; 'pixels': the patches themselves
+
 # %% ../nbs/00_options.ipynb #70c2f48b
 @dataclass(frozen=True)
 class Loss:
@@ -244,6 +255,7 @@ class Loss:
     prior: typing.Union[None, float, tuple[float, ...]] = None
     weight: float = 1.0              # of all this beside the terms below; 0: those alone
     cells: Cells = field(default_factory=Cells)   # terms on single cells of time series
+    tokens: Tokens = field(default_factory=Tokens)   # a term on hidden patches of images
 
 # %% ../nbs/00_options.ipynb #861e8f18
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From tables and images, real or synthetic, to a cohort: a function for each source, and the command `mmsn-prepare`.
 
-Preparing is the first step of the flow: tables and images → cohort → batch → views → model → run → evaluation. The readers of `mmsn.data` know how each source is laid out; this module puts them behind one interface. There is a function for each source (`synthetic`, `mimic`, `physionet2012`, `nih`, `iu`, `images`, `table`, `medfuse`, `meds`), which returns the opened `Cohort`, and one command, `mmsn-prepare SOURCE … OUT`, whose options are the arguments of these functions.
+Preparing is the first step of the flow: tables and images → cohort → batch → views → model → run → evaluation. The readers of `mmsn.data` know how each source is laid out; this module puts them behind one interface. There is a function for each source (`synthetic`, `mimic`, `physionet2012`, `nih`, `iu`, `images`, `table`, `medfuse`, `meds`, `join`), which returns the opened `Cohort`, and one command, `mmsn-prepare SOURCE … OUT`, whose options are the arguments of these functions.
 
 Every function takes `overwrite` (an earlier cohort at `out` may be replaced) and `say` (called with a line of text at each stage; `Teller()` prints them, and the summary, as the command does), returns the opened `Cohort` and raises `InputError` for whatever is wrong with the input: a missing file or column, a label that is neither 0 nor 1, a name that does not exist. Nothing is left behind then. The comments beside the arguments are also the help of the command."""
 
@@ -8,7 +8,7 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 
 # %% auto #0
 __all__ = ['free_place', 'replacing', 'Teller', 'finish', 'synthetic', 'mimic', 'physionet2012', 'nih', 'iu', 'images', 'table',
-           'medfuse', 'meds', 'parser', 'main']
+           'medfuse', 'meds', 'join', 'parser', 'main']
 
 # %% ../nbs/28_prepare.ipynb #807f3b09
 import argparse, inspect, re, shutil, tempfile, time, typing
@@ -20,6 +20,7 @@ from fastcore.docments import docments
 
 from .config import cli
 from .data.cohort import Cohort
+from .data.join import prepare_join
 from .data.folders import prepare_images, prepare_iu, prepare_nih
 from .data.long import prepare_table
 from .data.medfuse import prepare_medfuse, write_medfuse
@@ -267,6 +268,19 @@ def meds(
     return _make(out, overwrite, say, [f'reading {folder} into {out}'],
                  lambda: prepare_meds(folder, codes, out, *options))
 
+# %% ../nbs/28_prepare.ipynb #f3c2e8a7
+def join(
+    sources:list,          # folders of cohorts, two or more; each is called by its folder's name
+    out,                   # folder of the joined cohort; new, or empty
+    name:str='joined',     # of the cohort
+    say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
+)->Cohort:
+    "Cohorts that were prepared before, one after the other: the same modalities, all labels, splits as they are."
+    if any(Path(s).resolve() == Path(out).resolve() for s in sources):
+        raise InputError(f'{out} is one of the cohorts to join: choose another folder for the joined one')
+    return _make(out, overwrite, say, [f'joining {", ".join(map(str, sources))} into {out}'],
+                 lambda: prepare_join(sources, out, name))
+
 # %% ../nbs/28_prepare.ipynb #058b8f72
 def _natural(text):
     "A whole number, 0 or more."
@@ -306,8 +320,9 @@ def _add_source(sub, source, text):
     for name, a in inspect.signature(source).parameters.items():
         if name == 'say' or a.kind is a.VAR_KEYWORD: continue
         if a.default is a.empty or name == 'out':
-            optional = source is mimic and name == 'out'       # --check needs none
-            p.add_argument(name, metavar=name.upper(), nargs='?' if optional else None, help=help[name])
+            # --check needs no OUT; join takes any number of cohorts
+            nargs = '?' if source is mimic and name == 'out' else '+' if a.annotation is list else None
+            p.add_argument(name, metavar=name.upper(), nargs=nargs, help=help[name])
         else: _option(p, name, a.annotation if a.annotation is not a.empty else str, a.default, help[name])
     p.set_defaults(prepare=source)
     return p
@@ -391,7 +406,8 @@ def parser():
     _add_mimic(sub, 'MIMIC-IV, with MIMIC-CXR-JPG')
     for source, text in ((physionet2012, 'PhysioNet/CinC Challenge 2012'), (nih, 'NIH ChestX-ray14'), (iu, iu.__doc__[:-1]),
                          (images, 'a folder of images with a CSV'), (table, 'a long table of measurements'),
-                         (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set')):
+                         (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set'),
+                         (join, 'cohorts that were prepared before')):
         _add_source(sub, source, text)
     sub.choices['medfuse'].add_argument(
         '--reverse', action='store_true',

@@ -32,7 +32,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .data.cohort import Cohort
-from .encoders.vit import ViT, hide_patches, resize_positions
+from .encoders.stems import hide_patches
+from .encoders.vit import ViT, resize_positions
 from .model import MMSN, local_folder, is_mmsn_encoder, _read
 from .options import ImageEncoder, InputError, SIZES
 from .views.images import patch_keep, to_float

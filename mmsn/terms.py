@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .cells import CellTerm
+from .tokens import TokenTerm
 from .options import Config
 from .views.patient import PatientViews, Views
 
@@ -40,6 +41,7 @@ def auxiliary_terms(
     if config.loss.cells.weight:
         terms['cells'] = CellTerm(config, infos, online)
         for name in terms['cells'].reads: views.parts[name].truth = True
+    if config.loss.tokens.weight: terms['tokens'] = TokenTerm(config, online)
     return terms
 
 # %% ../nbs/51e_terms.ipynb #e0aafd04

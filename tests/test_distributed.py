@@ -97,6 +97,11 @@ CONFIGS = {'default': CONFIG, 'cross': dict(OTHER, modalities=dict(CONFIG['modal
 SPACES = dict(OTHER, fusion=dict(dim=16, space='own', aim=['own', 'cross', 'joint'], weight=2.),
               modalities=dict(cxr=dict(CONFIG['modalities']['cxr'], weight=.5, drop=.5, prototypes=5), ehr=CONFIG['modalities']['ehr'], facts=dict(kind='tabular', encoder=dict(hidden=8, dim=8), alone=True)))
 CONFIGS['spaces'] = SPACES
+# Hidden patches predicted, in a heavy view with a mask for each sample and in a light one.
+TOKENS = dict(CONFIG, modalities=dict(CONFIG['modalities'], cxr=dict(kind='image', encoder=dict(CONFIG['modalities']['cxr']['encoder'], stem='conv', mask_stem=True),
+                                                                     views=dict(random=2, focal=0, heavy=1, random_size=32, focal_size=8, patch_drop=.25))),
+              loss=dict(prototypes=6, tokens=dict(weight=.7)))
+CONFIGS['tokens'] = dict(TOKENS, modalities=dict(TOKENS['modalities'], ehr=dict(kind='timeseries', encoder=dict(hidden=16, dim=16), views=dict(random=2, focal=0))))
 IMAGES = {'paired': [1]*8, 'some': [1, 0, 1, 1, 0, 1, 0, 1], 'one rank has none': [1, 0, 1, 1, 0, 0, 0, 0], 'nobody': [0]*8}   # who of eight samples has an image
 
 

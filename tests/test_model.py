@@ -435,3 +435,76 @@ def test_calls():
     there = int(batch.present['cxr'].sum())
     eq((calls['online', 'cxr'], calls['target', 'cxr']), ([there, 2*there], [there]))
     assert len(calls['online', 'ehr']) <= 2 and sum(calls['online', 'ehr']) == 3*32
+
+
+def test_heavy_views():
+    "A heavy view hides another fraction of patches in each sample; other views and the loss of their anchors stay as they were."
+    conv = dict(encoder=dict(dim=32, depth=1, heads=2, patch=8, stem='conv', mask_stem=True, pool='mean', positions='sincos', init='fan_in'))
+    recipe = dict(random=2, focal=1, random_size=32, focal_size=16, patch_drop=.25)
+    m = MMSN.from_config(tiny_config('cxr', cxr=conv | dict(views=recipe | dict(heavy=1))), cohort)
+    light = MMSN.from_config(tiny_config('cxr', cxr=conv | dict(views=recipe)), cohort)
+    views, usual = m.views(batch, 0, 0), light.views(batch, 0, 0)
+    heavy, random, focal = views.anchors['cxr']
+    assert heavy.keep.dtype == torch.bool and len(heavy.keep.sum(1).unique()) > 3
+    eq(torch.cat([heavy.x, random.x]), usual.anchors['cxr'][0].x); eq(random.keep, usual.anchors['cxr'][0].keep[32:]); eq(focal.x, usual.anchors['cxr'][1].x)
+    some = m.views(batch.select(torch.tensor([7, 3])), 0, 0).anchors['cxr'][0]
+    eq(some.keep, heavy.keep[[7, 3]])
+    h = embed(m.online, 'cxr', views.anchors['cxr'], batch.present['cxr'], 3)
+    for i in (1, 2, 3):   # a view alone gives the embedding that it has beside the others
+        close(m.online.encoders['cxr'](heavy.x[i:i+1], heavy.keep[i:i+1].nonzero()[None, :, 1]), h[i:i+1], 1e-4)
+    close(h[32:64], embed(light.online, 'cxr', usual.anchors['cxr'], batch.present['cxr'], 3)[32:64], 1e-5)
+    assert m(views).loss.isfinite()
+    with expect_fail(contains='views.heavy=2 is more than the random views (1)'):
+        MMSN.from_config(tiny_config('cxr', cxr=dict(views=dict(random=1, heavy=2, random_size=32, focal_size=16))), cohort)
+
+
+def test_hidden_patches_at_encoding():
+    "What a hidden patch holds does not reach the features, with either stem."
+    for stem in (dict(stem='linear'), dict(stem='conv'), dict(stem='conv', mask_stem=True)):
+        m = MMSN.from_config(tiny_config('cxr', cxr=dict(encoder=dict(dim=32, depth=1, heads=2, patch=8, pool='mean', positions='sincos') | stem)), cohort)
+        keep = m._visible('cxr', m.views.plain(batch)['cxr'], batch.index, .7, 0)
+        hidden = torch.ones(32, 16).scatter(1, keep, 0.).view(32, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).bool()
+        fill = lambda name, view: replace(view, x=torch.where(hidden, 7., view.x))
+        has = batch.present['cxr']
+        eq(m.encode(batch, patches=.7, corrupt=fill)['cxr'][has], m.encode(batch, patches=.7)['cxr'][has])
+        assert not torch.equal(m.encode(batch, corrupt=fill)['cxr'][has], m.encode(batch)['cxr'][has])
+
+
+def test_term_on_hidden_patches():
+    "The loss is the siamese one plus weight times the term; its target is the anchor's own crop whole; saved and read back it is the same."
+    views = dict(random=2, focal=1, heavy=1, random_size=32, focal_size=16, patch_drop=.25)
+    parts = dict(cxr=dict(views=views), ehr=dict(views=dict(random=2, focal=1)))
+    plain, m = (MMSN.from_config(tiny_config('cxr', 'ehr', **parts, **extra), cohort) for extra in ({}, dict(loss=dict(prototypes=8, tokens=dict(weight=.5)))))
+    for name, p in plain.state_dict().items(): assert torch.equal(p, m.state_dict()[name]), name
+    eq({k.split('.')[0] for k in m.state_dict().keys() - plain.state_dict().keys()}, {'auxiliary'})
+    v = m.views(batch, 0, 0)
+    out, without = m(v), plain(v)
+    close(out.loss, without.loss + .5*out.metrics['tokens/loss'], 1e-5)
+    for k, x in without.metrics.items(): close(out.metrics[k], x, 1e-5)
+    image, total = m.auxiliary['tokens'].images['cxr'], 0.
+    with torch.no_grad():
+        for view in v.anchors['cxr'][:2]:   # by hand, a row at a time
+            errors = []
+            for i in batch.present['cxr'].nonzero()[:, 0].tolist():
+                keep = view.keep[i:i+1]
+                if keep.dtype == torch.bool: keep = keep.nonzero()[None, :, 1]
+                hidden = torch.ones(16).scatter(0, keep[0], 0.).bool()
+                truth = torch.nn.functional.layer_norm(m.target.encoders['cxr'].tokens(view.x[i:i+1]), (32,))
+                errors.append(torch.nn.functional.smooth_l1_loss(image.head(m.online.encoders['cxr'].tokens(view.x[i:i+1], keep), keep), truth, reduction='none')[0, hidden])
+            total += torch.cat(errors).mean()/2
+    close(out.metrics['tokens/loss'], total, 1e-4)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in m.target.parameters())
+    again = MMSN.from_pretrained(m.save_pretrained(Path(tmp.name)/'tokens'))
+    for name, p in m.auxiliary.state_dict().items(): assert torch.equal(again.auxiliary.state_dict()[name], p), name
+    with torch.autocast('cpu', torch.bfloat16): assert m(v).loss.isfinite()
+
+
+def test_term_on_hidden_patches_learns():
+    "In a few steps the term falls by a third, with a class token and with the mean of tokens, for tokens and for pixels."
+    for pool, kind in (('mean', 'latent'), ('cls', 'pixels')):
+        encoder = dict(dim=32, depth=1, heads=2, patch=8, pool=pool, positions='sincos', init='fan_in')
+        m = MMSN.from_config(tiny_config('cxr', cxr=dict(encoder=encoder), loss=dict(prototypes=8, tokens=dict(weight=1., kind=kind))), cohort)
+        rows = run_steps(m, cohort, 40)
+        assert rows['tokens/loss'][-5:].mean() < .8*rows['tokens/loss'][:5].mean(), (pool, kind, rows['tokens/loss'].tolist())

@@ -115,8 +115,10 @@ PROTOTYPES = only(5, fusion__space='own', fusion__aim=['own'])
 IMAGE = dict(
     kind=refused('timeseries'), weight=2., drop=.3, alone=only(False, fusion__aim=['own'], fusion__space='own'), prototypes=PROTOTYPES,
     encoder=dict(name=refused('resnet'), size='tiny', channels=3, dim=24, depth=1, heads=4, patch=4, mlp_ratio=2., stem=('linear', 'conv'), pool=('cls', 'mean'),
+                 mask_stem=only(('not',), __encoder__stem='conv', __views__patch_drop=.4, __views__heavy=0),
                  positions=('learned', 'sincos'), init=('trunc', 'fan_in'), drop_path=.9),
-    views=dict(random=everywhere(2), focal=everywhere(3), random_size=40, focal_size=24, random_scale=[.3, .4], focal_scale=[.9, 1.], ratio=[1., 1.], patch_drop=.5, shared_mask=only(True, __views__patch_drop=.4),
+    views=dict(random=everywhere(2), focal=everywhere(3), random_size=40, focal_size=24, random_scale=[.3, .4], focal_scale=[.9, 1.], ratio=[1., 1.], patch_drop=only(.5, __views__heavy=0, loss__tokens__weight=0.), shared_mask=only(True, __views__patch_drop=.4, __views__heavy=0),
+               heavy=only((0, 1), loss__tokens__weight=0.), heavy_drop=only([.6, .7], __views__heavy=1),
                flip=1., rotation=45., jitter=.1, brightness=.9, contrast=.9, blur=only(1., __views__random_size=96), noise=.3))
 MASKS = dict(time=.5, channel=.5, cell=.6, drop_start=.5)
 TIMESERIES = dict(
@@ -134,15 +136,20 @@ OTHER = dict(
                momentum=.5, final_momentum=.7, schedule_stretch=2.))
 
 
+HEAVY = dict(modalities__cxr__views__heavy=1)   # an image that hides patches: without one, a term on hidden patches is refused
+OTHER['loss']['tokens'] = dict(weight=only((1., .5), **HEAVY), kind=only('pixels', loss__tokens__weight=1., **HEAVY))
+
+
 def change_of(preset, path, value):
     "(context, change, whether it should be refused) for one key of a preset."
     kinds, parts = kinds_of(preset), path.split('.')
     new, context, what = OTHER, {}, ''
     for part in general(path, kinds).split('.'): new = new[part]
     if isinstance(new, tuple) and new[0] in ('only', 'everywhere', 'refused'): what, new, context = new
-    elif new == ('not',): new = not value
+    if new == ('not',): new = not value
     if isinstance(new, tuple): new = next(w for w in new if w != value)
     if len(kinds) == 1 and (parts[0] == 'fusion' or parts[-1] in ('alone', 'weight', 'drop', 'prototypes') and parts[0] == 'modalities'): what, context = 'refused', {}     # there is nothing to fuse
+    if path.startswith('loss.tokens') and 'image' not in kinds.values(): what, new, context = 'refused', dict(weight=1., kind='nothing')[parts[-1]], {}
     assert what or new != value, f'choose another value for {path}: {preset} has {value!r} already'
     changes = {f'modalities.{n}.views.{parts[-1]}': new for n, k in kinds.items() if k != 'tabular'} if what == 'everywhere' else {path: new}
     return {'.'.join(parts[:2]) + k if k[0] == '.' else k: v for k, v in context.items()}, changes, what == 'refused'

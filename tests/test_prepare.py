@@ -216,3 +216,69 @@ def test_as_a_process(place):
     done = run('mmsn.prepare', *TABLE)
     assert 'cohort written to out' in done.stdout and not done.stderr.strip()
     assert 'unknown' in run('mmsn.prepare', 'images', '--help').stdout
+
+
+@pytest.fixture
+def hospitals(place):
+    "Cohorts `a` and `b` of images, `t` of a time series, `large` of larger images."
+    for name, size in (('a', 16), ('b', 16), ('large', 24)): main(['images', 'scans.csv', 'images', name, '--size', str(size), '--subject', 'patient', '--labels', 'mass'])
+    main(['table', 'long.csv', 'channels.csv', 't', '--labels', 'labels.csv'])
+    return place
+
+
+def test_join(hospitals, capsys):
+    "Cohorts one after the other, by the command: all samples, new numbers, the old ones as text, labels of both, splits as they were."
+    main(['join', 'a', 'b', 't', 'out', '--name', 'three'])
+    assert 'of a' in capsys.readouterr().out
+    out, parts = Cohort.open('out', verify=True), [Cohort.open(n) for n in 'abt']
+    assert (out.name, len(out), out.labels) == ('three', 2*N + 3, ['mass', 'sepsis'])
+    s = out.samples
+    assert s.sample_id.tolist() == list(range(2*N + 3)) and s.groupby('source').size().to_dict() == dict(a=N, b=N, t=3)
+    assert s['sample'].is_unique and s.subject_id.nunique() == s.subject.nunique() == N + 3
+    assert s.split.tolist() == [x for c in parts for x in c.samples.split]
+    assert s['sample'][N] == f'b:{parts[1].samples.sample_id[0]}' and s.subject[N + 1] == f'b:{parts[1].samples.subject_id[1]}'
+    for at, c in zip((0, N, 2*N), parts):
+        for i in (0, len(c) - 1):
+            item, own = out[at + i], c[i]
+            for name in out.modalities:
+                if name not in own: assert item[name] is None
+                else: np.testing.assert_array_equal(item[name], own[name])
+        assert np.array_equal(out.label_matrix(c.labels, range(at, at + len(c))), c.label_matrix(), equal_nan=True)
+    assert np.isnan(out.label_matrix(['sepsis'], range(2*N))).all() and np.isnan(out.label_matrix(['mass'], range(2*N, 2*N + 3))).all()
+    main(['join', 'out', 'b', 'again'])
+    again = Cohort.open('again', verify=True)
+    assert again.samples['sample'].is_unique and again.samples['sample'][0].startswith('out:a:') and len(again) == 3*N + 3
+
+
+def test_join_the_same_gives_the_same(hospitals):
+    "The hash of a cohort depends on what is in it only."
+    for out in ('one', 'two'): main(['join', 'a', 't', out])
+    assert Cohort.open('one').hash == Cohort.open('two').hash
+    main(['join', 't', 'a', 'turned'])
+    assert Cohort.open('turned').hash != Cohort.open('one').hash
+
+
+def test_join_by_blocks(hospitals, monkeypatch):
+    "Copied a few rows at a time, the arrays are the same."
+    from mmsn.data import join
+    main(['join', 'a', 'b', 'one'])
+    monkeypatch.setattr(join, '_copy', lambda *args, copy=join._copy: copy(*args, size=5000))
+    main(['join', 'a', 'b', 'two'])
+    assert Cohort.open('one').hash == Cohort.open('two').hash
+
+
+def test_join_refuses(hospitals, capsys):
+    capsys.readouterr()
+    for words, said in ((['a', 'large'], "'cxr' differs in size: 16 x 16 pixels in a, 24 x 24 pixels in large; prepare both alike"),
+                        (['a'], 'join needs two cohorts or more, not 1'), (['a', './a'], "two of the cohorts are called 'a'"), (['a', 'none'], 'no cohort at none')):
+        refused(capsys, 'join', *words, 'out', said=said)
+    refused(capsys, 'join', 'a', 'b', 'a', said='a is one of the cohorts to join')
+    refused(capsys, 'join', 'a', 'b', 'a', '--overwrite', said='a is one of the cohorts to join')
+    (hospitals/'channels.csv').write_text('name,unit,low,high,normal\npulse,bpm,1,250,86\n')
+    main(['table', 'long.csv', 'channels.csv', 'u', '--labels', 'labels.csv'])
+    capsys.readouterr()
+    refused(capsys, 'join', 't', 'u', 'out', said="'ehr' differs in channels")
+    main(['table', 'long.csv', 'channels.csv', 'v', '--labels', 'labels.csv', '--modality', 'cxr'])
+    capsys.readouterr()
+    refused(capsys, 'join', 'a', 'v', 'out', said="'cxr' differs in kind: image in a, timeseries in v")
+    assert len(Cohort.open('a', verify=True)) == N

@@ -315,3 +315,17 @@ def test_a_run_where_a_file_stands(cohort, tmp_path, capsys):
     (tmp_path/'file').write_text('')
     assert 'cannot be written' in refused(main, words(cohort, tmp_path/'file'/'run'), capsys)
     assert 'not a run' in refused(main, words(cohort, tmp_path/'file'), capsys)
+
+
+def test_terms_on_hidden_patches_resume_exactly(cohort, tmp_path):
+    "A heavy view and the term on hidden patches: from the first checkpoint on, a resumed run is the one that was never stopped, bit for bit."
+    terms = ['modalities.cxr.views.heavy=1', 'modalities.cxr.encoder.mask_stem=true', 'loss.tokens.weight=0.5', 'optim.epochs=2', 'train.checkpoint_every=2', 'train.keep_last=99']
+    train(cohort, tmp_path/'whole', *terms)
+    shutil.copytree(tmp_path/'whole', tmp_path/'resumed')
+    first, *later = sorted((tmp_path/'resumed'/'checkpoints').glob('step-*'))
+    assert later
+    for folder in later: shutil.rmtree(folder)
+    train(cohort, tmp_path/'resumed', *terms)
+    same(tmp_path/'whole', tmp_path/'resumed')
+    assert 'tokens/loss' in curve(tmp_path/'whole') and any(k.startswith('auxiliary.tokens') for k in load_file(last(tmp_path/'whole')/'model.safetensors'))
+    pd.testing.assert_frame_equal(curve(tmp_path/'whole'), curve(tmp_path/'resumed'), check_exact=True)

@@ -90,3 +90,55 @@ def test_masks_and_order():
     close(block(x, mask)[:, :4], block(x[:, :4]), 1e-5)
     order = torch.tensor([3, 0, 4, 1, 2])
     close(block(x)[:, order], block(x[:, order]), 1e-5)
+
+
+@pytest.mark.parametrize('pool', ['cls', 'mean'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_mask_stem(pool, channels):
+    "Visible tokens neither see hidden pixels nor what a stem makes of hidden places; without hidden patches nothing changes."
+    torch.manual_seed(0)
+    m = model(stem='conv', mask_stem=True, pool=pool, channels=channels)
+    for conv in m.patch_embed.convs: torch.nn.init.normal_(conv.bias)
+    keep = torch.rand(3, 16).argsort(1)[:, :7]
+    hidden = torch.ones(3, 16).scatter(1, keep, 0.).view(3, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3).bool()
+    x = torch.randn(3, 1, 64, 64, requires_grad=True)
+    m.tokens(x, keep).square().sum().backward()
+    assert (x.grad[hidden] == 0).all() and (x.grad[~hidden] != 0).float().mean() > .9
+    with torch.no_grad():
+        other = torch.where(hidden, torch.randn_like(x)*50, x)
+        assert torch.equal(m(other, keep), m(x, keep)) and torch.equal(m.features(other, 2, keep), m.features(x, 2, keep))
+        features = []
+        hooks = [conv.register_forward_hook(lambda _, a, out: features.append(a[0])) for conv in [*m.patch_embed.convs, m.patch_embed.proj]]
+        m(x, keep)
+        for hook in hooks: hook.remove()
+        for f in features:   # what enters each convolution is 0 outside the visible patches, and not 0 inside
+            at = hidden[:, :, ::64//f.shape[-1], ::64//f.shape[-1]].expand_as(f)
+            assert f[at].abs().max() == 0 < f[~at].abs().max()
+        plain = model(stem='conv', pool=pool, channels=channels)
+        plain.load_state_dict(m.state_dict())
+        assert torch.equal(m(x), plain(x)) and not torch.equal(m(x, keep), plain(x, keep))
+
+
+@pytest.mark.parametrize('stem', ['linear', 'conv', 'masked'])
+@pytest.mark.parametrize('pool', ['cls', 'mean'])
+def test_keep_as_a_mask(pool, stem):
+    "A mask over all patches says what numbers say, in every method, and lets images hide different counts."
+    torch.manual_seed(0)
+    m = model(stem='linear' if stem == 'linear' else 'conv', mask_stem=stem == 'masked', pool=pool, depth=3)
+    x, counts, n_cls = torch.randn(4, 1, 64, 64), (1, 5, 11, 16), int(pool == 'cls')
+    order = torch.rand(4, 16).argsort(1)
+    mask = torch.zeros(4, 16).scatter(1, order, (torch.arange(16) < torch.tensor(counts)[:, None]).float()).bool()
+    for i, n in enumerate(counts):
+        one, keep = x[i:i+1], mask[i:i+1].nonzero()[None, :, 1]
+        close(m(x, mask)[i:i+1], m(one, keep), 1e-5)
+        close(m.features(x, 2, mask)[i:i+1], m.features(one, 2, keep), 1e-5)
+        seen = torch.cat([torch.ones(n_cls).bool(), mask[i]])
+        close(m.tokens(x, mask)[i, seen], m.tokens(one, keep)[0], 1e-5)
+        maps = m.attention(x, 1, mask)[i]
+        close(maps[:, seen][..., seen], m.attention(one, 1, keep)[0], 1e-5)
+        assert (maps[..., ~seen] == 0).all()
+    pixels = x.clone().requires_grad_()
+    m(pixels, mask).square().sum().backward()
+    hidden = ~mask.view(4, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    assert (pixels.grad[hidden] == 0).all() and all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
+    assert torch.equal(m(torch.where(hidden, 9., x), mask), m(x, mask))

@@ -17,7 +17,7 @@ from torch import nn
 from fastcore.basics import patch
 
 from ..options import InputError
-from .images import image_views, patch_keep, to_float
+from .images import image_views, patch_keep, patch_mask, to_float
 from .random import fold_in, make_key
 from .timeseries import column_owners, continuous_columns, series_views
 from ..show import show_views
@@ -27,7 +27,7 @@ from ..show import show_views
 class ImageView:
     "n views of B images, all of one size."
     x: torch.Tensor                # (n*B, 1, H, W) float32, normalised
-    keep: Optional[torch.Tensor]   # (n*B, k) int64 kept patches; None: all
+    keep: Optional[torch.Tensor]   # (n*B, k) int64 kept patches, or (n*B, L) bool mask of them; None: all
     n: int = 1                     # views a sample
     patch: int = 0                 # side of a patch in pixels
     def args(self): "Arguments of the image encoder."; return self.x, self.keep
@@ -58,7 +58,7 @@ class PatientViews:
     index: torch.Tensor   # (B,) int64 rows of cohort.samples
     present: dict         # name -> (B,) bool
     targets: dict         # name -> a view with n = 1
-    anchors: dict         # name -> list of views, [random, focal]; a group of no views is left out
+    anchors: dict         # name -> list of views, [heavy, random, focal]; a group of no views is left out
     n: int                # anchor views a sample, the same for all modalities
 
     def show(self, sample:int=0):
@@ -90,6 +90,10 @@ class ImagePart(nn.Module):
         for key in ('random_scale', 'focal_scale'):
             _range(f'modalities.{name}.views.{key}', getattr(self.recipe, key), 0, 1)
         _range(f'modalities.{name}.views.ratio', self.recipe.ratio, 0, 100)
+        _range(f'modalities.{name}.views.heavy_drop', self.recipe.heavy_drop, 0, 1)
+        if self.recipe.heavy > self.recipe.random:
+            raise InputError(f'modalities.{name}.views.heavy={self.recipe.heavy} is more than the random views '
+                             f'({self.recipe.random}), of which they are')
         for key in ('mean', 'std'):
             self.register_buffer(key, torch.as_tensor(getattr(info, key), dtype=torch.float32).reshape(-1, 1, 1))
 
@@ -99,6 +103,14 @@ def normalise(self:ImagePart, x):
     "(…, H, W) of 0..1 to mean 0, standard deviation 1 over the cohort's training images."
     return (x - self.mean)/self.std
 
+# %% ../../nbs/43_views.patient.ipynb #78f3a16a
+@patch
+def _keep(self:ImagePart, key, heavy):
+    "The patches that random views with keys (n, B) keep: a mask for heavy ones, else numbers; None: all."
+    r, n_patches = self.recipe, (self.recipe.random_size//self.patch)**2
+    if heavy: return patch_mask(fold_in(key, 'patches'), n_patches, r.heavy_drop, r.shared_mask)
+    return patch_keep(fold_in(key, 'patches'), n_patches, r.patch_drop, r.shared_mask) if r.patch_drop else None
+
 # %% ../../nbs/43_views.patient.ipynb #7ea130ba
 @patch
 def forward(self:ImagePart, x, lengths, key):
@@ -106,10 +118,9 @@ def forward(self:ImagePart, x, lengths, key):
     r, x, B, R = self.recipe, to_float(x), len(x), self.recipe.random
     large = self.normalise(image_views(x, key[:1+R], r.random_size, r.random_scale, r))
     target, anchors = ImageView(large[:B], None, patch=self.patch), []
-    if R:
-        keep = patch_keep(fold_in(key[1:1+R], 'patches'), (r.random_size//self.patch)**2, r.patch_drop,
-                          r.shared_mask) if r.patch_drop else None
-        anchors.append(ImageView(large[B:], keep, R, self.patch))
+    for view, n in ((1, r.heavy), (1 + r.heavy, R - r.heavy)):
+        keep = self._keep(key[view:view+n], view <= r.heavy)
+        if n: anchors.append(ImageView(large[view*B:(view + n)*B], keep, n, self.patch))
     if r.focal:
         anchors.append(ImageView(self.normalise(image_views(x, key[1+R:], r.focal_size, r.focal_scale, r)), None,
                                  r.focal, self.patch))
