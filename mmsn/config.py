@@ -126,6 +126,8 @@ def _walk(part, where=''):
 # %% ../nbs/01_config.ipynb #6a2c857d
 def _check_values(config:Config):
     "Raise InputError for a value that is none of those its key can have."
+    projections = {f'modalities.{name}.encoder.dim' for name, m in config.modalities.items()
+                   if m.kind == 'timeseries' and m.encoder.dim == 0}   # 0: none
     for path, value in _walk(config):
         key = path.rsplit('.', 1)[-1]
         if value is None: continue
@@ -134,7 +136,7 @@ def _check_values(config:Config):
             choices = _CHOICES[key]
             near = _nearest(v, map(str, choices))
             raise InputError(f'{path} should be one of {", ".join(map(repr, choices))}, not {v!r}{near}')
-        if key in _POSITIVE and value <= 0: raise InputError(f'{path} should be positive, not {value}')
+        if key in _POSITIVE and value <= 0 and path not in projections: raise InputError(f'{path} should be positive, not {value}')
         if key in _NOT_NEGATIVE and value < 0: raise InputError(f'{path} should not be negative, but is {value}')
         if key in _FRACTIONS and not 0 <= value <= 1:
             raise InputError(f'{path} should lie between 0 and 1, not {value}')
@@ -149,6 +151,7 @@ def check(config:Config):
     if views and min(views.values()) < 1:
         raise InputError('modalities need at least one anchor view (views.random or views.focal)')
     _check_loss(config.loss)
+    _check_terms(config)
     _check_kinds(config)
     _check_space(config)
     return config
@@ -165,6 +168,20 @@ def _check_loss(loss:Loss):
                              f'but there are {loss.prototypes} prototypes (loss.prototypes)')
         if min(loss.prior) < 0 or not sum(loss.prior):
             raise InputError(f'loss.prior should hold shares, not {loss.prior}')
+
+# %% ../nbs/01_config.ipynb #895d889a
+def _check_terms(config:Config):
+    "Raise InputError for terms of the loss that nothing is left of, or that nothing in the config could feed."
+    loss, series = config.loss, [m for m in config.modalities.values() if m.kind == 'timeseries']
+    kinds = ('forecast', 'value', 'latent')
+    if unknown := set(loss.cells.kind) - set(kinds):
+        raise InputError(f'loss.cells.kind takes {", ".join(kinds)}, not {min(unknown)!r}')
+    if loss.cells.weight and not loss.cells.kind:
+        raise InputError('loss.cells.kind names nothing: list at least one, or set loss.cells.weight=0')
+    if loss.cells.weight and config.modalities and not series:
+        raise InputError('loss.cells is for time series, and the config has none: set loss.cells.weight=0')
+    if not loss.weight and not loss.cells.weight:
+        raise InputError('loss.weight=0 leaves nothing to learn: give another term a weight')
 
 # %% ../nbs/01_config.ipynb #62ab3ad9
 def _check_kinds(config:Config):

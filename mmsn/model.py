@@ -27,18 +27,24 @@ from .encoders.fusion import JointEncoder
 from .heads import ProjectionHead, Space, _prior, _prototypes, prediction_head
 from .loss import assign, log_probs, msn_terms, smooth_log
 from .options import Config, InputError
+from .terms import Step, add_terms, auxiliary_terms, state_readers
 from .views.images import patch_keep
 from .views.patient import PatientViews, Views
 from .views.random import make_key
 from .watch import effective_rank
 
 # %% ../nbs/53_model.ipynb #b8d3eae6
-def _encode_rows(encoder, args, present):
-    "Embeddings (N, d) of the rows where `present` (N,) is true, zeros elsewhere."
-    if present.all(): return encoder(*args)
-    rows = present.nonzero()[:, 0] if present.any() else present.new_zeros(1, dtype=torch.long)
-    h = encoder(*(a if a is None else a[rows] for a in args))
-    return h.new_zeros(len(present), h.shape[1]).index_copy(0, rows, h)
+def _encode_rows(encoder, args, present, keep=False):
+    """Embeddings (N, d) and, with `keep`, states (N, L, H) of the rows where `present` (N,) is true, zeros
+    elsewhere."""
+    rows, everybody = None, bool(present.all())
+    if not everybody:
+        rows = present.nonzero()[:, 0] if present.any() else present.new_zeros(1, dtype=torch.long)
+        args = [a if a is None else a[rows] for a in args]
+    states = encoder.states(*args) if keep else None
+    outputs = [encoder.pooled(states, *args), states] if keep else [encoder(*args), None]
+    if everybody: return outputs
+    return [x if x is None else x.new_zeros(len(present), *x.shape[1:]).index_copy(0, rows, x) for x in outputs]
 
 # %% ../nbs/53_model.ipynb #53202a14
 def embed(
@@ -47,17 +53,18 @@ def embed(
     views:list,            # view objects of `mmsn.views.patient`, view-major
     present,               # (B,) bool
     n:int=1,               # views a sample wanted in all; a single view (tabular) is repeated
+    states:list=None,      # where to put the states (rows, L, H) before pooling, one entry for each of `views`
 ):
     "(n·B, d) embeddings of all views of one modality, each shape in one call of its encoder."
-    calls, B = {}, len(present)
+    calls, B, outputs = {}, len(present), {}
     for i, v in enumerate(views): calls.setdefault((v.x.shape[1:], v.args()[-1] is None), []).append((i, v.args()))
-    done = {}
     for group in calls.values():
         args = [None if a[0] is None else torch.cat(a) for a in zip(*(args for _, args in group))]
         sizes = [len(args[0]) for _, args in group]
-        h = _encode_rows(encoder.encoders[name], args, present.repeat(sum(sizes)//B))
-        done.update(zip((i for i, _ in group), h.split(sizes)))
-    h = torch.cat([done[i] for i in range(len(views))])
+        h, kept = _encode_rows(encoder.encoders[name], args, present.repeat(sum(sizes)//B), states is not None)
+        outputs.update(zip((i for i, _ in group), zip(h.split(sizes), h if kept is None else kept.split(sizes))))
+    if states is not None: states.extend(outputs[i][1] for i in range(len(views)))
+    h = torch.cat([outputs[i][0] for i in range(len(views))])
     return h if len(h) == n*B else h.repeat(n, 1)
 
 # %% ../nbs/53_model.ipynb #3b3713e9
@@ -88,6 +95,7 @@ class MMSN(nn.Module):
             widths = {name: self.online.dims[name] for name in spaces(config)}
             self.spaces = nn.ModuleDict({name: Space(name, widths if 'cross' in config.fusion.aim
                                                      else {name: widths[name]}, config) for name in widths})
+            self.auxiliary = auxiliary_terms(config, self.infos, self.views, self.online)
         self.register_buffer('prior', _prior(config.loss.prototypes, config), persistent=False)
         self.target, self.target_head = (copy.deepcopy(m).requires_grad_(False) for m in (self.online, self.head))
         self.target_heads = nn.ModuleDict({name: copy.deepcopy(space.head).requires_grad_(False)
@@ -256,14 +264,18 @@ def forward(self:MMSN,
     "Loss and metrics of one step; every trainable parameter takes part, whatever the batch lacks."
     c, terms, present = self.config.loss, self.terms(views.n), {name: views.present[name] for name in self.infos}
     aims, features = self._aims(views, present, terms, c.sharpen if sharpen is None else sharpen)
-    h = {name: embed(self.online, name, views.anchors[name], present[name], views.n) for name in self.infos}
+    states = {name: [] for name in state_readers(self.auxiliary)}
+    h = {name: embed(self.online, name, views.anchors[name], present[name], views.n, states.get(name))
+         for name in self.infos}
     logp = self._anchors(h, present, terms, self.groups(views.n))
     prior = {name: self.prior if t.space == 'joint' else self.spaces[t.space].prior for name, t in terms.items()}
     parts = {name: msn_terms(logp[name], aims[name], c.me_max_weight, c.entropy_weight, prior[name]) for name in terms}
     weights = self._weights(terms, parts)
     total = weights.sum()
     loss = (torch.stack([t.loss for t in parts.values()])*weights).sum()/torch.where(total > 0, total, 1.)
-    return Output(loss, self._metrics(parts, features, present) | self._chances(terms))
+    step = Step(views, present, h, features, states, self.online, self.target)
+    loss, extra = add_terms(loss, self.auxiliary, step, c.weight)
+    return Output(loss, self._metrics(parts, features, present) | self._chances(terms) | extra)
 
 # %% ../nbs/53_model.ipynb #c3c96136
 @patch

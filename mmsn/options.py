@@ -13,7 +13,8 @@ config.loss
 # %% auto #0
 __all__ = ['SIZES', 'SERIES_PRESETS', 'PROTOCOLS', 'MODALITIES', 'InputError', 'ImageEncoder', 'ImageViews', 'ImageModality',
            'SeriesEncoder', 'SeriesMasks', 'series_preset', 'SeriesViews', 'SeriesModality', 'TabularEncoder',
-           'TabularModality', 'Contrast', 'Fusion', 'Head', 'Loss', 'Optim', 'Data', 'Train', 'Evaluate', 'Config']
+           'TabularModality', 'Contrast', 'Fusion', 'Head', 'Cells', 'Loss', 'Optim', 'Data', 'Train', 'Evaluate',
+           'Config']
 
 # %% ../nbs/00_options.ipynb #59f480b1
 import typing
@@ -91,8 +92,17 @@ class SeriesEncoder:
     heads: int = 4               # attention heads of the transformer
     dropout: float = 0.0         # between layers
     bidirectional: bool = False  # read both ways (recurrent networks)
-    pool: str = 'last'           # 'last': state at the last true hour; 'mean': mean over the true hours
-    dim: int = 128               # width of the embedding, after LayerNorm and a linear layer
+    # any of 'last': state at the last true hour, 'mean' and 'max' over the true hours; joined in this order
+    pool: tuple[str, ...] = ('last',)
+    dim: int = 128               # width of the embedding, after LayerNorm and a linear layer; 0: no linear layer
+    # read beside the grid: 'since', log(1 + hours since a channel was last observed), 'count', the fraction of
+    # channels observed in the hour
+    inputs: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for key in ('pool', 'inputs'):
+            value = getattr(self, key)
+            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
 
 # %% ../nbs/00_options.ipynb #3e596199
 @dataclass(frozen=True)
@@ -213,6 +223,19 @@ class Head:
     norm_input: bool = False     # the same normalisation on what enters the head
     predict: int = 0             # hidden layers of a prediction head on top, of the online network only; 0: none
 
+# %% ../nbs/00_options.ipynb #362a63be
+@dataclass(frozen=True)
+class Cells:
+    "Terms on single cells of a stay's grid, from the state of each hour (beside or instead of prototypes)."
+    weight: float = 0.0              # of these terms beside loss.weight; 0: none
+    # 'forecast': the next hour's values where observed; 'value': the values that a view hides; 'latent': the target
+    # network's states at the hours of hidden cells
+    kind: tuple[str, ...] = ('forecast',)
+    presence: float = 0.5            # forecast: weight of whether a channel will be observed, beside the values
+
+    def __post_init__(self):
+        if isinstance(self.kind, str): object.__setattr__(self, 'kind', (self.kind,))
+
 # %% ../nbs/00_options.ipynb #70c2f48b
 @dataclass(frozen=True)
 class Loss:
@@ -228,6 +251,8 @@ class Loss:
     entropy_weight: float = 0.0      # weight of the mean entropy of the anchors
     # PMSN: exponent of a power law, or K weights of any sum; none: uniform
     prior: typing.Union[None, float, tuple[float, ...]] = None
+    weight: float = 1.0              # of all this beside the terms below; 0: those alone
+    cells: Cells = field(default_factory=Cells)   # terms on single cells of time series
 
 # %% ../nbs/00_options.ipynb #861e8f18
 @dataclass(frozen=True)

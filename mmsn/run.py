@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from omegaconf import OmegaConf
 
 import mmsn
 from .checkpoint import latest, write_text
@@ -43,9 +44,11 @@ def _flat(values, where=''):
     return {k: v for key, value in values.items() for k, v in _flat(value, f'{where}{key}.').items()}
 
 # %% ../nbs/62_run.ipynb #aa8e2bb0
-def _computing(config):
+def _computing(
+    config,  # Config, or its dictionary
+):
     "The keys that say what is computed, with their values as JSON has them."
-    values = json.loads(json.dumps(_flat(to_dict(config))))
+    values = json.loads(json.dumps(_flat(config if isinstance(config, dict) else to_dict(config))))
     return {k: v for k, v in values.items() if not k.startswith(_FREE)}
 
 # %% ../nbs/62_run.ipynb #78e00e98
@@ -58,7 +61,9 @@ def changed_keys(old:Config, new:Config)->list[str]:
 def _hash(value): return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/62_run.ipynb #82acc478
-def run_hash(config:Config)->str:
+def run_hash(
+    config:Config,  # or a dictionary of its values
+)->str:
     "What all checkpoints of one run share: a hash of `config`, save for keys that may change and the number of epochs."
     return _hash({k: v for k, v in _computing(config).items() if k != 'optim.epochs'})
 
@@ -88,8 +93,10 @@ def open_run(
     if about['cohort'] != cohort.hash:
         raise InputError(f'{run} was started on another cohort than {cohort.folder} (its cohort.json differs)')
     _check_processes(config, about['processes'], processes, warn)
+    # a version of mmsn with more options hashes more keys: what counts is what the run itself wrote down
+    written = run_hash(OmegaConf.to_container(OmegaConf.load(run/'config.yaml')))
     def check(state):
-        if (state['config'], state['cohort']) != (run_hash(config), cohort.hash):
+        if state['config'] not in (run_hash(config), written) or state['cohort'] != cohort.hash:
             raise InputError(f'step {state["step"]} is of another run than {run}')
     return run, latest(run/'checkpoints', warn, check), about['processes']
 

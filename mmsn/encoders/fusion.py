@@ -41,7 +41,8 @@ def make_encoder(
         raise InputError(f'modality {name!r} is {info.kind} in the cohort but {modality.kind} in the config: change '
                          f'modalities.{name}.kind')
     if modality.kind == 'image': return ViT(modality.encoder, modality.views.random_size)
-    return (series_encoder if modality.kind == 'timeseries' else TabularMLP)(modality.encoder, info.width)
+    if modality.kind == 'tabular': return TabularMLP(modality.encoder, info.width)
+    return series_encoder(modality.encoder, info.width, [c['mask'] for c in info.channels])
 
 # %% ../../nbs/32_encoders.fusion.ipynb #800d3b98
 class JointEncoder(nn.Module):

@@ -8,7 +8,7 @@ Readers deliver a `Batch` in physical units; the masked siamese network wants *v
 __all__ = ['PARTS', 'ImageView', 'SeriesView', 'TabularView', 'PatientViews', 'ImagePart', 'SeriesPart', 'TabularPart', 'Views']
 
 # %% ../../nbs/43_views.patient.ipynb #ca901951
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
@@ -39,6 +39,8 @@ class SeriesView:
     x: torch.Tensor                # (n*B, T, C) float32, normalised, zero beyond the length
     lengths: torch.Tensor          # (n*B,) int64 true hours
     n: int = 1                     # views a sample
+    # (n*B, T, C) the same with nothing hidden and no noise, where a loss asks for it
+    truth: Optional[torch.Tensor] = field(default=None, repr=False)
     def args(self): "Arguments of the series encoder."; return self.x, self.lengths
 
 # %% ../../nbs/43_views.patient.ipynb #cf1cef8c
@@ -124,6 +126,7 @@ def plain(self:ImagePart, x, lengths=None):
 # %% ../../nbs/43_views.patient.ipynb #30e0675c
 class SeriesPart(nn.Module):
     "Views of one time-series modality."
+    truth = False   # whether anchors carry what they would be with nothing hidden (`mmsn.cells` asks for it)
     def __init__(self, name:str, modality, info):
         super().__init__()
         self.name, self.recipe, self.channels = name, modality.views, len(info.channels)
@@ -155,8 +158,9 @@ def forward(self:SeriesPart, x, lengths, key):
     target, r, R = self.plain(x, lengths), self.recipe, self.recipe.random
     groups = [(R, key[1:1+R], r.random_masks, None), (r.focal, key[1+R:], r.focal_masks, r.focal_window)]
     columns = (self.channels, self.owner, self.normal, self.continuous)
-    return target, [SeriesView(*series_views(target.x, lengths, k, r, masks, share, *columns), n)
-                    for n, k, masks, share in groups if n]
+    outputs = [(n, series_views(target.x, lengths, k, r, masks, share, *columns, whole=self.truth))
+               for n, k, masks, share in groups if n]
+    return target, [SeriesView(x, lengths, n, *truth) for n, (x, lengths, *truth) in outputs]
 
 # %% ../../nbs/43_views.patient.ipynb #9d753fa0
 class TabularPart(nn.Module):

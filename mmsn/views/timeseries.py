@@ -179,6 +179,7 @@ def series_views(
     owner,              # (C,) channel of each column
     normal,             # (C,) normal row
     continuous,         # (c,) columns that may get noise
+    whole:bool=False,   # also return what the view would be with nothing hidden and no noise
 ):
     "`(n*B, T', C)` float32 and lengths `(n*B,)`, view-major; `x` is not changed."
     n, key = len(key), key.reshape(-1)
@@ -187,8 +188,8 @@ def series_views(
     else: x = x.repeat(n, 1, 1)
     if tuple(recipe.downsample) != (1,): x, lengths = downsample(x, lengths, fold_in(key, 'downsample'), recipe.downsample)
     if recipe.reverse: x = reverse(x, lengths, fold_in(key, 'reverse'), recipe.reverse)
-    hidden = hidden_cells(key, lengths, x.shape[1], channels, masks)
+    truth, hidden = x, hidden_cells(key, lengths, x.shape[1], channels, masks)
     if hidden is not None: x = hide(x, hidden, lengths, owner, normal)
     if recipe.shift: x = add_shift(x, lengths, fold_in(key, 'shift'), recipe.shift, continuous)
     if recipe.noise: x = add_noise(x, lengths, fold_in(key, 'noise'), recipe.noise, continuous)
-    return x, lengths
+    return (x, lengths, truth) if whole else (x, lengths)
