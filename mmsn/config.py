@@ -180,7 +180,7 @@ def _check_terms(config:Config):
         raise InputError('loss.cells.kind names nothing: list at least one, or set loss.cells.weight=0')
     if loss.cells.weight and config.modalities and not series:
         raise InputError('loss.cells is for time series, and the config has none: set loss.cells.weight=0')
-    if not loss.weight and not loss.cells.weight:
+    if not loss.weight and not loss.cells.weight and not config.fusion.contrast.weight:
         raise InputError('loss.weight=0 leaves nothing to learn: give another term a weight')
 
 # %% ../nbs/01_config.ipynb #62ab3ad9

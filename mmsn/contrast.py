@@ -60,7 +60,7 @@ def _info_nce(pairs, scale):
     rows = torch.arange(n, device=logits.device)
     return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows))/2
 
-# %% ../nbs/51b_contrast.ipynb #f9765001
+# %% ../nbs/51b_contrast.ipynb #3d958f67
 def info_nce(
     a, b,          # (n, d) embeddings, row i of both the same patient; n may differ between processes
     scale=1/.07,   # t, a number or a tensor with gradient
@@ -68,7 +68,7 @@ def info_nce(
 ):                 # scalar, the same on all processes
     "Symmetric InfoNCE over the rows of all processes (CLIP, arXiv 2103.00020)."
     pairs = compare(a, b, patient)
-    return _info_nce(pairs, scale) if len(pairs.cosine) > 1 else 0*(a.sum() + b.sum() + scale)
+    return _info_nce(pairs, scale) if len(pairs.cosine) > 1 else (0*a).sum() + (0*b).sum() + 0*scale
 
 # %% ../nbs/51b_contrast.ipynb #6e1fa356
 def _sigmoid(pairs, t, bias):
@@ -78,7 +78,7 @@ def _sigmoid(pairs, t, bias):
     loss = F.softplus(-sign*(t*pairs.cosine + bias))
     return (loss*(pairs.strangers | own)).sum()/len(own)
 
-# %% ../nbs/51b_contrast.ipynb #73cee7ab
+# %% ../nbs/51b_contrast.ipynb #ce0c0ddd
 def sigmoid_contrast(
     a, b,          # (n, d) embeddings, row i of both the same patient; n may differ between processes
     t=10.,         # slope, a number or a tensor with gradient: exp(t') of the paper
@@ -87,7 +87,7 @@ def sigmoid_contrast(
 ):                 # scalar, the same on all processes
     "The pairwise sigmoid loss over the rows of all processes (SigLIP, arXiv 2303.15343)."
     pairs = compare(a, b, patient)
-    return _sigmoid(pairs, t, bias) if len(pairs.cosine) > 1 else 0*(a.sum() + b.sum() + t + bias)
+    return _sigmoid(pairs, t, bias) if len(pairs.cosine) > 1 else (0*a).sum() + (0*b).sum() + 0*t + 0*bias
 
 # %% ../nbs/51b_contrast.ipynb #244c7783
 def contrast_head(
@@ -139,7 +139,7 @@ def pair_metrics(
     recall, accuracy = torch.stack(found).mean(0)
     return dict(recall=recall, pair_accuracy=accuracy)
 
-# %% ../nbs/51b_contrast.ipynb #f2adce10
+# %% ../nbs/51b_contrast.ipynb #647f1cf4
 @patch
 def pair_loss(self:ContrastTerm,
     a, b,      # (n, dim) in the shared space, row i of both the same patient
@@ -147,7 +147,7 @@ def pair_loss(self:ContrastTerm,
 ):
     "(loss, metrics) of two modalities over all processes; no metrics where no two patients have both."
     pairs = compare(a, b, patient)
-    if not pairs.strangers.any(): return 0*sum(x.sum() for x in (a, b, *self.parameters())), {}
+    if not pairs.strangers.any(): return sum((0*x).sum() for x in (a, b, *self.parameters())), {}
     metrics = pair_metrics(pairs) | dict(rows=a.new_tensor(float(len(pairs.cosine))))
     if self.config.loss == 'infonce': return _info_nce(pairs, self.scale), metrics
     strangers = pairs.strangers.sum()/len(pairs.cosine)      # of a row
@@ -172,3 +172,7 @@ def loss(self:ContrastTerm,
     means = {k: torch.stack([m[k] for m in metrics]).mean() if metrics else self.log_scale.new_tensor(math.nan)
              for k in ('recall', 'pair_accuracy', 'rows')}
     return sum(losses)/max(len(metrics), 1), means | dict(scale=self.scale.detach())
+
+# %% ../nbs/51b_contrast.ipynb #01313d71
+@patch
+def forward(self:ContrastTerm, step): "`loss` of a step's anchors."; return self.loss(step.anchors, step.views.index, step.present)

@@ -97,6 +97,8 @@ CONFIGS = {'default': CONFIG, 'cross': dict(OTHER, modalities=dict(CONFIG['modal
 SPACES = dict(OTHER, fusion=dict(dim=16, space='own', aim=['own', 'cross', 'joint'], weight=2.),
               modalities=dict(cxr=dict(CONFIG['modalities']['cxr'], weight=.5, drop=.5, prototypes=5), ehr=CONFIG['modalities']['ehr'], facts=dict(kind='tabular', encoder=dict(hidden=8, dim=8), alone=True)))
 CONFIGS['spaces'] = SPACES
+# Contrasts between modalities, whose rows are the patients that have both: their number differs from process to process.
+CONFIGS |= {f'contrast, {loss}': dict(CONFIG, fusion=dict(dim=16, contrast=dict(weight=.5, loss=loss, dim=8, depth=depth))) for loss, depth in (('sigmoid', 0), ('infonce', 1))}
 IMAGES = {'paired': [1]*8, 'some': [1, 0, 1, 1, 0, 1, 0, 1], 'one rank has none': [1, 0, 1, 1, 0, 0, 0, 0], 'nobody': [0]*8}   # who of eight samples has an image
 
 

@@ -127,7 +127,8 @@ TABULAR = dict(kind=refused('image'), alone=True, weight=only(2., __alone=True),
                prototypes=only(5, __alone=True, fusion__space='own', fusion__aim=['own']), encoder=dict(hidden=6, dim=6))
 OTHER = dict(
     image=IMAGE, timeseries=TIMESERIES, tabular=TABULAR,
-    fusion=dict(dim=20, drop=.3, aim=(['own'], ['joint']), space=only(('own', 'shared'), fusion__aim=['own']), weight=2.),
+    fusion=dict(dim=20, drop=.3, aim=(['own'], ['joint']), space=only(('own', 'shared'), fusion__aim=['own']), weight=2.,
+                contrast=dict(weight=.5, loss=only('infonce', fusion__contrast__weight=.5), dim=only(9, fusion__contrast__weight=.5), depth=only(1, fusion__contrast__weight=.5))),
     head=dict(hidden=20, depth=1, output=12, norm=('layer', 'none'), norm_input=('not',), predict=1),
     loss=dict(prototypes=9, freeze_prototypes=True, temperature=.3, sharpen=.6, final_sharpen=.9, label_smoothing=.3, sinkhorn_iterations=0, me_max_weight=4., entropy_weight=1., prior=.5),
     optim=dict(batch_size=6, accumulation=2, epochs=2., warmup_epochs=.9, start_lr=1e-5, lr=.01, final_lr=1e-4, weight_decay=.2, final_weight_decay=.7, clip=1e-3,
