@@ -333,6 +333,7 @@ class Evaluate:
     # robustness: names of `mmsn.evaluate.CORRUPTIONS`, or 'all'
     corruptions: tuple[str, ...] = ('patches', 'gaussian noise', 'cells removed')
     masked: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9)  # fractions of patches hidden at test time
+    probe_masked: bool = False  # robustness: also a probe fitted on masked copies of the training patients
     map_labels: tuple[str, ...] = ()                  # labels that colour the maps; empty: all that are evaluated
     map_samples: int = 250                            # patients a class on a map
     pictures: bool = True  # images and stays of patients in the report; false for one that will leave the hospital
