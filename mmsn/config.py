@@ -108,11 +108,11 @@ _CHOICES = {
 _POSITIVE = (
     'batch_size', 'accumulation', 'epochs', 'prototypes', 'draws', 'keep_last', 'checkpoint_every', 'log_every',
     'temperature', 'sharpen', 'final_sharpen', 'neighbours', 'map_samples', 'finetune_epochs', 'dim', 'heads', 'patch',
-    'hidden', 'layers', 'output', 'random_size', 'focal_size')
+    'hidden', 'layers', 'bin', 'horizon', 'output', 'random_size', 'focal_size')
 _FRACTIONS = ('patch_drop', 'drop', 'time', 'channel', 'cell', 'drop_start', 'label_smoothing', 'reverse')
 _NOT_NEGATIVE = (
     'weight', 'predict', 'depth', 'random', 'focal', 'noise', 'shift', 'drop_path', 'dropout', 'me_max_weight',
-    'entropy_weight', 'sinkhorn_iterations', 'keep_every')
+    'entropy_weight', 'sinkhorn_iterations', 'keep_every', 'probe_every')
 
 # %% ../nbs/01_config.ipynb #ab482e73
 def _walk(part, where=''):

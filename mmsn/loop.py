@@ -32,6 +32,7 @@ from .checkpoint import load_optimizer_tensors, optimizer_tensors, save_checkpoi
 from .config import to_dict
 from .data.cohort import Cohort
 from .data.loader import loader
+from .early import EarlyWarning, verdict
 from .launch import hardest_rows, make_trackers, profiled, speed_options
 from .loss import gather
 from .model import MMSN
@@ -188,6 +189,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(self.rows), config.optim, self.started_on)
         self.total = total_steps(config.optim, self.steps_per_epoch)
         self.config, self.stop = config, False
+        self.early = EarlyWarning(self.cohort, config) if t.probe_every and self.main else None
         torch.manual_seed(t.seed)
         model = MMSN.from_config(config, self.cohort)
         self.taken = init_model(model, t.init_from) if t.init_from and not saved else []
@@ -258,6 +260,19 @@ def save(self:Trainer):
         model.save_pretrained(self.run/'encoder')
     self.accelerator.wait_for_everyone()
 
+# %% ../nbs/64_loop.ipynb #b03c515b
+@patch
+def probe(self:Trainer)->dict:
+    "What a small probe on validation says of the encoder (main process); the verdict is printed when it is new."
+    self.probed = self.step//self.config.train.probe_every
+    if not self.main: return {}
+    row = self.early(self.accelerator.unwrap_model(self.model), self.step)
+    line = verdict(self.early.scores, self.early.random)
+    if line and line.split(':')[0] != self.early.said:
+        self.early.said = line.split(':')[0]
+        tqdm.write(f'warning: step {self.step}: {line}')
+    return row
+
 # %% ../nbs/64_loop.ipynb #d2c82cbf
 @patch
 def log(self:Trainer, out, norm, values, sharpen, seconds):
@@ -270,8 +285,10 @@ def log(self:Trainer, out, norm, values, sharpen, seconds):
     row = dict(step=self.step, epoch=self.step/self.steps_per_epoch, loss=mean[0], **dict(zip(keys, mean[1:])),
                gradient_norm=float(norm), **values._asdict(), **moving,
                samples_per_s=self.batch*self.config.optim.accumulation/seconds, memory_gb=memory/2**30)
-    if (best := self.config.train.keep_best) and best not in row:
-        raise InputError(f'train.keep_best names no metric {best!r}: this run has {", ".join(sorted(row))}')
+    if (every := self.config.train.probe_every) and self.step//every > self.probed: row |= self.probe()
+    names = {*row, *(('probe/error',) if every else ())}
+    if (best := self.config.train.keep_best) and best not in names:
+        raise InputError(f'train.keep_best names no metric {best!r}: this run has {", ".join(sorted(names))}')
     if self.main:
         self.metrics.add(row)
         early = self.step < max(100, self.config.optim.warmup_epochs*self.steps_per_epoch)    # too soon for a collapse
@@ -302,6 +319,8 @@ def _loop(self:Trainer):
         if not (self.run/'config.yaml').is_file(): start_run(self.run, self.config, self.cohort, self.started_on)
         for left in self.run.glob('.encoder-*'): shutil.rmtree(left, ignore_errors=True)    # by a process that was killed
     self.metrics = Metrics(self.run, self.step) if self.main else None
+    self.probed = self.step//max(t.probe_every, 1)
+    if self.early: self.early.scores = [(r['step'], r['probe/auroc']) for r in self.metrics.rows if 'probe/auroc' in r]
     if t.tracker:
         values = {k: str(v) for k, v in _flat(to_dict(self.config)).items()}
         self.accelerator.init_trackers(self.config.name, values, init_kwargs=self.tracking)

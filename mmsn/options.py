@@ -85,11 +85,12 @@ class ImageModality:
 # %% ../nbs/00_options.ipynb #51c67aa5
 @dataclass(frozen=True)
 class SeriesEncoder:
-    "A recurrent network or transformer over the hours of a stay."
-    name: str = 'lstm'           # 'lstm', 'gru' or 'transformer'
-    hidden: int = 128            # width of the hidden state
+    "A recurrent network, a transformer over the hours of a stay, or one over channels and hours."
+    name: str = 'lstm'           # 'lstm', 'gru', 'transformer' or 'axial'
+    hidden: int = 128            # width of the hidden state; axial: of a token
     layers: int = 1              # stacked layers
-    heads: int = 4               # attention heads of the transformer
+    heads: int = 4               # attention heads of the transformer, and of axial
+    bin: int = 4                 # axial: hours a token
     dropout: float = 0.0         # between layers
     bidirectional: bool = False  # read both ways (recurrent networks)
     # any of 'last': state at the last true hour, 'mean' and 'max' over the true hours; joined in this order
@@ -231,6 +232,7 @@ class Cells:
     # 'forecast': the next hour's values where observed; 'value': the values that a view hides; 'latent': the target
     # network's states at the hours of hidden cells
     kind: tuple[str, ...] = ('forecast',)
+    horizon: int = 1                 # forecast: hours ahead, of whose observed values the mean is asked
     presence: float = 0.5            # forecast: weight of whether a channel will be observed, beside the values
 
     def __post_init__(self):
@@ -295,9 +297,12 @@ class Train:
     checkpoint_every: int = 500      # steps between checkpoints; one is written at the end in any case
     keep_last: int = 2               # checkpoints kept: the last ones
     keep_every: int = 0              # and those of every multiple of this many steps; 0: none
-    # and the one with the lowest mean of this metric since the one before: 'loss_above_floor'; none by default
+    # and the one with the lowest mean of this metric since the one before: 'loss_above_floor', 'probe/error'; none by
+    # default
     keep_best: str = ''
     log_every: int = 10              # steps between rows of metrics
+    # steps between small probes on validation labels, compared with the random start; 0: none
+    probe_every: int = 0
     threads: int = 0                 # CPU threads of torch; 0 leaves torch's choice
     tracker: str = ''  # 'tensorboard', 'trackio', 'wandb' or 'mlflow' through Accelerate, offline; none by default
     # compute transformer blocks again in the backward pass instead of keeping them

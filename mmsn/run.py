@@ -35,7 +35,7 @@ from .options import Config, InputError
 
 # %% ../nbs/62_run.ipynb #4a2fb216
 _FREE = ('name', 'data.cohort', 'data.workers', 'evaluate.', 'train.run', 'train.resume', 'train.checkpoint_every',
-         'train.keep_', 'train.log_every', 'train.threads', 'train.tracker', 'train.profile',
+         'train.keep_', 'train.log_every', 'train.probe_every', 'train.threads', 'train.tracker', 'train.profile',
          'train.activation_checkpointing')
 
 def _flat(values, where=''):
@@ -167,8 +167,9 @@ class Metrics:
 
     def mean(self, name:str, since:int)->float:
         "Mean of one metric over the rows after step `since`; of the last row if there are none."
-        recent = [r[name] for r in self.rows if r['step'] > since]
-        return float(np.mean(recent or [r[name] for r in self.rows[-1:]] or [math.nan]))
+        rows = [r for r in self.rows if name in r]      # a probe is not in every row
+        recent = [r[name] for r in rows if r['step'] > since]
+        return float(np.mean(recent or [r[name] for r in rows[-1:]] or [math.nan]))
 
     def flush(self):
         "Rows on the disk, and all of them as metrics.csv."

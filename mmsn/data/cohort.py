@@ -68,6 +68,14 @@ def normal(self:ModalityInfo)->np.ndarray:
         else: row[i] = (c['normal'] - self.mean[i])/self.std[i]
     return row
 
+# %% ../../nbs/10_data.cohort.ipynb #3fdb0aa7
+@patch(as_prop=True)
+def owners(self:ModalityInfo)->np.ndarray:
+    "(C,) int64: the channel that each column, value or observation bit, belongs to; -1: none."
+    owner = np.full(self.width, -1)
+    for i, channel in enumerate(self.channels): owner[[*range(*channel['columns']), channel['mask']]] = i
+    return owner
+
 # %% ../../nbs/10_data.cohort.ipynb #007f98a1
 def offsets(
     lengths,      # (N,) rows of each stay

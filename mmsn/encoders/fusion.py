@@ -42,7 +42,7 @@ def make_encoder(
                          f'modalities.{name}.kind')
     if modality.kind == 'image': return ViT(modality.encoder, modality.views.random_size)
     if modality.kind == 'tabular': return TabularMLP(modality.encoder, info.width)
-    return series_encoder(modality.encoder, info.width, [c['mask'] for c in info.channels])
+    return series_encoder(modality.encoder, info.width, [c['mask'] for c in info.channels], info.owners)
 
 # %% ../../nbs/32_encoders.fusion.ipynb #800d3b98
 class JointEncoder(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 
+from .axial import AxialEncoder
 from .vit import Block, sincos
 from ..options import InputError, SeriesEncoder
 
@@ -106,7 +107,7 @@ class RecurrentEncoder(nn.Module):
         self.width = config.hidden*(1 + config.bidirectional)   # of a state
         # (first unit, end, 1 or -1) of the units that have read up to an hour only, or from it on
         halves = (0, config.hidden, 1), (config.hidden, 2*config.hidden, -1)
-        self.directions = halves[:1 + config.bidirectional]
+        self.directions, self.lead = halves[:1 + config.bidirectional], 0
         self.norm, self.proj, self.dim = read_out(self.width, config)
 
 # %% ../../nbs/31_encoders.timeseries.ipynb #79db2f14
@@ -157,7 +158,7 @@ class TransformerEncoder(nn.Module):
         if config.hidden % 2:
             raise InputError(f'a transformer over hours needs an even encoder.hidden, not {config.hidden}')
         self.config, self.bits, self.width = config, list(bits), config.hidden
-        self.directions = ()   # every state has looked at every hour
+        self.directions, self.lead = (), 0   # every state has looked at every hour
         self.embed = nn.Linear(width + input_width(config.inputs, len(bits)), config.hidden)
         self.blocks = nn.ModuleList(Block(config.hidden, config.heads) for _ in range(config.layers))
         self.drop = nn.Dropout(config.dropout)
@@ -192,15 +193,16 @@ def forward(self:TransformerEncoder,
     return self.pooled(self.states(x, lengths), x, lengths)
 
 # %% ../../nbs/31_encoders.timeseries.ipynb #2d1aeaed
-SERIES = dict(lstm=RecurrentEncoder, gru=RecurrentEncoder, transformer=TransformerEncoder)
+SERIES = dict(lstm=RecurrentEncoder, gru=RecurrentEncoder, transformer=TransformerEncoder, axial=AxialEncoder)
 
 def series_encoder(
     config:SeriesEncoder,  # architecture
     width:int,             # C, columns of the grid
-    bits:list=(),          # columns of the observation bits, for `encoder.inputs`
+    bits:list=(),          # columns of the observation bits, for `encoder.inputs` and axial
+    owner=None,            # (C,) channel of each column, for axial
 )->nn.Module:
     """The encoder that `config.name` names: forward(x (N, T, C), lengths (N,)) -> (N, dim), which is `pooled` of its
-    `states` (N, T, .width). Raises InputError."""
+    `states` (N, lead + T, width). Raises InputError."""
     if config.name not in SERIES:
         raise InputError(f'encoder.name of a time series should be one of {", ".join(SERIES)}, not {config.name!r}')
     for key, names in dict(pool=_POOLS, inputs=('since', 'count')).items():
@@ -208,6 +210,8 @@ def series_encoder(
             raise InputError(f'encoder.{key} of a time series takes {", ".join(names)}, not {min(unknown)!r}')
     if not config.pool: raise InputError('encoder.pool of a time series is empty: name at least one of mean, max, last')
     if config.inputs and not bits: raise InputError('encoder.inputs needs the columns of the observation bits')
+    if config.name == 'axial': return AxialEncoder(config, owner, bits)
+    if config.bin != SeriesEncoder.bin: raise InputError(f'encoder.bin has no effect on a {config.name}: it is for axial')
     if config.name != 'transformer':
         if config.heads != SeriesEncoder.heads:
             raise InputError(f'encoder.heads has no effect on a {config.name}: it is for the transformer')

@@ -18,11 +18,8 @@ from .random import fold_in, normal as normal_numbers, random_mask, uniform
 def column_owners(
     info,  # ModalityInfo of a time series
 ):
-    "`(C,)` int64: the channel that each column, value or observation bit, belongs to."
-    owner = torch.full((info.width,), -1, dtype=torch.int64)
-    for i, channel in enumerate(info.channels):
-        owner[slice(*channel['columns'])] = i
-        owner[channel['mask']] = i
+    "`(C,)` int64: the channel that each column, value or observation bit, belongs to. Raises InputError."
+    owner = torch.from_numpy(info.owners)
     for i in (owner < 0).nonzero().flatten().tolist():
         raise InputError(f'column {info.columns[i]!r} of {info.name} belongs to no channel: prepare the cohort again')
     return owner
