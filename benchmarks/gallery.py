@@ -19,7 +19,7 @@ NBS = Path(__file__).resolve().parents[1]/'nbs'
 ASKED = ['fractions=[0.01,0.05,0.1,1.0]', 'corruptions=all', 'protocols=[low_shot,linear_probe,knn,supervised,finetune,robustness,missing,retrieval]', 'finetune_epochs=10']
 # name -> (preset, arguments of mmsn-prepare before and after the cohort's folder)
 SETS = dict(synthetic=('demo', lambda source: ['synthetic'], []),
-            physionet2012=('physionet2012_vitals_labs', lambda source: ['physionet2012', str(source/'physionet2012')], ['--split']),
+            physionet2012=('physionet2012_vitals_labs', lambda source: ['physionet2012', str(source/'physionet2012')], ['--vitals-labs']),
             nih=('nih', lambda source: ['nih', str(source/'nih')], ['--size', '128']))
 
 

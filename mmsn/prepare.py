@@ -146,15 +146,18 @@ def mimic(
 
 # %% ../nbs/28_prepare.ipynb #45c2c981
 def physionet2012(
-    source,                # folder with set-a.tar.gz (or set-a/) and Outcomes-a.txt
+    source,                # folder with set-a.tar.gz (or set-a/) and Outcomes-a.txt; sets b and c are read too
     out,                   # folder of the cohort; new, or empty
-    split:bool=False,      # two modalities, vitals and labs, instead of one, ehr
+    split:str='hash',      # of the subject (default), or CSV files with subject_id,split, separated by commas
+    vitals_labs:bool=False,  # two modalities, vitals and labs, instead of one, ehr
     seed:int=0,            # of the division into train, val and test by subject
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
-    "PhysioNet/CinC Challenge 2012, set A: 4,000 ICU stays of 48 hours (ODC-By 1.0)."
+    "PhysioNet/CinC Challenge 2012: 4,000 ICU stays of 48 hours in each of its sets (ODC-By 1.0)."
+    if isinstance(split, bool): raise InputError('split names a file of subjects; for vitals and labs use vitals_labs')
     return _make(out, overwrite, say, [f'reading {source} into {out}'],
-                 lambda: prepare_physionet2012(source, out, ('vitals', 'labs') if split else ('ehr',), seed))
+                 lambda: prepare_physionet2012(source, out, ('vitals', 'labs') if vitals_labs else ('ehr',), seed,
+                                               split))
 
 # %% ../nbs/28_prepare.ipynb #ec5a8784
 def nih(
@@ -386,7 +389,7 @@ def parser():
     sub = p.add_subparsers(metavar='SOURCE', required=True)
     _add_source(sub, synthetic, 'invented patients with a known truth, written as MIMIC files and read back')
     _add_mimic(sub, 'MIMIC-IV, with MIMIC-CXR-JPG')
-    for source, text in ((physionet2012, 'PhysioNet/CinC Challenge 2012, set A'), (nih, 'NIH ChestX-ray14'), (iu, iu.__doc__[:-1]),
+    for source, text in ((physionet2012, 'PhysioNet/CinC Challenge 2012'), (nih, 'NIH ChestX-ray14'), (iu, iu.__doc__[:-1]),
                          (images, 'a folder of images with a CSV'), (table, 'a long table of measurements'),
                          (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set')):
         _add_source(sub, source, text)

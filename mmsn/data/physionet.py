@@ -17,7 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from .tables import numbers, read_text, split_of
+from .mimic.stays import divide, split_counts
+from .tables import numbers, read_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
@@ -66,18 +67,28 @@ CHANNELS_2012 += [('HCO3',       'labs',  'mmol/L',   24.,    2.,    60.),
 NAMES_2012 = [name for name, *_ in CHANNELS_2012]
 
 # %% ../../nbs/23_data.physionet.ipynb #6248836c
+def _sets(source):
+    "Name -> folder or archive of each set that is there, of set-a, set-b, set-c. Raises InputError for none."
+    names = [f'set-{x}' for x in 'abc']
+    places = {n: next((p for p in (Path(source)/n, Path(source)/f'{n}.tar.gz') if p.exists()), None) for n in names}
+    if not any(places.values()):
+        raise InputError(f'no set-a/ or set-a.tar.gz in {source} (nor set-b, set-c): give the folder of the Challenge '
+                         '2012 sets')
+    return {name: place for name, place in places.items() if place}
+
+# %% ../../nbs/23_data.physionet.ipynb #bf1548c6
 def _members(source):
-    "Yield (file name, bytes) of each stay, from the folder set-a/ or the archive set-a.tar.gz."
-    folder, archive = Path(source)/'set-a', Path(source)/'set-a.tar.gz'
-    if folder.is_dir(): yield from ((p.name, p.read_bytes()) for p in sorted(folder.glob('*.txt')))
-    elif archive.is_file():
+    "Yield (file name, bytes) of each stay of each set, from its folder or archive."
+    for place in _sets(source).values():
+        if place.is_dir():
+            yield from ((p.name, p.read_bytes()) for p in sorted(place.glob('*.txt')))
+            continue
         try:
-            with tarfile.open(archive) as tar:
+            with tarfile.open(place) as tar:
                 for m in tar:
                     if m.isfile() and m.name.endswith('.txt'): yield Path(m.name).name, tar.extractfile(m).read()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
-            raise InputError(f'{archive} cannot be read to its end, download it again: {e}')
-    else: raise InputError(f'no set-a/ or set-a.tar.gz in {source}: give the folder of the Challenge 2012 set')
+            raise InputError(f'{place} cannot be read to its end, download it again: {e}')
 
 # %% ../../nbs/23_data.physionet.ipynb #d6d8e783
 def _minutes(text):
@@ -152,15 +163,18 @@ def facts_2012(
 # %% ../../nbs/23_data.physionet.ipynb #1dbbc8cb
 def outcomes_2012(source, records)->pd.DataFrame:
     """One row a record: mortality (1, 0, NaN) and the plain columns saps_i, sofa, length_of_stay, survival (days;
-    -1 becomes NaN)."""
+    -1 becomes NaN), from Outcomes-a.txt, -b and -c of the sets that are there; NaN where a set has none."""
     names = {'SAPS-I': 'saps_i', 'SOFA': 'sofa', 'Length_of_stay': 'length_of_stay', 'Survival': 'survival',
              'In-hospital_death': 'mortality'}
-    path = Path(source)/'Outcomes-a.txt'
-    text = read_text(path, ['RecordID', *names])
-    table = pd.DataFrame({new: numbers(text, old, path) for old, new in names.items()}).set_axis(numbers(text,
-            'RecordID', path).astype('int64'))
-    if table.index.has_duplicates:
-        raise InputError(f'{path} holds RecordID {table.index[table.index.duplicated()][0]} twice')
+    sets, tables = [name[-1] for name in _sets(source)], []
+    for path in (Path(source)/f'Outcomes-{x}.txt' for x in sets):
+        if not path.exists() and path.name != f'Outcomes-{sets[0]}.txt': continue
+        text = read_text(path, ['RecordID', *names])
+        tables.append(pd.DataFrame({new: numbers(text, old, path) for old, new in names.items()})
+                      .set_axis(numbers(text, 'RecordID', path).astype('int64')))
+        if tables[-1].index.has_duplicates:
+            raise InputError(f'{path} holds RecordID {tables[-1].index[tables[-1].index.duplicated()][0]} twice')
+    table = pd.concat(tables)
     return table.mask(table < 0).reindex(records).reset_index(drop=True)
 
 # %% ../../nbs/23_data.physionet.ipynb #74e0ef07
@@ -199,24 +213,33 @@ def _add_modality(writer, name, events, samples):
     e = e.assign(channel=np.searchsorted(places, e.channel))
     return add_series(writer, name, channels, e, np.full(samples, 48.))
 
+# %% ../../nbs/23_data.physionet.ipynb #18945dc5
+def _provenance_2012(source, modalities, seed, split):
+    "What the cohort says about its making."
+    sets = [name[-1].upper() for name in _sets(source)]
+    where = f'set {sets[0]}' if len(sets) == 1 else f'sets {", ".join(sets)}'
+    more = {} if split == 'hash' else dict(split=','.join(Path(p).name for p in split.split(',')))
+    return dict(command='prepare_physionet2012', source=f'PhysioNet/CinC Challenge 2012, {where}', licence='ODC-By 1.0',
+                modalities=list(modalities), seed=seed) | more
+
 # %% ../../nbs/23_data.physionet.ipynb #2b819682
 def prepare_physionet2012(
-    source,                  # folder with set-a.tar.gz (or set-a/) and Outcomes-a.txt
+    source,                  # folder with set-a.tar.gz (or set-a/) and Outcomes-a.txt; b and c likewise
     out,                     # the cohort folder to make
     modalities=('ehr',),     # ('ehr',) or ('vitals', 'labs')
     seed:int=0,              # of the division by subject
+    split:str='hash',        # of the subject, or CSV files with subject_id,split, separated by commas
 )->pd.DataFrame:
-    """Turn set A of the PhysioNet Challenge 2012 into a cohort; returns the summary (part, what, count). Raises
-    InputError."""
+    """Turn the sets of the PhysioNet Challenge 2012 that are there into a cohort; returns the summary (part, what,
+    count). Raises InputError."""
     modalities = tuple(modalities.split(',')) if isinstance(modalities, str) else tuple(modalities)
     if modalities not in (('ehr',), ('vitals', 'labs')):
         raise InputError(f'modalities should be ehr, or vitals and labs, not {", ".join(modalities)}')
-    provenance = dict(command='prepare_physionet2012', source='PhysioNet/CinC Challenge 2012, set A',
-                      licence='ODC-By 1.0', modalities=list(modalities), seed=seed)
+    provenance = _provenance_2012(source, modalities, seed, split)
     with CohortWriter(out, 'physionet2012', ['mortality'], {'mortality': 'outcome'}, provenance) as writer:
         events = read_events_2012(source)
         records, facts, fact = facts_2012(events)
-        samples = pd.DataFrame(dict(sample_id=records, subject_id=records, split=split_of(records, seed),
+        samples = pd.DataFrame(dict(sample_id=records, subject_id=records, split=divide(records, split, seed),
                                     demographics_index=np.arange(len(records))))
         events, rows = clean_2012(events[~fact])
         counts = []
@@ -225,4 +248,5 @@ def prepare_physionet2012(
             counts.append(n)
         writer.add_tabular('demographics', facts)
         return close_with_summary(writer, pd.concat([samples, outcomes_2012(source, records)], axis=1),
-                                  [('stays', 'read', len(records)), *rows], pd.concat(counts))
+                                  [('stays', 'read', len(records)), *split_counts(records, split), *rows],
+                                  pd.concat(counts))
