@@ -29,6 +29,7 @@ RESULTS, FRACTIONS, SEEDS = Path(__file__).resolve().parents[1]/'nbs'/'results',
 _E, _V = 'modalities.ehr.encoder', 'modalities.ehr.views'
 OLD = [f'{_E}.name=lstm', f'{_E}.pool=mean', f'{_E}.inputs=[]', f'{_E}.dim=128']   # the read-out of version 0.1
 NEW = [f'{_E}.name=lstm', f'{_E}.pool=[mean, max, last]', f'{_E}.inputs=[since, count]', f'{_E}.dim=0']
+AXIAL = [f'{_E}.{k}={v}' for k, v in dict(name='axial', hidden=24, layers=2, bin=4, dim=0, pool='[last]', inputs='[]').items()]
 WHOLE, WINDOWS = [f'{_V}.random=1', f'{_V}.focal=0'], [f'{_V}.random=1', f'{_V}.focal=2']
 BARE, MASKED = [f'{_V}.random_masks={{cell: 0}}'], [f'{_V}.random_masks={{cell: .2, channel: .2}}']
 def terms(msn, cells, kind='[forecast]', horizon=12):
@@ -40,13 +41,13 @@ ARMS = {'MSN as in 0.1': [*OLD, *WINDOWS, *BARE, *MSN, *NOISE],
         'forecast, next hour': [*NEW, *WHOLE, *BARE, *terms(0, 1, horizon=1), *QUIET],
         'forecast': [*NEW, *WHOLE, *BARE, *terms(0, 1), *QUIET],
         'forecast, masked': [*NEW, *WHOLE, *MASKED, *terms(0, 1), *QUIET],
+        'forecast, masked, MSN .03': [*NEW, *WHOLE, *MASKED, *terms(.03, 1), *QUIET],
+        'forecast, masked, MSN 1': [*NEW, *WHOLE, *MASKED, *terms(1, 1), *QUIET],
         'value': [*NEW, *WHOLE, *MASKED, *terms(0, 1, '[value]'), *QUIET],
         'latent': [*NEW, *WHOLE, *MASKED, *terms(0, 1, '[latent]'), *QUIET],
         'forecast and value': [*NEW, *WHOLE, *MASKED, *terms(0, 1, '[forecast, value]'), *QUIET],
-        'forecast and latent': [*NEW, *WHOLE, *MASKED, *terms(0, 1, '[forecast, latent]'), *QUIET],
-        'forecast, MSN .1': [*NEW, *WHOLE, *MASKED, *terms(.1, 1), *QUIET],
-        'forecast, MSN 1': [*NEW, *WHOLE, *MASKED, *terms(1, 1), *QUIET],
-        'axial, value': [f'{_E}={{name: axial, hidden: 24, layers: 2, bin: 4, dim: 0}}', *WHOLE, *MASKED, *terms(0, 1, '[value]'), *QUIET]}
+        'both ways': [*NEW, f'{_E}.bidirectional=true', f'{_E}.hidden=64', *WHOLE, *MASKED, *terms(0, 1), *QUIET],
+        'axial, value': [*AXIAL, *WHOLE, *MASKED, *terms(0, 1, '[value]'), *QUIET]}
 
 
 def task_of(cohort, test):
@@ -72,16 +73,42 @@ def read(model, cohort, task, draws, facts, plain, row):
     return pd.concat(rows)
 
 
-def run_arm(out, cohort, task, draws, facts, plain, arm, changes, seed, epochs):
-    "Train one arm with one seed, unless it is there; returns its rows."
+def train_arm(out, cohort, arm, changes, seed, epochs):
+    "The trained model of one arm and seed, and the CPU seconds it took; trained only where it is not there."
     folder = out/f'{"".join(c if c.isalnum() else "-" for c in arm)}-{seed}-{epochs:g}'
-    if (folder/'rows.csv').is_file(): return pd.read_csv(folder/'rows.csv')
     config = load_config('physionet2012', [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}',
                                            f'optim.epochs={epochs}', 'train.threads=1', 'train.probe_every=0', *changes])
-    start, trainer = time.process_time(), Trainer(config, cohort)
-    trainer.fit()
-    seconds, model = time.process_time() - start, trainer.accelerator.unwrap_model(trainer.model)
-    rows = pd.concat([read(m, cohort, task, draws, facts, plain, row) for row, m in (('pretrained', model), ('random', model.untrained()))])
-    rows = rows.assign(arm=arm, seed=seed, epochs=epochs, seconds=round(seconds))
-    rows.to_csv(folder/'rows.csv', index=False)
-    return rows
+    clock = folder/'seconds.txt'
+    if not clock.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.process_time()
+        Trainer(config, cohort).fit()
+        clock.write_text(f'{time.process_time() - start:.0f}')
+    return MMSN.from_pretrained(folder/'encoder'), int(clock.read_text())
+
+
+@cli
+def main(argv=None):
+    "Train the arms, read them, write the table."
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('out', type=Path, help='folder of the cohort and the runs')
+    p.add_argument('--arms', nargs='*', help='some of the arms')
+    p.add_argument('--seeds', type=int, nargs='*', default=SEEDS)
+    p.add_argument('--epochs', type=float, help='of each arm (20; with --test those of the preset)')
+    p.add_argument('--test', action='store_true', help='the preset itself, read on test')
+    p.add_argument('--only-train', action='store_true', help='train what is not there and stop')
+    a = p.parse_args(argv)
+    if unknown := [arm for arm in a.arms or () if arm not in ARMS]: raise InputError(f'no arm {unknown[0]!r}: there is {", ".join(ARMS)}')
+    if not (data := os.environ.get('MMSN_DATA')): raise InputError('set MMSN_DATA to the folder with physionet2012/')
+    place = a.out/'cohort'
+    cohort = Cohort.open(place) if place.exists() else physionet2012(Path(data)/'physionet2012', place)
+    arms = {'preset': []} if a.test else {k: ARMS[k] for k in a.arms or ARMS}
+    epochs = a.epochs or (load_config('physionet2012').optim.epochs if a.test else 20)
+    models = {}
+    for seed in a.seeds:
+        for arm, changes in arms.items():
+            models[arm, seed] = train_arm(a.out, cohort, arm, changes, seed, epochs)
+            print(f'{arm}, seed {seed}: {models[arm, seed][1]} s', flush=True)
+    if not a.only_train: write(a.out, cohort, models, epochs, a.test)
+
+

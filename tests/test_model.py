@@ -16,6 +16,7 @@ from mmsn.data.writer import CohortWriter
 from mmsn.loss import assign, log_probs, msn_loss
 from mmsn.model import MMSN, _FORMAT, embed
 from mmsn.options import Config, InputError
+from mmsn.testing import toy_cohort, toy_config
 from mmsn.watch import collapsed
 
 
@@ -508,3 +509,14 @@ def test_term_on_hidden_patches_learns():
         m = MMSN.from_config(tiny_config('cxr', cxr=dict(encoder=encoder), loss=dict(prototypes=8, tokens=dict(weight=1., kind=kind))), cohort)
         rows = run_steps(m, cohort, 40)
         assert rows['tokens/loss'][-5:].mean() < .8*rows['tokens/loss'][:5].mean(), (pool, kind, rows['tokens/loss'].tolist())
+
+
+def test_contrast_space_is_exported(tmp_path):
+    "The heads of the contrast go with an exported encoder: the same embeddings in their space."
+    cohort = toy_cohort(tmp_path/'toy')
+    model = MMSN.from_config(toy_config('cxr', 'ehr', fusion=dict(contrast=dict(weight=.5, dim=8))), cohort)
+    batch = cohort.batch(np.arange(32))
+    loaded = MMSN.from_pretrained(model.save_pretrained(tmp_path/'encoder'))
+    z, again = model.contrast_space(model.encode(batch)), loaded.contrast_space(loaded.encode(batch))
+    assert set(z) == {'cxr', 'ehr'} and z['cxr'].shape == (32, 8)
+    for name in z: assert torch.equal(z[name].nan_to_num(), again[name].nan_to_num())
