@@ -378,6 +378,17 @@ def assignments(self:MMSN,
     finally: self.train(mode)
     return p
 
+# %% ../nbs/53_model.ipynb #3050bbb1
+@patch
+@torch.no_grad()
+def contrast_space(self:MMSN,
+    features:dict,  # name -> (N, d) embeddings, from `encode`
+)->dict:            # name -> (N, dim) of length 1, NaN rows where missing
+    "Where embeddings lie in the space that modalities share. Raises InputError where there is none."
+    if 'contrast' not in self.auxiliary:
+        raise InputError('this encoder has no space that modalities share: it was trained without fusion.contrast')
+    return self.auxiliary['contrast'].space(features)
+
 # %% ../nbs/53_model.ipynb #abfacf41
 _FORMAT = 'mmsn-encoder'
 

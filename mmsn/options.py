@@ -13,8 +13,8 @@ config.loss
 # %% auto #0
 __all__ = ['SIZES', 'SERIES_PRESETS', 'PROTOCOLS', 'MODALITIES', 'InputError', 'ImageEncoder', 'ImageViews', 'ImageModality',
            'SeriesEncoder', 'SeriesMasks', 'series_preset', 'SeriesViews', 'SeriesModality', 'TabularEncoder',
-           'TabularModality', 'Fusion', 'Head', 'Cells', 'Tokens', 'Loss', 'Optim', 'Data', 'Train', 'Evaluate',
-           'Config']
+           'TabularModality', 'Contrast', 'Fusion', 'Head', 'Cells', 'Tokens', 'Loss', 'Optim', 'Data', 'Train',
+           'Evaluate', 'Config']
 
 # %% ../nbs/00_options.ipynb #59f480b1
 import typing
@@ -190,6 +190,15 @@ class TabularModality:
     prototypes: typing.Optional[int] = None  # of its own space (fusion.space=own); none: loss.prototypes
     anchor_only: bool = False  # only the anchors see it, targets do not (arXiv 2407.04449)
 
+# %% ../nbs/00_options.ipynb #82872da3
+@dataclass(frozen=True)
+class Contrast:
+    "A contrastive loss between the modalities' own embeddings, beside the masked siamese one."
+    weight: float = 0.0          # of the term, added to the loss; 0: there is none
+    loss: str = 'sigmoid'        # 'sigmoid' (SigLIP, arXiv 2303.15343) or 'infonce' (CLIP, arXiv 2103.00020)
+    dim: int = 64                # width of the shared space
+    depth: int = 0               # hidden layers of each head; 0: linear
+
 # %% ../nbs/00_options.ipynb #15fe7fa0
 @dataclass(frozen=True)
 class Fusion:
@@ -202,6 +211,7 @@ class Fusion:
     # targets of such an anchor, a loss each: 'joint', 'own', the 'mean' of both, 'cross': of the other modalities
     aim: tuple[str, ...] = ('mean',)
     weight: float = 1.0          # of the loss of anchors that see all modalities, in the mean over all kinds of anchor
+    contrast: Contrast = Contrast()  # between the modalities' own embeddings; off
 
     def __post_init__(self):
         if isinstance(self.aim, str): object.__setattr__(self, 'aim', (self.aim,))
@@ -339,6 +349,7 @@ class Evaluate:
     # robustness: names of `mmsn.evaluate.CORRUPTIONS`, or 'all'
     corruptions: tuple[str, ...] = ('patches', 'gaussian noise', 'cells removed')
     masked: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9)  # fractions of patches hidden at test time
+    probe_masked: bool = False  # robustness: also a probe fitted on masked copies of the training patients
     map_labels: tuple[str, ...] = ()                  # labels that colour the maps; empty: all that are evaluated
     map_samples: int = 250                            # patients a class on a map
     pictures: bool = True  # images and stays of patients in the report; false for one that will leave the hospital

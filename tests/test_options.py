@@ -129,7 +129,8 @@ TABULAR = dict(kind=refused('image'), alone=True, weight=only(2., __alone=True),
                prototypes=only(5, __alone=True, fusion__space='own', fusion__aim=['own']), encoder=dict(hidden=6, dim=6))
 OTHER = dict(
     image=IMAGE, timeseries=TIMESERIES, tabular=TABULAR,
-    fusion=dict(dim=20, drop=.3, aim=(['own'], ['joint']), space=only(('own', 'shared'), fusion__aim=['own']), weight=2.),
+    fusion=dict(dim=20, drop=.3, aim=(['own'], ['joint']), space=only(('own', 'shared'), fusion__aim=['own']), weight=2.,
+                contrast=dict(weight=.5, loss=only('infonce', fusion__contrast__weight=.5), dim=only(9, fusion__contrast__weight=.5), depth=only(1, fusion__contrast__weight=.5))),
     head=dict(hidden=20, depth=1, output=12, norm=('layer', 'none'), norm_input=('not',), predict=1),
     loss=dict(prototypes=9, freeze_prototypes=True, temperature=.3, sharpen=.6, final_sharpen=.9, label_smoothing=.3, sinkhorn_iterations=0, me_max_weight=4., entropy_weight=1., prior=.5),
     optim=dict(batch_size=6, accumulation=2, epochs=2., warmup_epochs=.9, start_lr=1e-5, lr=.01, final_lr=1e-4, weight_decay=.2, final_weight_decay=.7, clip=1e-3,
@@ -334,7 +335,7 @@ def scratch(tmp, cohorts, monkeypatch):
     assert not base.equals(scores(scratch_epochs=40)) and not base.equals(scores(scratch_lr=.3))
 
 
-@once('evaluate.labels', 'evaluate.fractions', 'evaluate.shots', 'evaluate.draws', 'evaluate.bootstrap', 'evaluate.baselines', 'evaluate.masked', 'evaluate.seed',
+@once('evaluate.labels', 'evaluate.fractions', 'evaluate.shots', 'evaluate.draws', 'evaluate.bootstrap', 'evaluate.baselines', 'evaluate.masked', 'evaluate.probe_masked', 'evaluate.seed',
       'evaluate.probe', 'evaluate.probe_lrs', 'evaluate.probe_epochs', 'evaluate.protocols', 'evaluate.neighbours', 'evaluate.corruptions',
       'evaluate.map_labels', 'evaluate.map_samples', 'evaluate.pictures', 'evaluate.cache', 'evaluate.finetune_epochs', 'evaluate.finetune_lr', 'evaluate.finetune_decay')
 def evaluated(tmp, cohorts, monkeypatch):
@@ -347,7 +348,7 @@ def evaluated(tmp, cohorts, monkeypatch):
         return {p.name: p.read_text() for p in (tmp/name).glob('*.csv')}
     base = tables('base')
     assert tables('same') == base
-    for change in ('labels=[odd]', 'fractions=[1.0]', 'shots=[1]', 'draws=1', 'bootstrap=9', 'baselines=true', 'masked=[0.0,0.6]', 'seed=1', 'protocols=[knn]', 'neighbours=3',
+    for change in ('labels=[odd]', 'fractions=[1.0]', 'shots=[1]', 'draws=1', 'bootstrap=9', 'baselines=true', 'masked=[0.0,0.6]', 'probe_masked=true', 'seed=1', 'protocols=[knn]', 'neighbours=3',
                    'corruptions=[contrast]', 'map_labels=[odd]', 'map_samples=3'):
         assert tables(change.split('=')[0], f'evaluate.{change}') != base, change
     sgd = tables('sgd', 'evaluate.probe=sgd', 'evaluate.probe_lrs=[1.0]')

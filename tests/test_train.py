@@ -65,6 +65,20 @@ def test_terminated_run_resumes_exactly(cohort, whole, tmp_path):
     pd.testing.assert_frame_equal(curve(folder), curve(whole), check_exact=True)
 
 
+@pytest.mark.parametrize('loss', ['sigmoid', 'infonce'])
+def test_contrast_resumes_exactly(cohort, tmp_path, loss):
+    "A run with a contrast, left in mid-epoch and resumed, ends as one that was not: heads, scale and intercept too."
+    from mmsn.config import load_config
+    from mmsn.loop import Trainer
+    for name, until in (('whole', None), ('left', 3), ('left', None)):
+        trainer = Trainer(load_config('demo', words(cohort, tmp_path/name, 'optim.epochs=2', 'fusion.contrast.weight=0.5', f'fusion.contrast.loss={loss}')[1:]))
+        if until: trainer.total = until
+        trainer.fit()
+    same(tmp_path/'left', tmp_path/'whole')
+    pd.testing.assert_frame_equal(curve(tmp_path/'left'), curve(tmp_path/'whole'), check_exact=True)
+    assert curve(tmp_path/'whole')['contrast/pair_accuracy'].between(0, 1).all()
+
+
 def test_killed_without_warning(cohort, whole, tmp_path):
     "SIGKILL between checkpoints: the run resumes from the last one and ends the same."
     folder = tmp_path/'killed'

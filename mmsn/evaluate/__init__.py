@@ -8,7 +8,7 @@ _WHERE = {name: module for module, names in dict(
     metrics='Calibration Ranking bootstrap difference_table interval metric_table reliability_curve subgroup_columns subgroups',
     predictions='Predictions compare ensemble open_predictions paired_difference save_predictions', task='Task draw_rows make_draws',
     probes='fit_probe fit_sgd knn linear_probe low_shot probe_solver summarise', networks='finetune supervised',
-    robustness='CORRUPTIONS Corruption missing retrieval robustness').items() for name in names.split()}
+    pairs='fit_cca label_agreement placements references', robustness='CORRUPTIONS Corruption missing retrieval robustness').items() for name in names.split()}
 __all__ = list(_WHERE)
 
 

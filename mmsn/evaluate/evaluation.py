@@ -222,7 +222,7 @@ def _robustness(ev):
         tables['scratch'] = extract_features(models['scratch'], ev.cohort, ev.task.rows, cache=ev.cache)
     corruptions = CORRUPTIONS if 'all' in e.corruptions else e.corruptions
     table = robustness(models, ev.cohort, ev.task, tables, e.masked, ev.inputs, corruptions, min(e.bootstrap, 200),
-                       e.seed, ev.cache)
+                       e.seed, ev.cache, e.probe_masked)
     return dict(robustness=table) if len(table) else {}
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0043
@@ -238,7 +238,7 @@ def _retrieval(ev):
     "One modality found by the other, both ways."
     pairs = [p for x, y in combinations(ev.standing, 2) for p in ((x, y), (y, x))]
     rows = ev.task.rows[ev.task.at('test')]
-    parts = [retrieval(ev.models, ev.cohort, rows, a, b, **ev.boot, cache=ev.cache) for a, b in pairs]
+    parts = [retrieval(ev.models, ev.cohort, rows, a, b, **ev.boot, cache=ev.cache, task=ev.task) for a, b in pairs]
     return dict(retrieval=pd.concat(parts)) if parts else {}
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0045

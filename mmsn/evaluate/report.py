@@ -238,8 +238,12 @@ neat(m.assign(seen="sees " + m.seen).pivot_table(index="encoder", columns="seen"
     Section('retrieval.csv', '''### Finding the other half of a patient
 
 Recall at 10: given one modality of a test patient, is the other among the ten nearest? Beside it what chance
-gives.''', '''
-neat(read("retrieval").set_index(["encoder", "query", "gallery"]).drop(columns="k"), 4)''')]
+gives. Pair AUROC: how often a true pair is more alike than a mismatched one (chance: .5). Same phenotype: of the
+ten nearest others, the share with the same label, mean over labels; beside it chance. The last rows are what plain
+features give without pre-training.''', '''
+t = read("retrieval").set_index(["query", "gallery", "encoder", "space"])
+neat(t[[c for c in ("recall", "times_chance", "pair_auroc", "pair_low", "pair_high", "same_phenotype",
+                    "same_phenotype_chance", "rows") if c in t]])''')]
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200019
 _SEEN = [

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from ..data.cohort import Cohort
 from .features import extract_features, feature_matrix
 from .metrics import bootstrap, interval, macro, metrics, subject_weights
+from .pairs import _complete, label_agreement, placements, references
 from .probes import fit_probe
 from .task import Task
 from ..options import InputError
@@ -182,6 +183,29 @@ def _corrupted_rows(task, tables, name, probe, here, resamples, seed):
     return _losses(task.labels[test][here], [probe.scores(x[here]) for x in X], task.subjects[test][here],
                    resamples, seed)
 
+# %% ../../nbs/76_evaluate.robustness.ipynb #8c96e07a
+_PROBE_MASKED = ', probe on masked copies'
+
+def _copies(m, cohort, seed, name):
+    "Options of `extract_features` for masked copies of patients, of what the input `name` sees."
+    kinds = {n: modality.kind for n, modality in m.config.modalities.items() if name in ('joint', n)}
+    images = [dict(patches=s) for s in (.3, .5, .7)] if 'image' in kinds.values() else []
+    series = [n for n, kind in kinds.items() if kind == 'timeseries']
+    # another seed than the test's: no cell is hidden by the same draw
+    return images + [dict(corrupt=Corruption('cells removed', s, n, cohort.modalities, seed + 1))
+                     for n in series for s in (2, 3, 4)]
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #3ccc68dd
+def _masked_probe(m, cohort, task, clean, name, seed, cache):
+    "A probe of one input, fitted on training patients as they are and on masked copies of them."
+    fit = np.flatnonzero(task.split != 'test')
+    tables = [clean.iloc[fit]] + [extract_features(m, cohort, task.rows[fit], cache=cache, **options)
+                                  for options in _copies(m, cohort, seed, name)]
+    n = len(tables)
+    repeated = {key: np.tile(getattr(task, key)[fit], n) for key in ('split', 'subjects', 'ids', 'rows')}
+    stacked = replace(task, labels=np.tile(task.labels[fit], (n, 1)), **repeated)
+    return _clean_probe(np.concatenate([feature_matrix(t, name) for t in tables]), stacked)
+
 # %% ../../nbs/76_evaluate.robustness.ipynb #631bca2e
 def robustness(
     models:dict,                         # encoder's name -> `MMSN`, or what `any_encoder` opens
@@ -194,6 +218,7 @@ def robustness(
     resamples:int=200,                   # of subjects, for the interval of the loss; 0 leaves it out
     seed:int=0,                          # of the resamples and the corruptions
     cache=None,                          # folder of `extract_features`
+    probe_masked:bool=False,             # also a probe fitted on masked copies, in rows of its own
 # encoder, input, corruption, modality, severity, level, auroc, auprc, relative_loss, low, high, rows
 )->pd.DataFrame:
     "Test AUROC of corrupted patients, by a probe trained on whole ones; severity 0 is clean. Raises InputError."
@@ -207,13 +232,20 @@ def robustness(
             tables = [clean.iloc[test]] + [extract_features(m, cohort, task.rows[test], cache=cache, **options)
                                            for *_, options in steps]
             for name in _inputs_that_see(m.config, what, hit, inputs):
-                if name not in probes: probes[name] = _clean_probe(feature_matrix(clean, name), task)
+                if name not in probes: probes[name] = _probes(m, cohort, task, clean, name, seed, cache, probe_masked)
                 here = _evaluable(feature_matrix(tables[0], name), cohort, task.rows[test], hit, what, m.config)
-                rows = _corrupted_rows(task, tables, name, probes[name], here, resamples, seed)
-                names = dict(encoder=encoder, input=name, corruption=what, modality=', '.join(hit))
-                out += [names | dict(severity=s, level=l, **r, rows=int(here.sum()))
-                        for (s, l), r in zip([(0., 0.), *(step[:2] for step in steps)], rows)]
+                for suffix, probe in probes[name].items():
+                    rows = _corrupted_rows(task, tables, name, probe, here, resamples, seed)
+                    names = dict(encoder=encoder + suffix, input=name, corruption=what, modality=', '.join(hit))
+                    out += [names | dict(severity=s, level=l, **r, rows=int(here.sum()))
+                            for (s, l), r in zip([(0., 0.), *(step[:2] for step in steps)], rows)]
     return pd.DataFrame(out)
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #ee6f5c2f
+def _probes(m, cohort, task, clean, name, seed, cache, masked):
+    "What is appended to the encoder's name -> the probe of one input."
+    probes = {'': _clean_probe(feature_matrix(clean, name), task)}
+    return probes | ({_PROBE_MASKED: _masked_probe(m, cohort, task, clean, name, seed, cache)} if masked else {})
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #78f6e8f8
 def _evaluable(X, cohort, rows, hit, what, config):
@@ -275,6 +307,61 @@ def recall_hits(
         hits.append(((k - better)/equal).clamp(0, 1))
     return torch.cat(hits).double().numpy()
 
+# %% ../../nbs/76_evaluate.robustness.ipynb #35031f7f
+def _sides(m, cohort, rows, query, gallery, cache):
+    "Yields (space, query (N, d), gallery (N, d)) of one encoder: the joint embedding of each alone, and the shared space."
+    tables = _left_alone(m, cohort, rows, list(m.config.modalities), (query, gallery), cache)
+    q, g = (feature_matrix(t, 'joint').astype(np.float64) for t in tables)
+    yield 'embedding', q - q.mean(0), g - g.mean(0)
+    if 'contrast' not in getattr(m, 'auxiliary', {}): return
+    device = next(m.parameters()).device
+    own = {n: torch.tensor(feature_matrix(t, n), device=device) for n, t in zip((query, gallery), tables)}
+    z = m.contrast_space(own)
+    if set(own) <= set(z): yield 'contrast', *(z[n].double().cpu().numpy() for n in (query, gallery))
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #2e3c6287
+def _drawn_mean(values, subjects, resamples, seed):
+    "Mean of `values` (N,), and its interval over resampled subjects."
+    if not resamples: return values.mean(), np.nan, np.nan
+    drawn = np.concatenate([values@w/w.sum(0) for w in subject_weights(subjects, resamples, seed)])
+    return values.mean(), *(float(x) for x in interval(drawn))
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #1199050e
+def _retrieval_row(q, g, subjects, labels, k, resamples, seed):
+    "The measures of one search, of both sides of N patients."
+    recall, low, high = _drawn_mean(recall_hits(q, g, k), subjects, resamples, seed)
+    pair, pair_low, pair_high = _drawn_mean(placements(q, g, subjects), subjects, resamples, seed)
+    row = dict(k=k, recall=recall, low=low, high=high, chance=k/len(q), times_chance=recall*len(q)/k, rows=len(q),
+               pair_auroc=pair, pair_low=pair_low, pair_high=pair_high)
+    return row if labels is None else row | label_agreement(q, g, labels, subjects, k)
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #5f2d61cb
+def _strangers(subjects, seed):
+    "(N,) for each row another one, of another subject."
+    names, code, counts = np.unique(subjects, return_inverse=True, return_counts=True)
+    order = np.argsort(np.random.default_rng(seed).permutation(len(names))[code], kind='stable')
+    partner = np.empty(len(order), np.int64)
+    partner[order] = np.roll(order, counts.max())      # rows of one subject stand together: a shift that leaves it
+    return partner
+
+# %% ../../nbs/76_evaluate.robustness.ipynb #16ac46e3
+def _with_controls(models, cohort, task, rows, query, gallery, seed, cache):
+    "Yields (name, space, query (N, d), gallery (N, d)): every encoder, the first with shuffled pairs, the references."
+    subjects = cohort.samples.subject_id.to_numpy()[rows]
+    for i, (encoder, m) in enumerate(models.items()):
+        for space, q, g in _sides(m, cohort, rows, query, gallery, cache):
+            yield encoder, space, q, g
+            if not i: yield f'{encoder}, shuffled pairs', space, q, g[_strangers(subjects, seed)]
+    if task is None: return
+    at = _complete(cohort, task, (query, gallery))
+    if min(len(rows_of) for rows_of in at.values()) < 3: return       # too few to fit anything
+    place = {row: i for i, row in enumerate(task.rows[at['test']])}
+    if missing := [row for row in rows if row not in place]:
+        raise InputError(f'row {missing[0]} is no test patient of the task, and the references are for those: give '
+                         f'rows of its test split, or no task')
+    for name, (q, g) in references(cohort, task, query, gallery).items():
+        yield name, 'plain', *(x[[place[row] for row in rows]] for x in (q, g))
+
 # %% ../../nbs/76_evaluate.robustness.ipynb #400fb83f
 def retrieval(
     models:dict,           # encoder's name -> `MMSN`
@@ -286,19 +373,19 @@ def retrieval(
     resamples:int=1000,    # of subjects, for the interval
     seed:int=0,            # of the resamples
     cache=None,            # folder of `extract_features`
-)->pd.DataFrame:           # encoder, query, gallery, k, recall, low, high, chance, times_chance, rows
-    "Recall@k of one modality's patient among the other's, in the joint space, with an interval from resampled subjects and chance."
+    task:Task=None,        # labels for the agreement of neighbours, and training patients for the references
+# encoder, query, gallery, space, k, recall, low, high, chance, times_chance, rows, pair_auroc, pair_low, pair_high;
+# with a task also same_phenotype, label_overlap and their chance
+)->pd.DataFrame:
+    """Recall@k of one modality's patient among the other's, and pair AUROC, in each space of each encoder, beside
+    shuffled pairs, references and chance. Raises InputError."""
     out, rows = [], np.asarray(rows)
     rows = rows[cohort.present(query)[rows] & cohort.present(gallery)[rows]]
     if len(rows) <= k:
         raise InputError(f'{len(rows)} patients have both {query} and {gallery}: retrieval at {k} needs more')
     subjects = cohort.samples.subject_id.to_numpy()[rows]
-    for encoder, m in models.items():
-        tables = _left_alone(m, cohort, rows, list(m.config.modalities), (query, gallery), cache)
-        q, g = (feature_matrix(t, 'joint').astype(np.float64) for t in tables)
-        hits, chance = recall_hits(q - q.mean(0), g - g.mean(0), k), k/len(rows)
-        drawn = np.concatenate([hits@w/w.sum(0) for w in subject_weights(subjects, resamples, seed)])
-        low, high = interval(drawn)
-        out.append(dict(encoder=encoder, query=query, gallery=gallery, k=k, recall=hits.mean(), low=float(low),
-                        high=float(high), chance=chance, times_chance=hits.mean()/chance, rows=len(rows)))
+    labels = None if task is None else cohort.label_matrix(task.names, rows)
+    for encoder, space, q, g in _with_controls(models, cohort, task, rows, query, gallery, seed, cache):
+        row = _retrieval_row(q, g, subjects, labels, k, resamples, seed)
+        out.append(dict(encoder=encoder, query=query, gallery=gallery, space=space) | row)
     return pd.DataFrame(out)
