@@ -46,11 +46,6 @@ def _encode_rows(encoder, args, present, keep=False):
     if everybody: return outputs
     return [x if x is None else x.new_zeros(len(present), *x.shape[1:]).index_copy(0, rows, x) for x in outputs]
 
-# %% ../nbs/53_model.ipynb #feaf3382
-def _shapes(args):
-    "What the arguments of an encoder must share to go through it in one call: shape of a row and type, or None."
-    return tuple(None if a is None else (a.shape[1:], a.dtype) for a in args)
-
 # %% ../nbs/53_model.ipynb #53202a14
 def embed(
     encoder:JointEncoder,  # online or target
@@ -62,7 +57,9 @@ def embed(
 ):
     "(n·B, d) embeddings of all views of one modality, each shape in one call of its encoder."
     calls, B, outputs = {}, len(present), {}
-    for i, v in enumerate(views): calls.setdefault(_shapes(v.args()), []).append((i, v.args()))
+    for i, v in enumerate(views):   # one call for arguments of one shape and type
+        shapes = tuple(a if a is None else (a.shape[1:], a.dtype) for a in v.args())
+        calls.setdefault(shapes, []).append((i, v.args()))
     for group in calls.values():
         args = [None if a[0] is None else torch.cat(a) for a in zip(*(args for _, args in group))]
         sizes = [len(args[0]) for _, args in group]
