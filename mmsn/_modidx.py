@@ -1339,7 +1339,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mmsn.model._encode_rows': ('model.html#_encode_rows', 'mmsn/model.py'),
                             'mmsn.model._pick': ('model.html#_pick', 'mmsn/model.py'),
                             'mmsn.model._read': ('model.html#_read', 'mmsn/model.py'),
-                            'mmsn.model._shapes': ('model.html#_shapes', 'mmsn/model.py'),
                             'mmsn.model.embed': ('model.html#embed', 'mmsn/model.py'),
                             'mmsn.model.is_mmsn_encoder': ('model.html#is_mmsn_encoder', 'mmsn/model.py'),
                             'mmsn.model.local_folder': ('model.html#local_folder', 'mmsn/model.py')},

@@ -61,7 +61,6 @@ def add_terms(
     weight:float=1.,   # of `loss`
 )->tuple:              # (scalar, name -> detached scalar)
     "The loss of a step, and the metrics of its auxiliary terms."
-    if not len(terms): return loss, {}
     loss, metrics = weight*loss, {}
     for name, term in terms.items():
         value, own = term(step)

@@ -55,8 +55,8 @@ def cohorts(tmp_path_factory):
 # Every preset, made so small that a step takes milliseconds; and one config that has all kinds of modality.
 SMALL = dict(image={'encoder.dim': 16, 'encoder.depth': 2, 'encoder.heads': 2, 'encoder.patch': 8, 'views.random_size': 32, 'views.focal_size': 16, 'views.random': 1, 'views.focal': 2},
              timeseries={'encoder.hidden': 8, 'encoder.dim': 8, 'views.random': 1, 'views.focal': 2}, tabular={'encoder.hidden': 4, 'encoder.dim': 4})
-REST = {'head.hidden': 12, 'head.output': 8, 'loss.prototypes': 6, 'optim.batch_size': 8, 'optim.epochs': 1, 'optim.warmup_epochs': .5,
-        'train.log_every': 1, 'train.threads': 1, 'train.mixed_precision': 'no', 'data.workers': 0, 'evaluate.draws': 2, 'evaluate.bootstrap': 5, 'evaluate.fractions': [.5, 1.],
+REST = {'head.hidden': 12, 'head.output': 8, 'loss.prototypes': 6, 'loss.weight': 1., 'optim.batch_size': 8, 'optim.epochs': 1, 'optim.warmup_epochs': .5,
+        'train.log_every': 1, 'train.probe_every': 0, 'train.threads': 1, 'train.mixed_precision': 'no', 'data.workers': 0, 'evaluate.draws': 2, 'evaluate.bootstrap': 5, 'evaluate.fractions': [.5, 1.],
         'evaluate.scratch_epochs': 1}
 ALL = dict(name='all', modalities=dict(cxr=dict(kind='image'), ehr=dict(kind='timeseries'), facts=dict(kind='tabular')))
 
@@ -123,7 +123,8 @@ IMAGE = dict(
 MASKS = dict(time=.5, channel=.5, cell=.6, drop_start=.5)
 TIMESERIES = dict(
     kind=refused('tabular'), weight=2., drop=.3, alone=only(False, fusion__aim=['own'], fusion__space='own'), prototypes=PROTOTYPES, ignore=['rate'],
-    encoder=dict(name='gru', hidden=12, layers=2, heads=only(2, __encoder__name='transformer'), dropout=only(.5, __encoder__layers=2), bidirectional=True, pool=('last', 'mean'), dim=12),
+    encoder=dict(name='gru', hidden=12, layers=2, heads=only(2, __encoder__name='transformer', loss__cells__weight=0.), dropout=only(.5, __encoder__layers=2), bidirectional=True, pool=(['last'], ['mean']),
+                 inputs=(['since'], []), bin=only(2, __encoder__name='axial', __encoder__pool=['last'], __encoder__inputs=[], loss__cells__weight=0.), dim=12),
     views=dict(preset='rotation', random=everywhere(2), focal=everywhere(3), random_masks=MASKS, focal_masks=MASKS, focal_window=[.8, .9], noise=.7, shift=.7, downsample=[2], reverse=1.))
 TABULAR = dict(kind=refused('image'), alone=True, weight=only(2., __alone=True), drop=only(.3, __alone=True), anchor_only=True,
                prototypes=only(5, __alone=True, fusion__space='own', fusion__aim=['own']), encoder=dict(hidden=6, dim=6))
@@ -132,7 +133,8 @@ OTHER = dict(
     fusion=dict(dim=20, drop=.3, aim=(['own'], ['joint']), space=only(('own', 'shared'), fusion__aim=['own']), weight=2.,
                 contrast=dict(weight=.5, loss=only('infonce', fusion__contrast__weight=.5), dim=only(9, fusion__contrast__weight=.5), depth=only(1, fusion__contrast__weight=.5))),
     head=dict(hidden=20, depth=1, output=12, norm=('layer', 'none'), norm_input=('not',), predict=1),
-    loss=dict(prototypes=9, freeze_prototypes=True, temperature=.3, sharpen=.6, final_sharpen=.9, label_smoothing=.3, sinkhorn_iterations=0, me_max_weight=4., entropy_weight=1., prior=.5),
+    loss=dict(prototypes=9, freeze_prototypes=True, temperature=.3, sharpen=.6, final_sharpen=.9, label_smoothing=.3, sinkhorn_iterations=0, me_max_weight=4., entropy_weight=1., prior=.5, weight=.5,
+              cells=dict(weight=.5, kind=only(['value'], loss__cells__weight=1.), horizon=only(3, loss__cells__weight=1.), presence=only(.1, loss__cells__weight=1.))),
     optim=dict(batch_size=6, accumulation=2, epochs=2., warmup_epochs=.9, start_lr=1e-5, lr=.01, final_lr=1e-4, weight_decay=.2, final_weight_decay=.7, clip=1e-3,
                momentum=.5, final_momentum=.7, schedule_stretch=2.))
 
@@ -150,6 +152,7 @@ def change_of(preset, path, value):
     if new == ('not',): new = not value
     if isinstance(new, tuple): new = next(w for w in new if w != value)
     if len(kinds) == 1 and (parts[0] == 'fusion' or parts[-1] in ('alone', 'weight', 'drop', 'prototypes') and parts[0] == 'modalities'): what, context = 'refused', {}     # there is nothing to fuse
+    if path.startswith('loss.cells') and 'timeseries' not in kinds.values(): what, new, context = 'refused', dict(weight=1., kind=['nothing'], horizon=0, presence=-1.)[parts[-1]], {}
     if path.startswith('loss.tokens') and 'image' not in kinds.values(): what, new, context = 'refused', dict(weight=1., kind='nothing')[parts[-1]], {}
     assert what or new != value, f'choose another value for {path}: {preset} has {value!r} already'
     changes = {f'modalities.{n}.views.{parts[-1]}': new for n, k in kinds.items() if k != 'tabular'} if what == 'everywhere' else {path: new}
