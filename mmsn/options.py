@@ -281,7 +281,8 @@ class Evaluate:
     # what is done, of `PROTOCOLS`; fine-tuning takes longest and is not asked for
     protocols: tuple[str, ...] = tuple(p for p in PROTOCOLS if p != 'finetune')
     labels: tuple[str, ...] = ()                      # labels evaluated; empty: all of the cohort's
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)   # low_shot, supervised, finetune: fractions of the training labels
+    # low_shot, supervised, finetune: fractions of the training labels; one with fewer than five positives has no value
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.25, 1.0)
     shots: tuple[int, ...] = (1, 2, 5)                # low_shot: and numbers of samples of each class
     draws: int = 5  # random draws of each fraction below 1 and of each number of samples
     bootstrap: int = 1000                             # resamples of subjects for the 95 % intervals

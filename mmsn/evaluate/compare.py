@@ -67,6 +67,12 @@ def _common_inputs(opened):
     first, *others = [list(s.model.config.modalities) for s in opened.values()]
     return ['joint', *[m for m in first if len(first) > 1 and all(m in names and len(names) > 1 for names in others)]]
 
+# %% ../../nbs/84_evaluate.compare.ipynb #37964e4d
+def _same_labels(runs):
+    "The draws of every run, with the labels unknown that one of the runs has no value for."
+    left_out = np.any([np.isnan(p.labels).all(0) for draws in runs.values() for p in draws], axis=0)
+    return {name: [p.without(left_out) for p in draws] for name, draws in runs.items()}
+
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400022
 def comparison_tables(opened:dict, cohort:Cohort, task:Task, e:Evaluate, say=print):
     "(tables, run -> input -> `Predictions` with most labels) of several opened encoders."
@@ -74,7 +80,7 @@ def comparison_tables(opened:dict, cohort:Cohort, task:Task, e:Evaluate, say=pri
     predictions = run_predictions(opened, cohort, task, inputs, e, say)
     say('paired differences')
     for name, fraction in product(inputs, sorted(e.fractions)):
-        runs = {n: p[name, fraction, 0] for n, p in predictions.items()}
+        runs = _same_labels({n: p[name, fraction, 0] for n, p in predictions.items()})
         if fraction == max(e.fractions):
             mean, table = ensemble({n: p[0] for n, p in runs.items()})
             chosen.append(table.assign(input=name))

@@ -36,7 +36,7 @@ from .predictions import Predictions, save_predictions
 from .probes import knn, linear_probe, low_shot, probe_solver, summarise
 from .report import save_styles, write_report
 from .robustness import CORRUPTIONS, missing, retrieval, robustness
-from .task import Task, make_draws
+from .task import Task, make_draws, too_few
 from ..model import MMSN
 from ..options import Config, Evaluate, InputError
 from ..show import show_views
@@ -203,7 +203,8 @@ def _supervised(ev):
         has_any = np.any([ev.cohort.present(n)[ev.task.rows] for n in net.modalities], axis=0)
         at = np.flatnonzero(np.isin(ev.task.split, ('val', 'test')) & has_any)
         scores = network_scores(net, PlainViews(net.views, ev.cohort, ev.device), ev.task.rows[at])
-        ev.predictions['scratch'][name] = Predictions.of(ev.task, scores, at)
+        few = too_few(ev.task.labels[(ev.task.split == 'train') & has_any])
+        ev.predictions['scratch'][name] = Predictions.of(ev.task, scores, at).without(few)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0039
 def _finetune(ev):

@@ -193,9 +193,8 @@ def _inputs(views, inputs):
 
 # %% ../../nbs/75_evaluate.networks.ipynb #ec9e6cfc
 def _having(cohort, task, names):
-    "A function that keeps of positions in the task those whose patients have any of the modalities `names`."
-    present = np.any([cohort.present(n)[task.rows] for n in names], axis=0)
-    return lambda at: at[present[at]]
+    "(N,) bool: which patients of the task have any of the modalities `names`."
+    return np.any([cohort.present(n)[task.rows] for n in names], axis=0)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #ee613126
 def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, nets=None, **options):
@@ -203,18 +202,17 @@ def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, se
     inputs = _inputs(views, inputs)
     if task.rows is None: raise InputError('this task has no rows of a cohort: make it with Task.of')
     read = PlainViews(views, cohort, device)
-    def predict(name, rows, y, key):
-        has = _having(cohort, task, views.parts if name == 'joint' else [name])
-        keep, val, test = np.isin(rows, has(rows)), has(task.at('val')), has(task.at('test'))
-        if not keep.any(): raise InputError(f'no training row of draw {key} has {name}')
+    has = {name: _having(cohort, task, views.parts if name == 'joint' else [name]) for name in inputs}
+    def predict(name, rows, y, test, key):
+        val = np.flatnonzero(has[name] & (task.split == 'val'))
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1000*key['draw'])
             net = make(name).to(device)
-            train_end_to_end(net, read, (task.rows[rows[keep]], y[keep]), (task.rows[val], task.labels[val]),
+            train_end_to_end(net, read, (task.rows[rows], y), (task.rows[val], task.labels[val]),
                              seed=seed + key['draw'], **options)
         if nets is not None and key['fraction'] == 1: nets[name] = net
-        return test, network_scores(net, read, task.rows[test])
-    return _over_draws(predict, inputs, task, draws, encoder, resamples, seed)
+        return network_scores(net, read, task.rows[test])
+    return _over_draws(predict, has, task, draws, encoder, resamples, seed)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #0a31fb18
 def supervised(

@@ -59,6 +59,12 @@ def take(self:Predictions, at):
 @patch
 def at(self:Predictions, split): "The rows of one split."; return self.take(self.split == split)
 
+# %% ../../nbs/72_evaluate.predictions.ipynb #4a824d59
+@patch
+def without(self:Predictions, left_out):
+    "The same with the labels `left_out` (K,) bool unknown everywhere: those that too few patients teach."
+    return replace(self, labels=np.where(left_out, np.nan, self.labels))
+
 # %% ../../nbs/72_evaluate.predictions.ipynb #aff30a96
 def save_predictions(
     predictions:Predictions,  # what to write

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..data.loader import epoch_order
-from .metrics import METRICS, auroc, bootstrap, interval, macro, metric_table, metrics
+from .metrics import METRICS, _parts, auroc, bootstrap, interval, macro, metric_table, metrics
 from .predictions import Predictions
-from .task import Task, training_sets
+from .task import FEWEST, Task, too_few, training_sets
 from ..options import Evaluate, InputError
 
 # %% ../../nbs/74_evaluate.probes.ipynb #8f3a6554
@@ -232,6 +232,14 @@ def probe_solver(
     if evaluate.probe == 'sgd': return partial(fit_sgd, lrs=evaluate.probe_lrs, epochs=evaluate.probe_epochs)
     raise InputError(f"evaluate.probe should be 'logistic' or 'sgd', not {evaluate.probe!r}")
 
+# %% ../../nbs/74_evaluate.probes.ipynb #b8b5094c
+def _metrics_but(few, task, test, scores, resamples, seed):
+    "`metric_table` of the test patients, without a value for the labels `few` (K,) bool; a column counts these."
+    y = np.where(few, np.nan, task.labels[test])
+    t = metric_table(y, scores, task.subjects[test], task.names, task.groups, resamples, seed)
+    members = {label: few[ks].sum() for label, ks in _parts(task.names, task.groups)}
+    return t.assign(too_few=t.label.map(members))
+
 # %% ../../nbs/74_evaluate.probes.ipynb #683e0699
 def _evaluated(task, X):
     "Positions of the validation and test patients who have features X (N, d)."
@@ -252,48 +260,64 @@ def linear_probe(
     resamples:int=1000,  # of subjects, for the intervals
     seed:int=0,          # of the resamples
     predictions:dict=None,  # where to put the `Predictions` on validation and test, by input
-)->pd.DataFrame:         # encoder, input, then the columns of `metric_table`, and C
+)->pd.DataFrame:         # encoder, input, then the columns of `metric_table`, too_few, C
     "Linear probe of frozen features with all training labels, evaluated on test."
     out = []
     for name, X in features.items():
         train = task.at('train', X)
+        few = too_few(task.labels[train])
         probe, test = _fit_split(X, task, train, task.labels[train], solver)
         if predictions is not None:
-            predictions[name] = Predictions.of(task, probe.scores(X[at := _evaluated(task, X)]), at)
-        t = metric_table(task.labels[test], probe.scores(X[test]), task.subjects[test], task.names, task.groups,
-                         resamples, seed)
+            predictions[name] = Predictions.of(task, probe.scores(X[at := _evaluated(task, X)]), at).without(few)
+        t = _metrics_but(few, task, test, probe.scores(X[test]), resamples, seed)
         t.insert(0, 'encoder', encoder); t.insert(1, 'input', name)
         out.append(t.assign(C=t.label.map(dict(zip(task.names, probe.C)))))
     return pd.concat(out, ignore_index=True)
 
+# %% ../../nbs/74_evaluate.probes.ipynb #72f57033
+def _left_out(drawn):
+    "For draws [(key, scores, few (K,))] of one fraction: (draws, K) which labels have no value. Shots: draw by draw."
+    few = np.array([f for *_, f in drawn])
+    return few if drawn[0][0]['shots'] else np.broadcast_to(few.any(0), few.shape)
+
+# %% ../../nbs/74_evaluate.probes.ipynb #41f02e0c
+def _with_macro(values, few):
+    "Values (R, K) of a metric, NaN where `few`, and in a last column their macro mean."
+    values = np.where(few, np.nan, values)
+    return np.concatenate([values, macro(values)[..., None]], -1)
+
 # %% ../../nbs/74_evaluate.probes.ipynb #673ee08c
-def _draw_rows(scored, task, test, names, resamples, seed):
-    "Tidy rows for the draws of one input and fraction: `scored` is a list of (draw's key, (n, K) test scores)."
-    y, K, out = task.labels[test], len(task.names), []
+def _draw_rows(drawn, task, test, names, resamples, seed):
+    "Tidy rows for the draws of one input and fraction: `drawn` is a list of (key, (n, K) test scores, few (K,))."
+    y, K, out, left_out = task.labels[test], len(task.names), [], _left_out(drawn)
     ends = {m: np.full((2, K + 1), np.nan) for m in METRICS}
-    with_macro = lambda v: np.concatenate([v, macro(v)[..., None]], -1)
     if resamples:
-        drawn = bootstrap(y, [s for _, s in scored], task.subjects[test], resamples, seed)
-        ends = {m: interval(np.mean([with_macro(d[m]) for d in drawn], 0)) for m in METRICS}
-    for key, s in scored:
+        found = bootstrap(y, [s for _, s, _ in drawn], task.subjects[test], resamples, seed)
+        means = {m: macro(np.stack([_with_macro(d[m], few) for d, few in zip(found, left_out)], -1)) for m in METRICS}
+        ends = {m: interval(v) for m, v in means.items()}
+    for (key, s, _), few in zip(drawn, left_out):
         for m, v in metrics(y, s).items():
-            counted = np.r_[~np.isnan(v[0]), (~np.isnan(v[0])).sum()].astype(int)
-            columns = dict(label=[*task.names, 'macro'], metric=m, value=with_macro(v[0]), low=ends[m][0],
-                           high=ends[m][1], counted=counted)
+            value = _with_macro(v[0], few)
+            counted = np.r_[~np.isnan(value[:-1]), (~np.isnan(value[:-1])).sum()].astype(int)
+            columns = dict(label=[*task.names, 'macro'], metric=m, value=value, low=ends[m][0], high=ends[m][1],
+                           counted=counted, too_few=np.r_[few, few.sum()].astype(int))
             out.append(pd.DataFrame(columns).assign(**names, **key))
     return pd.concat(out)[[*names, *key, *columns]]
 
 # %% ../../nbs/74_evaluate.probes.ipynb #e47e91a9
 def _over_draws(predict, inputs, task, draws, encoder, resamples, seed):
-    "The table of `predict(input, positions, labels, key) -> test positions, scores` over inputs and draws."
+    """The table of `predict(input, positions, labels, test positions, key) -> scores` over draws; `inputs` says of
+    each (N,) bool who has it."""
     out = []
-    for name in inputs:
-        scored = {}
+    for name, has in inputs.items():
+        drawn, test = {}, np.flatnonzero(has & (task.split == 'test'))
         for key, rows, y in training_sets(task, draws):
-            test, s = predict(name, rows, y, key)
-            scored.setdefault((key['fraction'], key['shots']), []).append((key, s))
+            rows, y = rows[has[rows]], y[has[rows]]
+            few = too_few(y, 1 if key['shots'] else FEWEST)
+            s = np.zeros((len(test), len(few))) if few.all() else predict(name, rows, y, test, key)
+            drawn.setdefault((key['fraction'], key['shots']), []).append((key, s, few))
         out += [_draw_rows(part, task, test, dict(encoder=encoder, input=name), resamples, seed)
-                for part in scored.values()]
+                for part in drawn.values()]
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/74_evaluate.probes.ipynb #d8262cea
@@ -305,12 +329,12 @@ def low_shot(
     solver=fit_probe,     # (X, Y, X_val, Y_val) -> Probe
     resamples:int=1000,   # of subjects, for the intervals; 0 leaves them out
     seed:int=0,           # of the resamples
-)->pd.DataFrame:          # encoder, input, fraction, shots, draw, label, metric, value, low, high, counted
+)->pd.DataFrame:          # encoder, input, fraction, shots, draw, label, metric, value, low, high, counted, too_few
     "Linear probes with few labels: one for every input and draw, evaluated on test."
-    def predict(name, rows, y, key):
-        probe, test = _fit_split(features[name], task, rows, y, solver)
-        return test, probe.scores(features[name][test])
-    return _over_draws(predict, features, task, draws, encoder, resamples, seed)
+    def predict(name, rows, y, test, key):
+        return _fit_split(features[name], task, rows, y, solver)[0].scores(features[name][test])
+    has = {name: ~np.isnan(X).all(1) for name, X in features.items()}
+    return _over_draws(predict, has, task, draws, encoder, resamples, seed)
 
 # %% ../../nbs/74_evaluate.probes.ipynb #b1ed73b0
 def drawn_predictions(
@@ -319,26 +343,32 @@ def drawn_predictions(
     draws:pd.DataFrame,   # from `make_draws`
     solver=fit_probe,     # (X, Y, X_val, Y_val) -> Probe
 )->dict:                  # (input, fraction, shots) -> list of `Predictions`, one a draw
-    "What the probes of `low_shot` say of every validation and test patient: for comparisons of encoders, and ensembles."
+    "What the probes of `low_shot` say of every validation and test patient; labels without a value there are unknown."
     out = {}
     for name, X in features.items():
+        has, drawn, at = ~np.isnan(X).all(1), {}, _evaluated(task, X)
         for key, rows, y in training_sets(task, draws):
-            probe, _ = _fit_split(X, task, rows, y, solver)
-            out.setdefault((name, key['fraction'], key['shots']), []).append(Predictions.of(task,
-                    probe.scores(X[at := _evaluated(task, X)]), at))
+            few = too_few(y[has[rows]], 1 if key['shots'] else FEWEST)
+            s = np.zeros((len(at), len(few))) if few.all() else _fit_split(X, task, rows, y, solver)[0].scores(X[at])
+            drawn.setdefault((name, key['fraction'], key['shots']), []).append((key, s, few))
+        for where, part in drawn.items():
+            out[where] = [Predictions.of(task, s, at).without(f) for (_, s, _), f in zip(part, _left_out(part))]
     return out
 
 # %% ../../nbs/74_evaluate.probes.ipynb #f58d2125
 def summarise(
     table:pd.DataFrame,   # from `low_shot`, `supervised`, `finetune`, or several of them together
-)->pd.DataFrame:          # encoder, input, fraction, shots, draws, auroc, low, high, deviation, auprc, counted
+)->pd.DataFrame:          # encoder, input, fraction, shots, draws, auroc, low, high, deviation, auprc, counted, labels, too_few
     "Macro means over draws: mean, interval and the standard deviation between draws, one row an encoder, input and fraction of labels."
     keys = ['encoder', 'input', 'fraction', 'shots']
+    if 'too_few' not in table: table = table.assign(too_few=0)      # a file of before
     part = {m: table[(table.label == 'macro') & (table.metric == m)].groupby(keys, sort=False) for m in METRICS}
     a = part['auroc']
     columns = dict(draws=a.size(), auroc=a.value.mean(), low=a.low.first(), high=a.high.first(),
                    deviation=a.value.std())
-    return pd.DataFrame(columns | dict(auprc=part['auprc'].value.mean(), counted=a.counted.first())).reset_index()
+    names = table[table.label != 'macro'].groupby(keys, sort=False).label
+    return pd.DataFrame(columns | dict(auprc=part['auprc'].value.mean(), counted=a.counted.max(),
+                                       labels=names.nunique(), too_few=a.too_few.max())).reset_index()
 
 # %% ../../nbs/74_evaluate.probes.ipynb #368cab0c
 def knn_scores(
@@ -369,13 +399,13 @@ def knn(
     k:int=20,            # neighbours
     resamples:int=1000,  # of subjects, for the intervals
     seed:int=0,          # of the resamples
-)->pd.DataFrame:         # encoder, input, then the columns of `metric_table`
+)->pd.DataFrame:         # encoder, input, then the columns of `metric_table`, too_few
     "Cosine k-nearest neighbours with all training labels, evaluated on test."
     out = []
     for name, X in features.items():
         train, test = task.at('train', X), task.at('test', X)
-        t = metric_table(task.labels[test], knn_scores(X[train], task.labels[train], X[test], k), task.subjects[test],
-                         task.names, task.groups, resamples, seed)
+        t = _metrics_but(too_few(task.labels[train]), task, test, knn_scores(X[train], task.labels[train], X[test], k),
+                         resamples, seed)
         t.insert(0, 'encoder', encoder); t.insert(1, 'input', name)
         out.append(t)
     return pd.concat(out, ignore_index=True)

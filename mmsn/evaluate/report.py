@@ -34,6 +34,14 @@ def _columns(s):
     "For each row of a summary the name of its column, in rising number of labels."
     return [f'{int(n)} of each class' if n else f'{f:.0%} of labels' for f, n in zip(s.fraction, s.shots)]
 
+# %% ../../nbs/82_evaluate.report.ipynb #0cc6bef1
+def _cell(row, metric='auroc'):
+    "The text of one cell of `score_table` from a row of the summary."
+    value, counted, of = row[metric], row.get('counted', 0), row.get('labels', 0)
+    if pd.isna(value): return 'too few labels' if row.get('too_few', 0) > 0 else ''
+    ends = '' if pd.isna(row.low) else f'<br><small>{row.low:.3f} – {row.high:.3f}</small>'
+    return f'{value:.3f}{ends}' + (f'<br><small>of {counted:.0f} of {of:.0f} labels</small>' if counted < of else '')
+
 # %% ../../nbs/82_evaluate.report.ipynb #6966a361
 def score_table(
     summary:pd.DataFrame,    # columns input, encoder, fraction, auroc, low, high, perhaps shots (report/summary.csv)
@@ -42,8 +50,7 @@ def score_table(
     s = summary.assign(encoder=summary.encoder.map(ENCODERS).fillna(summary.encoder),
                        shots=summary.shots.fillna(0) if 'shots' in summary else 0)
     s = s.sort_values(['fraction', 'shots'], kind='stable')
-    s = s.assign(column=_columns(s), t=[f'{a:.3f}<br><small>{lo:.3f} – {hi:.3f}</small>'
-                                        for a, lo, hi in zip(s.auroc, s.low, s.high)])
+    s = s.assign(column=_columns(s), t=[_cell(row) for _, row in s.iterrows()])
     order = [(i, e) for i in dict.fromkeys(summary.input) for e in [*ENCODERS.values(), *s.encoder.unique()]
              if ((s.input == i) & (s.encoder == e)).any()]
     order, columns = list(dict.fromkeys(order)), list(dict.fromkeys(s.column))
@@ -163,7 +170,9 @@ _LEARNED = [
 
 Test AUROC, mean over labels and over draws of the labels that may be used. Probes are trained on the train
 split, their regularisation is chosen on validation, they are evaluated on test; no subject is in two of them.
-Below each number the 95 % interval from resampled subjects. The best of each column in bold.''', '''
+Below each number the 95 % interval from resampled subjects. The best of each column in bold. *Too few labels*: the
+training rows of a draw hold fewer than five positives or negatives; a mean then runs over the labels that have
+enough.''', '''
 score_table(read("summary"))'''),
     Section('summary.csv', '''### By the number of labels''', '''
 show("low_shot", low_shot_figure, read("summary"),
