@@ -295,6 +295,8 @@ class Evaluate:
     probe: str = 'logistic'                           # linear probe: 'logistic' (exact), or 'sgd' for large label sets
     probe_lrs: tuple[float, ...] = (0.3, 3.0, 30.0)   # learning rates that 'sgd' tries, chosen on validation
     probe_epochs: int = 100                           # its passes over the training rows
+    # how penalties and numbers of steps are chosen: 'cv', within the labels that may be used, or 'validation', on all of that split's
+    select: str = 'cv'
     neighbours: int = 20                              # knn: how many vote
     # robustness: names of `mmsn.evaluate.CORRUPTIONS`, or 'all'
     corruptions: tuple[str, ...] = ('patches', 'gaussian noise', 'cells removed')

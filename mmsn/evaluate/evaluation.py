@@ -212,7 +212,8 @@ def _finetune(ev):
     e = ev.options
     ev.scores.append(finetune(ev.models['pretrained'], ev.cohort, ev.task, ev.fraction_draws, ev.inputs,
                               lr=e.finetune_lr,
-                              decay=e.finetune_decay, epochs=e.finetune_epochs, device=ev.device, **ev.boot))
+                              decay=e.finetune_decay, epochs=e.finetune_epochs, device=ev.device, select=e.select,
+                              **ev.boot))
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0041
 def _robustness(ev):

@@ -23,7 +23,7 @@ from ..data.cohort import Cohort
 from ..encoders.fusion import JointEncoder
 from .metrics import auroc, macro
 from .probes import _order, _over_draws
-from .task import Task
+from .task import Task, hold_out
 from ..model import embed
 from ..options import Config, InputError
 from ..views.patient import Views
@@ -143,12 +143,23 @@ def _warm_cosine(net, lr, decay, steps):
     rate = lambda s: min((s + 1)/warm, .5 + .5*math.cos(math.pi*min(s/steps, 1)))
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
 
+# %% ../../nbs/75_evaluate.networks.ipynb #4d20a1e9
+def _checker(read, val, most, seed):
+    "A function from a network to its macro AUROC and mean log loss on at most `most` of the rows of `val`, always the same."
+    at = np.sort(np.random.default_rng([seed, 1]).permutation(len(val[0]))[:most])
+    rows, y = val[0][at], val[1][at]
+    def check(net):
+        s = network_scores(net, read, rows)
+        loss = _bce(torch.from_numpy(s), torch.as_tensor(y, dtype=torch.float64)).item()
+        return {'auroc': float(np.nan_to_num(macro(auroc(y, s)))), 'log loss': loss}
+    return check
+
 # %% ../../nbs/75_evaluate.networks.ipynb #1fde03e6
 def train_end_to_end(
     net:EndToEnd,      # trained in place, ends with its best weights
     cohort,            # what to read: a `Cohort`, or the `PlainViews` of one
     train,             # (rows of the cohort (n,), labels (n, K))
-    val,               # (rows of the cohort, labels)
+    val,               # (rows of the cohort, labels) that checks look at; None: no checks, and the last weights are kept
     lr:float,          # highest learning rate
     epochs:float,      # passes over the training rows
     least:int=60,      # steps at least, which matter when there are few labels
@@ -159,29 +170,38 @@ def train_end_to_end(
     most_val:int=600,  # validation rows that a check looks at, a seeded draw
     window:float=.1,   # fraction of the steps whose weights are averaged
     seed:int=0,        # of the order
-)->pd.DataFrame:       # step, loss, auroc (validation)
-    "AdamW with warm-up and cosine; keeps the best running mean of the weights, by checks on validation, and stops early."
+    stop:float=1.,     # fraction of the steps after which it ends
+    by:str='auroc',    # what decides between checks: the 'auroc', or the 'log loss'
+)->pd.DataFrame:       # step, loss, fraction (of the steps); with checks auroc, log loss
+    "AdamW with warm-up and cosine; keeps the best running mean of the weights, by checks on `val`, and stops early."
     (rows, y), n, device = train, len(train[0]), net.head.weight.device
     read = cohort if isinstance(cohort, PlainViews) else PlainViews(net.views, cohort, device)
     size = min(batch_size, n, max(n//30, 12))
     steps = max(math.ceil(epochs*n/size), least)
-    every = max(steps//checks, 10)
-    seen = np.sort(np.random.default_rng([seed, 1]).permutation(len(val[0]))[:most_val])
+    every, last = max(steps//checks, 10), max(round(stop*steps), 1)
     optimiser, schedule = _warm_cosine(net, lr, decay, steps)
-    order, mean, best, stale, log = _order(n, size, seed), copy.deepcopy(net), (-1., None), 0, []
+    order, mean, best, stale, log = _order(n, size, seed), copy.deepcopy(net), (-math.inf, None), 0, []
     y = torch.as_tensor(y, dtype=torch.float32, device=device)
-    for step in range(1, steps + 1):
+    check = _checker(read, val, most_val, seed) if val is not None else lambda mean: {}
+    for step in range(1, last + 1):
         at = next(order)
         loss = _bce(net.train()(*read(rows[at], net.modalities)), y[at])
         optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
         _follow(mean, net, max(1/step, 1/max(window*steps, 1)))
-        if step % every and step < steps: continue
-        found = float(np.nan_to_num(macro(auroc(val[1][seen], network_scores(mean, read, val[0][seen])))))
-        log.append(dict(step=step, loss=loss.item(), auroc=found))
+        if step < last and (val is None or step % every): continue
+        log.append(dict(step=step, loss=loss.item(), fraction=step/steps, **check(mean)))
+        found = log[-1].get(by, 0.)*(-1 if by == 'log loss' else 1)
         best, stale = ((found, copy.deepcopy(mean.state_dict())), 0) if found > best[0] else (best, stale + 1)
         if stale >= patience: break
     net.load_state_dict(best[1])
     return pd.DataFrame(log)
+
+# %% ../../nbs/75_evaluate.networks.ipynb #963d3773
+def _within(trained, task, rows, y, seed):
+    "A network of all the rows of a draw, for the number of steps that suits a fifth of them held out."
+    out = hold_out(y, task.subjects[rows], seed=seed)
+    _, log = trained(rows[~out], y[~out], (task.rows[rows[out]], y[out]), by='log loss')
+    return trained(rows, y, None, stop=log.fraction[log['log loss'].argmin()])
 
 # %% ../../nbs/75_evaluate.networks.ipynb #8089a93c
 def _inputs(views, inputs):
@@ -197,7 +217,8 @@ def _having(cohort, task, names):
     return np.any([cohort.present(n)[task.rows] for n in names], axis=0)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #ee613126
-def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, nets=None, **options):
+def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, nets=None,
+                select='validation', **options):
     "Train a fresh `make(input)` for every input and draw, with its own seed, and tabulate."
     inputs = _inputs(views, inputs)
     if task.rows is None: raise InputError('this task has no rows of a cohort: make it with Task.of')
@@ -205,18 +226,21 @@ def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, se
     has = {name: _having(cohort, task, views.parts if name == 'joint' else [name]) for name in inputs}
     def predict(name, rows, y, test, key):
         val = np.flatnonzero(has[name] & (task.split == 'val'))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + 1000*key['draw'])
-            net = make(name).to(device)
-            train_end_to_end(net, read, (task.rows[rows], y), (task.rows[val], task.labels[val]),
-                             seed=seed + key['draw'], **options)
+        def trained(rows, y, val, **more):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + 1000*key['draw'])
+                net = make(name).to(device)
+                log = train_end_to_end(net, read, (task.rows[rows], y), val, seed=seed + key['draw'], **options, **more)
+            return net, log
+        if select == 'validation': net, _ = trained(rows, y, (task.rows[val], task.labels[val]))
+        else: net, _ = _within(trained, task, rows, y, seed + key['draw'])
         if nets is not None and key['fraction'] == 1: nets[name] = net
         return network_scores(net, read, task.rows[test])
     return _over_draws(predict, has, task, draws, encoder, resamples, seed)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #0a31fb18
 def supervised(
-    config:Config,          # architecture, and evaluate.scratch_lr, evaluate.scratch_epochs
+    config:Config,          # architecture, and evaluate.scratch_lr, scratch_epochs, select
     cohort:Cohort,          # what to read
     task:Task,              # from `Task.of`
     draws:pd.DataFrame,     # from `make_draws`
@@ -226,10 +250,11 @@ def supervised(
     seed:int=0,             # of weights, order, resamples
     device='cpu',           # where to train
     nets:dict=None,         # where to put the networks trained with all labels, by input: see `EndToEndEncoder`
-    **options,              # of `train_end_to_end`: lr, epochs, least, batch_size, patience
+    **options,              # select, and those of `train_end_to_end`: lr, epochs, least, batch_size, patience
 )->pd.DataFrame:            # the columns of `low_shot`
     "The same architecture from scratch, with the labels of every draw; evaluated on test."
-    options = dict(lr=config.evaluate.scratch_lr, epochs=config.evaluate.scratch_epochs) | options
+    e = config.evaluate
+    options = dict(lr=e.scratch_lr, epochs=e.scratch_epochs, select=e.select) | options
     def make(name):
         slim = replace(config, modalities=config.modalities if name == 'joint' else {name: config.modalities[name]})
         return EndToEnd(Views(slim.modalities, cohort.modalities), JointEncoder(slim, cohort.modalities), name,
@@ -272,7 +297,7 @@ def finetune(
     resamples:int=1000,       # of subjects, for the intervals
     seed:int=0,               # of head, order, resamples
     device='cpu',             # where to train
-    **options,                # of `train_end_to_end`
+    **options,                # select ('cv' or 'validation', the default), and those of `train_end_to_end`
 )->pd.DataFrame:              # the columns of `low_shot`
     "End to end from pretrained weights with layer-wise learning rates; the model itself is left as it is."
     def make(name):

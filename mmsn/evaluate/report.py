@@ -169,7 +169,8 @@ _LEARNED = [
     Section('summary.csv', '''## What was learned
 
 Test AUROC, mean over labels and over draws of the labels that may be used. Probes are trained on the train
-split, their regularisation is chosen on validation, they are evaluated on test; no subject is in two of them.
+split and evaluated on test; no subject is in two of them. Penalties and numbers of steps are chosen as
+`evaluate.select` says: within these labels, by cross-validation (*cv*), or on all of the validation split.
 Below each number the 95 % interval from resampled subjects. The best of each column in bold. *Too few labels*: the
 training rows of a draw hold fewer than five positives or negatives; a mean then runs over the labels that have
 enough.''', '''
