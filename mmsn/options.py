@@ -286,7 +286,8 @@ class Evaluate:
     shots: tuple[int, ...] = (1, 2, 5)                # low_shot: and numbers of samples of each class
     draws: int = 5  # random draws of each fraction below 1 and of each number of samples
     bootstrap: int = 1000                             # resamples of subjects for the 95 % intervals
-    baselines: bool = True                            # random initialisation, from scratch, plain features
+    baselines: bool = True  # random initialisation, from scratch, plain features, boosted trees, features and plain stacked
+    facts: bool = True  # in every row *joint* also has the cohort's facts (age, sex …) where the model reads no table
     scratch_epochs: int = 30  # supervised: most epochs of training from scratch; early stop on validation
     scratch_lr: float = 1e-3                          # its learning rate
     finetune_epochs: int = 30                         # finetune: most epochs; early stop on validation

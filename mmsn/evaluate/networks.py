@@ -36,19 +36,22 @@ class EndToEnd(nn.Module):
         encoder:JointEncoder,   # random or pretrained
         name:str,               # 'joint' or a modality
         labels:int,             # K
+        facts:int=0,            # numbers that stand beside the embedding
     ):
         super().__init__()
         if name not in encoder.dims: raise InputError(f'no input {name!r}: the model has {", ".join(encoder.dims)}')
-        self.views, self.encoder, self.name, self.head = views, encoder, name, nn.Linear(encoder.dims[name], labels)
+        self.views, self.encoder, self.name, self.facts = views, encoder, name, facts
+        self.head = nn.Linear(encoder.dims[name] + facts, labels)
 
     @property
     def modalities(self): "What it reads."; return list(self.encoder.encoders) if self.name == 'joint' else [self.name]
 
 # %% ../../nbs/75_evaluate.networks.ipynb #5a5b66e4
 @patch
-def forward(self:EndToEnd, views, present):   # name -> plain view, name -> (B,) bool, as `PlainViews` gives them
+def forward(self:EndToEnd, views, present, facts=None):   # name -> plain view, (B,) bool, (B, F): see `PlainViews`
     found = {n: embed(self.encoder, n, [views[n]], present[n]) for n in self.modalities}
-    return self.head(self.encoder.fuse(found, present) if self.name == 'joint' else found[self.name])
+    h = self.encoder.fuse(found, present) if self.name == 'joint' else found[self.name]
+    return self.head(torch.cat([h, facts], 1) if self.facts else h)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #eee94bc8
 class PlainViews:
@@ -58,8 +61,10 @@ class PlainViews:
         cohort:Cohort,   # what to read
         device='cpu',    # where the networks are
         most=2**30,      # bytes that a modality may take
+        facts=None,      # (rows of the cohort, F) numbers that networks are given beside the views
     ):
         self.views, self.cohort, self.device, self.most, self.kept = copy.deepcopy(views).to(device), cohort, device, most, {}
+        self.facts = None if facts is None else torch.as_tensor(facts, dtype=torch.float32, device=device)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #e6b09639
 @patch
@@ -84,7 +89,7 @@ def _all(self:PlainViews, name):
 # %% ../../nbs/75_evaluate.networks.ipynb #0923c0fa
 @patch
 def __call__(self:PlainViews, rows, names):
-    "(name -> view, name -> (B,) bool) of rows of the cohort."
+    "(name -> view, name -> (B,) bool) of rows of the cohort, and their facts where there are any."
     found = {}
     for name in names:
         if name not in self.kept: self.kept[name] = self._all(name)
@@ -94,7 +99,8 @@ def __call__(self:PlainViews, rows, names):
         if lengths is None: view = replace(view, x=view.x[at])
         else: view = replace(view, x=view.x[at, :max(8, -(-int(lengths[at].max())//8)*8)], lengths=lengths[at])
         found[name] = view, present[at]
-    return {n: v for n, (v, _) in found.items()}, {n: p for n, (_, p) in found.items()}
+    facts = () if self.facts is None else (self.facts[torch.as_tensor(rows, device=self.device)],)
+    return {n: v for n, (v, _) in found.items()}, {n: p for n, (_, p) in found.items()}, *facts
 
 # %% ../../nbs/75_evaluate.networks.ipynb #04df80b3
 def layer_groups(
@@ -218,11 +224,11 @@ def _having(cohort, task, names):
 
 # %% ../../nbs/75_evaluate.networks.ipynb #ee613126
 def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, nets=None,
-                select='validation', **options):
+                select='validation', facts=None, means=None, **options):
     "Train a fresh `make(input)` for every input and draw, with its own seed, and tabulate."
     inputs = _inputs(views, inputs)
     if task.rows is None: raise InputError('this task has no rows of a cohort: make it with Task.of')
-    read = PlainViews(views, cohort, device)
+    read = PlainViews(views, cohort, device, facts=facts)
     has = {name: _having(cohort, task, views.parts if name == 'joint' else [name]) for name in inputs}
     def predict(name, rows, y, test, key):
         val = np.flatnonzero(has[name] & (task.split == 'val'))
@@ -236,7 +242,10 @@ def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, se
         else: net, _ = _within(trained, task, rows, y, seed + key['draw'])
         if nets is not None and key['fraction'] == 1: nets[name] = net
         return network_scores(net, read, task.rows[test])
-    return _over_draws(predict, has, task, draws, encoder, resamples, seed)
+    return _over_draws(predict, has, task, draws, encoder, resamples, seed, means)
+
+# %% ../../nbs/75_evaluate.networks.ipynb #2caf1602
+def _width(name, facts): "How many facts a network of this input is given."; return facts.shape[1] if name == 'joint' and facts is not None else 0
 
 # %% ../../nbs/75_evaluate.networks.ipynb #0a31fb18
 def supervised(
@@ -250,7 +259,8 @@ def supervised(
     seed:int=0,             # of weights, order, resamples
     device='cpu',           # where to train
     nets:dict=None,         # where to put the networks trained with all labels, by input: see `EndToEndEncoder`
-    **options,              # select, and those of `train_end_to_end`: lr, epochs, least, batch_size, patience
+    facts=None,             # (rows of the cohort, F) numbers beside the embedding of *joint*
+    **options,              # select, means as for `low_shot`, and those of `train_end_to_end`: lr, epochs, least …
 )->pd.DataFrame:            # the columns of `low_shot`
     "The same architecture from scratch, with the labels of every draw; evaluated on test."
     e = config.evaluate
@@ -258,9 +268,9 @@ def supervised(
     def make(name):
         slim = replace(config, modalities=config.modalities if name == 'joint' else {name: config.modalities[name]})
         return EndToEnd(Views(slim.modalities, cohort.modalities), JointEncoder(slim, cohort.modalities), name,
-                        len(task.names))
+                        len(task.names), _width(name, facts))
     return _end_to_end(make, Views(config.modalities, cohort.modalities), cohort, task, draws, inputs, encoder,
-                       resamples, seed, device, nets, **options)
+                       resamples, seed, device, nets, facts=facts, **options)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #8df48c9e
 class EndToEndEncoder(nn.Module):
@@ -297,12 +307,13 @@ def finetune(
     resamples:int=1000,       # of subjects, for the intervals
     seed:int=0,               # of head, order, resamples
     device='cpu',             # where to train
-    **options,                # select ('cv' or 'validation', the default), and those of `train_end_to_end`
+    facts=None,               # (rows of the cohort, F) numbers beside the embedding of *joint*
+    **options,                # select ('cv' or 'validation', the default), means, and those of `train_end_to_end`
 )->pd.DataFrame:              # the columns of `low_shot`
     "End to end from pretrained weights with layer-wise learning rates; the model itself is left as it is."
     def make(name):
         parts = {n: m for n, m in model.config.modalities.items() if name in ('joint', n)}
         return EndToEnd(Views(parts, model.infos), copy.deepcopy(model.target).requires_grad_(True), name,
-                        len(task.names))
+                        len(task.names), _width(name, facts))
     return _end_to_end(make, model.views, cohort, task, draws, inputs, encoder, resamples, seed, device, lr=lr,
-                       decay=decay, epochs=epochs, **options)
+                       decay=decay, epochs=epochs, facts=facts, **options)
