@@ -104,6 +104,7 @@ _CHOICES = {
     'aim': ('joint', 'own', 'mean', 'cross'), 'space': ('shared', 'own'), 'norm': ('batch', 'layer', 'none'),
     'samples': ('any', 'paired'), 'resume': ('auto', 'never'), 'mixed_precision': ('no', 'bf16', 'fp16'),
     'size': ('', *SIZES), 'channels': (1, 3), 'protocols': PROTOCOLS, 'probe': ('logistic', 'sgd'),
+    'select': ('cv', 'validation'),
     'tracker': ('', 'tensorboard', 'trackio', 'wandb', 'mlflow'), 'loss': ('sigmoid', 'infonce')}
 _POSITIVE = (
     'batch_size', 'accumulation', 'epochs', 'prototypes', 'draws', 'keep_last', 'checkpoint_every', 'log_every',

@@ -332,11 +332,13 @@ class Evaluate:
     # what is done, of `PROTOCOLS`; fine-tuning takes longest and is not asked for
     protocols: tuple[str, ...] = tuple(p for p in PROTOCOLS if p != 'finetune')
     labels: tuple[str, ...] = ()                      # labels evaluated; empty: all of the cohort's
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)   # low_shot, supervised, finetune: fractions of the training labels
+    # low_shot, supervised, finetune: fractions of the training labels; one with fewer than five positives has no value
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.25, 1.0)
     shots: tuple[int, ...] = (1, 2, 5)                # low_shot: and numbers of samples of each class
     draws: int = 5  # random draws of each fraction below 1 and of each number of samples
     bootstrap: int = 1000                             # resamples of subjects for the 95 % intervals
-    baselines: bool = True                            # random initialisation, from scratch, plain features
+    baselines: bool = True  # random initialisation, from scratch, plain features, boosted trees, features and plain stacked
+    facts: bool = True  # in every row *joint* also has the cohort's facts (age, sex …) where the model reads no table
     scratch_epochs: int = 30  # supervised: most epochs of training from scratch; early stop on validation
     scratch_lr: float = 1e-3                          # its learning rate
     finetune_epochs: int = 30                         # finetune: most epochs; early stop on validation
@@ -345,6 +347,8 @@ class Evaluate:
     probe: str = 'logistic'                           # linear probe: 'logistic' (exact), or 'sgd' for large label sets
     probe_lrs: tuple[float, ...] = (0.3, 3.0, 30.0)   # learning rates that 'sgd' tries, chosen on validation
     probe_epochs: int = 100                           # its passes over the training rows
+    # how penalties and numbers of steps are chosen: 'cv', within the labels that may be used, or 'validation', on all of that split's
+    select: str = 'cv'
     neighbours: int = 20                              # knn: how many vote
     # robustness: names of `mmsn.evaluate.CORRUPTIONS`, or 'all'
     corruptions: tuple[str, ...] = ('patches', 'gaussian noise', 'cells removed')

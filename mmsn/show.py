@@ -23,10 +23,10 @@ from .options import InputError
 STYLES = dict(light=dict(paper='#ffffff', ink='#22262e', faint='#c9ced8'),
               dark=dict(paper='#161a22', ink='#e4e7ee', faint='#4a5262'))
 _PALETTES = dict(
-    light=dict(pretrained='#c8102e', finetuned='#e07a1f', scratch='#1f6fb2', supervised='#1f6fb2', plain='#5b8c5a',
-               random='#8a8a8a'),
-    dark=dict(pretrained='#ff5c72', finetuned='#ffb057', scratch='#62b4f5', supervised='#62b4f5', plain='#8fcf8d',
-              random='#a5a9b3'))
+    light=dict(pretrained='#c8102e', finetuned='#e07a1f', scratch='#1f6fb2', supervised='#1f6fb2', plain='#5b8c5a', stacked='#7b4fa3',
+               booster='#2a9d9a',               random='#8a8a8a'),
+    dark=dict(pretrained='#ff5c72', finetuned='#ffb057', scratch='#62b4f5', supervised='#62b4f5', plain='#8fcf8d', stacked='#c39bea',
+              booster='#63d8d4',              random='#a5a9b3'))
 COLOURS = _PALETTES['light']
 _CYCLES = dict(light=('#c8102e', '#1f6fb2', '#e0a11f', '#5b8c5a', '#7b4fa3', '#2a9d9a', '#8c564b'),
                dark=('#ff5c72', '#62b4f5', '#ffd166', '#8fcf8d', '#c39bea', '#63d8d4', '#d7a493'))

@@ -338,7 +338,7 @@ def scratch(tmp, cohorts, monkeypatch):
     assert not base.equals(scores(scratch_epochs=40)) and not base.equals(scores(scratch_lr=.3))
 
 
-@once('evaluate.labels', 'evaluate.fractions', 'evaluate.shots', 'evaluate.draws', 'evaluate.bootstrap', 'evaluate.baselines', 'evaluate.masked', 'evaluate.probe_masked', 'evaluate.seed',
+@once('evaluate.labels', 'evaluate.fractions', 'evaluate.shots', 'evaluate.draws', 'evaluate.bootstrap', 'evaluate.baselines', 'evaluate.facts', 'evaluate.select', 'evaluate.masked', 'evaluate.probe_masked', 'evaluate.seed',
       'evaluate.probe', 'evaluate.probe_lrs', 'evaluate.probe_epochs', 'evaluate.protocols', 'evaluate.neighbours', 'evaluate.corruptions',
       'evaluate.map_labels', 'evaluate.map_samples', 'evaluate.pictures', 'evaluate.cache', 'evaluate.finetune_epochs', 'evaluate.finetune_lr', 'evaluate.finetune_decay')
 def evaluated(tmp, cohorts, monkeypatch):
@@ -351,7 +351,7 @@ def evaluated(tmp, cohorts, monkeypatch):
         return {p.name: p.read_text() for p in (tmp/name).glob('*.csv')}
     base = tables('base')
     assert tables('same') == base
-    for change in ('labels=[odd]', 'fractions=[1.0]', 'shots=[1]', 'draws=1', 'bootstrap=9', 'baselines=true', 'masked=[0.0,0.6]', 'probe_masked=true', 'seed=1', 'protocols=[knn]', 'neighbours=3',
+    for change in ('labels=[odd]', 'fractions=[1.0]', 'shots=[1]', 'draws=1', 'bootstrap=9', 'baselines=true', 'facts=false', 'select=validation', 'masked=[0.0,0.6]', 'probe_masked=true', 'seed=1', 'protocols=[knn]', 'neighbours=3',
                    'corruptions=[contrast]', 'map_labels=[odd]', 'map_samples=3'):
         assert tables(change.split('=')[0], f'evaluate.{change}') != base, change
     sgd = tables('sgd', 'evaluate.probe=sgd', 'evaluate.probe_lrs=[1.0]')

@@ -4,7 +4,7 @@ from importlib import import_module
 from mmsn import callable_module
 
 _WHERE = {name: module for module, names in dict(
-    evaluation='evaluate', compare='evaluate_runs', features='block_features extract_features feature_matrix fingerprint plain_features',
+    evaluation='evaluate', compare='evaluate_runs', features='block_features channel_recall extract_features feature_matrix fingerprint plain_baselines plain_features',
     metrics='Calibration Ranking bootstrap difference_table interval metric_table reliability_curve subgroup_columns subgroups',
     predictions='Predictions compare ensemble open_predictions paired_difference save_predictions', task='Task draw_rows make_draws',
     probes='fit_probe fit_sgd knn linear_probe low_shot probe_solver summarise', networks='finetune supervised',

@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 
 from ..data.cohort import Cohort
-from .evaluation import _facts, _teller, _write_tables, _write_whole, open_evaluated
-from .features import extract_features, feature_matrix
+from .evaluation import _facts, _teller, _write_tables, _write_whole, open_evaluated, seen_subjects
+from .features import beside, extract_features, feature_matrix, joint_facts
 from .predictions import compare, ensemble
 from .probes import drawn_predictions, probe_solver
 from .task import Task, make_draws
@@ -58,7 +58,10 @@ def run_predictions(opened, cohort, task, inputs, e, say):
         say(f'features and probes: {name}')
         model = source.model.to(device).eval()
         table = extract_features(model, cohort, task.rows, cache=source.folder/'features' if e.cache else None)
-        out[name] = drawn_predictions({i: feature_matrix(table, i) for i in inputs}, task, draws, probe_solver(e))
+        features = {i: feature_matrix(table, i) for i in inputs}
+        if e.facts: features['joint'] = beside(features['joint'], joint_facts(cohort, task.rows, task.at('train'),
+                                                                              source.model.config.modalities))
+        out[name] = drawn_predictions(features, task, draws, probe_solver(e))
     return out
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400020
@@ -67,6 +70,12 @@ def _common_inputs(opened):
     first, *others = [list(s.model.config.modalities) for s in opened.values()]
     return ['joint', *[m for m in first if len(first) > 1 and all(m in names and len(names) > 1 for names in others)]]
 
+# %% ../../nbs/84_evaluate.compare.ipynb #37964e4d
+def _same_labels(runs):
+    "The draws of every run, with the labels unknown that one of the runs has no value for."
+    left_out = np.any([np.isnan(p.labels).all(0) for draws in runs.values() for p in draws], axis=0)
+    return {name: [p.without(left_out) for p in draws] for name, draws in runs.items()}
+
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400022
 def comparison_tables(opened:dict, cohort:Cohort, task:Task, e:Evaluate, say=print):
     "(tables, run -> input -> `Predictions` with most labels) of several opened encoders."
@@ -74,7 +83,7 @@ def comparison_tables(opened:dict, cohort:Cohort, task:Task, e:Evaluate, say=pri
     predictions = run_predictions(opened, cohort, task, inputs, e, say)
     say('paired differences')
     for name, fraction in product(inputs, sorted(e.fractions)):
-        runs = {n: p[name, fraction, 0] for n, p in predictions.items()}
+        runs = _same_labels({n: p[name, fraction, 0] for n, p in predictions.items()})
         if fraction == max(e.fractions):
             mean, table = ensemble({n: p[0] for n, p in runs.items()})
             chosen.append(table.assign(input=name))
@@ -85,7 +94,7 @@ def comparison_tables(opened:dict, cohort:Cohort, task:Task, e:Evaluate, say=pri
     return dict(comparison=pd.concat(tables, ignore_index=True), ensemble=pd.concat(chosen, ignore_index=True)), most
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400025
-def _write_about(folder, names, sources, overrides, tables, cohort, task, e, start):
+def _write_about(folder, names, sources, overrides, tables, cohort, task, e, start, notices=()):
     "about.json of a comparison."
     c = tables['comparison']
     sentence = (f'{len(names)} runs on {cohort.meta["name"]}: {(task.split == "train").sum()} training and '
@@ -93,15 +102,17 @@ def _write_about(folder, names, sources, overrides, tables, cohort, task, e, sta
                 f'scored; {len(task.names)} labels; test scores, beside {names[0]}.')
     facts = _facts(' '.join(['mmsn-evaluate', *map(str, sources), *overrides]), cohort, e, start)
     about = dict(name=', '.join(names), sentence=sentence, inputs=list(dict.fromkeys(c.input)), prototypes=0,
-                 facts=facts)
+                 notices=list(notices), facts=facts)
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400026
 def _summary(comparison):
     "The summary that the report's first figure is drawn from."
-    c = comparison.query("label == 'macro' and metric == 'auroc' and not run.str.startswith('best ')", engine='python')
-    return c.rename(columns=dict(run='encoder', value='auroc'))[['encoder', 'input', 'fraction', 'auroc', 'low',
-                                                                 'high']]
+    c = comparison.query("label == 'macro' and not run.str.startswith('best ')", engine='python')
+    c = c.rename(columns=dict(run='encoder'))[['encoder', 'input', 'fraction', 'metric', 'value', 'low', 'high']]
+    a, b = (c[c.metric == m].drop(columns='metric') for m in ('auroc', 'auprc'))
+    b = b.rename(columns=dict(value='auprc', low='auprc_low', high='auprc_high'))
+    return a.rename(columns=dict(value='auroc')).merge(b, on=['encoder', 'input', 'fraction'])
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400027
 def evaluate_runs(
@@ -117,11 +128,14 @@ def evaluate_runs(
     e, folder = first.config.evaluate, Path(out or first.folder/'comparison')
     rows = [cohort.rows(None, list(s.model.config.modalities), s.config.data.samples) for s in opened.values()]
     task = Task.of(cohort, e.labels, np.unique(np.concatenate(rows)))
+    seen = {n: seen_subjects(s.folder, cohort, task)['notice'] for n, s in opened.items()}
+    notices = [f'{n}: {line}' for n, line in seen.items() if line]
+    for line in notices: say(f'WARNING: {line}')
     def write(temporary):
         tables, predictions = comparison_tables(opened, cohort, task, e, say)
         tables['summary'] = _summary(tables['comparison'])
         _write_tables(temporary, tables, {n.replace('/', '-'): p for n, p in predictions.items()})
-        _write_about(temporary, names, sources, overrides, tables, cohort, task, e, start)
+        _write_about(temporary, names, sources, overrides, tables, cohort, task, e, start, notices)
         say(f'report: {folder}/report.html')
     page = _write_whole(folder, write)
     print(f'test AUROC, mean over labels and draws; differences from {names[0]}\n' + _printed(folder))

@@ -6,12 +6,14 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEncoder', 'open_evaluated', 'Evaluation',
-           'evaluate_protocols', 'write_pictures', 'write_about', 'evaluate', 'headline', 'open_weights',
-           'evaluate_seed']
+           'with_clear', 'evaluate_protocols', 'write_pictures', 'seen_subjects', 'write_about', 'evaluate', 'headline',
+           'open_weights', 'evaluate_seed']
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #292d7f2d
-import importlib.util, json, platform, re, shutil, time
+import hashlib, importlib.util, json, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
+from functools import wraps
+from inspect import signature
 from itertools import combinations
 from pathlib import Path
 
@@ -26,19 +28,22 @@ from ..checkpoint import publish
 from ..config import build, check, load_config, save_config
 from ..data.cohort import Cohort
 from ..encoders.vit import ViT
-from .features import extract_features, feature_matrix, plain_features
+from .features import (beside, channel_recall, extract_features, feature_matrix, joint_facts,
+                                    plain_baselines, table_names)
 from .inspect import (assignments, attention_figure, attention_maps, hour_contributions, hours_figure,
                                    prototype_figure,
                                    representation_points)
 from .metrics import Calibration, metric_table, subgroup_columns, subgroups
 from .networks import EndToEndEncoder, PlainViews, finetune, network_scores, supervised
-from .predictions import Predictions, save_predictions
+from .predictions import BASELINES, Predictions, differences, save_predictions
 from .probes import knn, linear_probe, low_shot, probe_solver, summarise
 from .report import save_styles, write_report
 from .robustness import CORRUPTIONS, missing, retrieval, robustness
-from .task import Task, make_draws
+from .task import Task, make_draws, too_few
+from .trees import fit_booster
 from ..model import MMSN
 from ..options import Config, Evaluate, InputError
+from ..run import subjects_of_run
 from ..show import show_views
 from ..sources import init_model, open_encoder
 from ..train import chosen_config, say_notes
@@ -108,6 +113,18 @@ def _own_folder(source):
     if path.is_dir(): return path
     return path.with_suffix('') if path.is_file() else Path('runs')/re.sub(r'[:/]', '-', str(source))
 
+# %% ../../nbs/83_evaluate.evaluation.ipynb #43d0ba04
+def _once(solver):
+    "The solver, which fits the same rows and labels once."
+    made = {}
+    @wraps(solver)
+    def fit(X, Y, X_val=None, Y_val=None, **options):
+        key = hashlib.sha256(np.ascontiguousarray(X).tobytes() + np.ascontiguousarray(Y).tobytes()).digest()
+        if key not in made: made[key] = solver(X, Y, X_val, Y_val, **options)
+        return made[key]
+    fit.__signature__ = signature(solver)
+    return fit
+
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0022
 class Evaluation:
     "An encoder and its baselines, the patients, the options, and the results so far."
@@ -115,18 +132,25 @@ class Evaluation:
         self.say, self.config, self.options, self.start = say, source.config, source.config.evaluate, time.perf_counter()
         e, self.cohort = self.options, source.cohort
         self.kinds = {name: m.kind for name, m in source.model.config.modalities.items()}
-        self.inputs = ['joint', *self.kinds] if len(self.kinds) > 1 else list(self.kinds)
+        self.own = ['joint', *self.kinds] if len(self.kinds) > 1 else list(self.kinds)   # what the model says by itself
+        others = table_names(self.cohort, self.kinds) if e.facts else []
+        self.inputs = ['joint', *self.kinds] if others else self.own
         self.task = Task.of(self.cohort, e.labels, self.cohort.rows(None, list(self.kinds), self.config.data.samples))
         self.draws = make_draws(self.task, e.fractions, e.draws, e.shots if 'low_shot' in e.protocols else (), e.seed)
         self.fraction_draws = self.draws[self.draws.shots == 0]
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
         self.models = dict(pretrained=source.model) | (dict(random=source.start) if e.baselines else {})
         self.models = {n: m.to(self.device).eval() for n, m in self.models.items()}
-        self.solver, self.cache = probe_solver(e), source.folder/'features' if e.cache else None
+        self.solvers = {n: _once(s) for n, s in dict(probe=probe_solver(e), booster=fit_booster).items()}
+        self.cache = source.folder/'features' if e.cache else None
+        at = self.task.at('train')   # their statistics scale the facts
+        everybody = np.arange(len(self.cohort))
+        self.cohort_facts = joint_facts(self.cohort, everybody, self.task.rows[at], self.kinds) if others else None
         self.ours = isinstance(source.model, MMSN)   # an architecture that can be trained from scratch
         self.networks = {}                           # input -> network trained from scratch
         self.predictions = {}                        # encoder -> input -> `Predictions`
         self.scores = []                             # tables of `low_shot`'s columns
+        self.means = {}                              # the macro means of every resample, for paired differences
         self._check()
 
     @property
@@ -138,6 +162,10 @@ class Evaluation:
     def boot(self):
         "Options of everything with intervals."
         return dict(resamples=self.options.bootstrap, seed=self.options.seed)
+
+    def solver(self, encoder):
+        "What is fitted to the features of a row."
+        return self.solvers['booster' if encoder == 'booster' else 'probe']
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0024
 @patch
@@ -165,18 +193,24 @@ def tables(self:Evaluation):
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0026
 @patch(as_prop=True)
 def features(self:Evaluation):
-    "Encoder -> input -> (N, d) features of the task's patients; the plain baseline is one of them."
+    "Row -> input -> (N, d) features of the task's patients: encoders, and what needs none."
     if not hasattr(self, '_features'):
-        self._features = {n: {i: feature_matrix(t, i) for i in self.inputs} for n, t in self.tables.items()}
+        bare = {n: {i: feature_matrix(t, i) for i in self.inputs} for n, t in self.tables.items()}
+        facts = None if self.cohort_facts is None else self.cohort_facts[self.task.rows]
+        self._features = {n: f | ({'joint': beside(f['joint'], facts)} if 'joint' in f else {}) for n, f in bare.items()}
         if self.options.baselines:
-            plain = plain_features(self.cohort, self.task.rows, list(self.kinds))
-            self._features['plain'] = {i: plain[i] for i in self.inputs}
+            rows = plain_baselines(self.cohort, self.task.rows, self.task.at('train'), list(self.kinds),
+                                   self.options.facts)
+            stacked = {i: beside(x, rows['plain'][i]) for i, x in bare['pretrained'].items()}
+            self._features |= dict(stacked=stacked) | {n: {i: f[i] for i in self.inputs} for n, f in rows.items()}
     return self._features
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0031
 def _low_shot(ev):
     "Probes with few labels."
-    ev.scores += [low_shot(f, ev.task, ev.draws, n, ev.solver, **ev.boot) for n, f in ev.features.items()]
+    for n, f in ev.features.items():
+        draws = ev.fraction_draws if n == 'booster' else ev.draws
+        if len(draws): ev.scores.append(low_shot(f, ev.task, draws, n, ev.solver(n), **ev.boot, means=ev.means))
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0033
 def _linear_probe(ev):
@@ -184,26 +218,30 @@ def _linear_probe(ev):
     for n, f in ev.features.items():
         ev.predictions[n] = {}
         if 'low_shot' not in ev.options.protocols:
-            ev.scores.append(low_shot(f, ev.task, make_draws(ev.task, (1.,)), n, ev.solver, **ev.boot))
-        linear_probe(f, ev.task, n, ev.solver, 0, predictions=ev.predictions[n])
+            ev.scores.append(low_shot(f, ev.task, make_draws(ev.task, (1.,)), n, ev.solver(n), **ev.boot,
+                                      means=ev.means))
+        linear_probe(f, ev.task, n, ev.solver(n), 0, predictions=ev.predictions[n])
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0035
 def _knn(ev):
     "Nearest neighbours."
-    return dict(knn=pd.concat([knn(f, ev.task, n, ev.options.neighbours, **ev.boot) for n, f in ev.features.items()]))
+    return dict(knn=pd.concat([knn(f, ev.task, n, ev.options.neighbours, **ev.boot)
+                               for n, f in ev.features.items() if n != 'booster']))
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0037
 def _supervised(ev):
     "The same architecture from random weights."
     if not (ev.ours and ev.options.baselines): return
     ev.scores.append(supervised(ev.config, ev.cohort, ev.task, ev.fraction_draws, ev.inputs, device=ev.device,
-                                nets=ev.networks, **ev.boot))
+                                nets=ev.networks, facts=ev.cohort_facts, means=ev.means, **ev.boot))
     if ev.networks: ev.predictions['scratch'] = {}
     for name, net in ev.networks.items():
         has_any = np.any([ev.cohort.present(n)[ev.task.rows] for n in net.modalities], axis=0)
         at = np.flatnonzero(np.isin(ev.task.split, ('val', 'test')) & has_any)
-        scores = network_scores(net, PlainViews(net.views, ev.cohort, ev.device), ev.task.rows[at])
-        ev.predictions['scratch'][name] = Predictions.of(ev.task, scores, at)
+        read = PlainViews(net.views, ev.cohort, ev.device, facts=ev.cohort_facts)
+        scores = network_scores(net, read, ev.task.rows[at])
+        few = too_few(ev.task.labels[(ev.task.split == 'train') & has_any])
+        ev.predictions['scratch'][name] = Predictions.of(ev.task, scores, at).without(few)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0039
 def _finetune(ev):
@@ -211,17 +249,19 @@ def _finetune(ev):
     e = ev.options
     ev.scores.append(finetune(ev.models['pretrained'], ev.cohort, ev.task, ev.fraction_draws, ev.inputs,
                               lr=e.finetune_lr,
-                              decay=e.finetune_decay, epochs=e.finetune_epochs, device=ev.device, **ev.boot))
+                              decay=e.finetune_decay, epochs=e.finetune_epochs, device=ev.device, select=e.select,
+                              facts=ev.cohort_facts, means=ev.means, **ev.boot))
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0041
 def _robustness(ev):
     "Corrupted test patients: probes on frozen features, those of the networks from scratch included."
     models, tables, e = dict(ev.models), dict(ev.tables), ev.options
-    if ev.networks:
-        models['scratch'] = EndToEndEncoder(ev.models['random'], ev.networks).eval()
+    networks = {n: net for n, net in ev.networks.items() if n in ev.own}
+    if networks:
+        models['scratch'] = EndToEndEncoder(ev.models['random'], networks).eval()
         tables['scratch'] = extract_features(models['scratch'], ev.cohort, ev.task.rows, cache=ev.cache)
     corruptions = CORRUPTIONS if 'all' in e.corruptions else e.corruptions
-    table = robustness(models, ev.cohort, ev.task, tables, e.masked, ev.inputs, corruptions, min(e.bootstrap, 200),
+    table = robustness(models, ev.cohort, ev.task, tables, e.masked, ev.own, corruptions, min(e.bootstrap, 200),
                        e.seed, ev.cache, e.probe_masked)
     return dict(robustness=table) if len(table) else {}
 
@@ -301,9 +341,30 @@ def _map_table(ev):
     "Points of the test patients on maps of their features."
     test, methods, e = ev.task.at('test'), ('tsne', 'umap' if importlib.util.find_spec('umap') else 'pca'), ev.options
     tables = {n: t.iloc[test] for n, t in ev.tables.items()}
-    points = representation_points(tables, ev.task.labels[test], ev.task.names, e.map_labels or None, ev.inputs,
+    points = representation_points(tables, ev.task.labels[test], ev.task.names, e.map_labels or None, ev.own,
                                    e.map_samples, methods, e.seed)
     return points.round(4)
+
+# %% ../../nbs/83_evaluate.evaluation.ipynb #1e46e484
+def _recall_table(ev):
+    "R² of channel statistics from the features of each series, or None where there is none."
+    train, test, parts = ev.task.at('train'), ev.task.at('test'), []
+    for encoder, name in ((n, s) for n in ev.models for s, kind in ev.kinds.items() if kind == 'timeseries'):
+        ignore = getattr(ev.config.modalities.get(name), 'ignore', ())
+        t = channel_recall(feature_matrix(ev.tables[encoder], name), ev.cohort, ev.task.rows, name, train, test, ignore)
+        parts.append(t.assign(encoder=encoder))
+    return pd.concat(parts) if parts else None
+
+# %% ../../nbs/83_evaluate.evaluation.ipynb #012f232f
+def with_clear(summary, gaps):
+    "A summary with the columns clear and auprc_clear: whether a row lies above every baseline, by `differences`."
+    cell = ['input', 'fraction', 'shots']
+    for m, column in (('auroc', 'clear'), ('auprc', 'auprc_clear')):
+        lowest = gaps[gaps.metric == m].groupby(['encoder', *cell]).low.min()
+        clear = lowest.reindex(pd.MultiIndex.from_frame(summary[['encoder', *cell]])).to_numpy() > 0
+        best = summary[m] == summary.groupby(cell)[m].transform('max')
+        summary = summary.assign(**{column: clear & (best | ~summary.encoder.isin(BASELINES))})
+    return summary
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0058
 def evaluate_protocols(ev:Evaluation)->dict:
@@ -315,8 +376,10 @@ def evaluate_protocols(ev:Evaluation)->dict:
     if ev.predictions: out |= _prediction_tables(ev)
     if ev.scores:
         scores = pd.concat(ev.scores, ignore_index=True)
-        out |= dict(scores=scores, summary=summarise(pd.concat(ev.scores)), draws=ev.draws)
+        out |= dict(scores=scores, summary=summarise(scores), draws=ev.draws)
+        if len(gaps := differences(ev.means)): out |= dict(differences=gaps, summary=with_clear(out['summary'], gaps))
     if (other := _by_protocol(ev, out)) is not None: out['other'] = other
+    if (channels := _recall_table(ev)) is not None: out['channels'] = channels
     ev.say('maps')
     return out | dict(map=_map_table(ev))
 
@@ -372,6 +435,26 @@ def _facts(command, cohort, e, start):
                 torch=torch.__version__,
                 python=platform.python_version(), evaluated=took)
 
+# %% ../../nbs/83_evaluate.evaluation.ipynb #8be4651c
+def seen_subjects(
+    run,             # folder of the run, or anything else
+    cohort:Cohort,   # on which it is evaluated
+    task:Task,       # its patients
+)->dict:             # known (bool), test, of_test, val, of_val: subjects seen in pre-training and in all; notice: a line, or ''
+    "How many subjects of test and validation the encoder was pre-trained on."
+    trained, by_split = subjects_of_run(run), {}
+    for split in ('test', 'val'):
+        subjects = {str(s) for s in task.subjects[task.split == split]}
+        by_split |= {split: len(subjects & (trained or set())), f'of_{split}': len(subjects)}
+    notice = ''
+    if by_split['test'] or by_split['val']:
+        notice = (f'transductive: {by_split["test"]} of {by_split["of_test"]} test subjects were seen in pre-training '
+                  f'({by_split["val"]} of {by_split["of_val"]} in validation)')
+        about = json.loads((Path(run)/'run.json').read_text(encoding='utf-8')) if (Path(run)/'run.json').is_file() else {}
+        if about.get('cohort') != cohort.hash:
+            notice += ': by their subject_id, in another cohort; ids of unrelated sources can coincide'
+    return dict(known=trained is not None, **by_split, notice=notice)
+
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0068
 def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     "about.json, the config and the training's metrics of a report."
@@ -384,7 +467,9 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
                 f'modalities {", ".join(ev.kinds)}; {len(ev.task.names)} labels; test scores.')
     own = dict(training=record.get('command', ''), config=record.get('config', ''),
                seed=str(ev.config.train.seed)) if record else {}
+    seen = seen_subjects(run, ev.cohort, ev.task)
     about = dict(name=ev.config.name, sentence=sentence, inputs=ev.inputs, prototypes=ev.config.loss.prototypes,
+                 transductive=seen, notices=[seen['notice']]*bool(seen['notice']),
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
 
@@ -397,7 +482,7 @@ def _write_tables(folder, tables, predictions):
         for name, p in by_input.items(): save_predictions(p, folder/'predictions'/f'{name}.{encoder}.parquet')
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0071
-def _write_whole(folder, write):
+def _write_whole(folder, write, page=True):
     """Let `write` fill a temporary folder, run its report, and rename it to `folder`; raises InputError if that
     holds something else."""
     if folder.exists() and not (folder/'about.json').is_file() and any(folder.iterdir()):
@@ -406,7 +491,7 @@ def _write_whole(folder, write):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
-    write_report(temporary)
+    if page: write_report(temporary)
     publish(temporary, folder)
     return folder/'report.html'
 
@@ -421,19 +506,21 @@ def evaluate(
     overrides=(),      # key=value changes: evaluate.* and data.cohort
     out=None,          # the report's folder; RUN/report by default
     config=None,       # for weights whose config is given (`open_weights`), with the cohort
+    page:bool=True,    # whether the report is run; without it there are the tables only
 )->Path:
     "Evaluate an encoder beside its baselines; returns the path of the report's page. Raises InputError."
     say = _teller(time.perf_counter())
     opened = open_weights(source, config) if config else open_evaluated(source, overrides)
     folder, ev = Path(out or opened.folder/'report'), Evaluation(opened, say)
+    if notice := seen_subjects(opened.folder, ev.cohort, ev.task)['notice']: say(f'WARNING: {notice}')
     def write(temporary):
         _write_tables(temporary, evaluate_protocols(ev), ev.predictions)
         if ev.options.pictures: write_pictures(ev, temporary)
         write_about(ev, temporary, opened.folder, ' '.join(['mmsn-evaluate', str(source), *overrides]))
         say(f'report: {folder}/report.html')
-    page = _write_whole(folder, write)
+    path = _write_whole(folder, write, page)
     if (folder/'summary.csv').is_file(): print(headline(pd.read_csv(folder/'summary.csv')))
-    return page
+    return path
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0075
 def headline(summary:pd.DataFrame)->str:

@@ -6,10 +6,11 @@ Each function takes a tidy table or predictions from the rooms before this one a
 
 # %% auto #0
 __all__ = ['low_shot_figure', 'curve_points', 'roc_pr_figure', 'calibration_figure', 'subgroup_figure', 'comparison_figure',
-           'robustness_figure', 'training_figure']
+           'robustness_figure', 'training_figure', 'recall_figure']
 
 # %% ../../nbs/80_evaluate.figures.ipynb #710e7efc
 import math
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -339,5 +340,24 @@ def training_figure(
             ax.set_ylim(0, max(1.08*at, 1.03*max(v.max() for v in lines.values())))
         if title == 'gradient norm' and metrics.gradient_norm.max() > 0: ax.set_yscale('log')
         _axes(ax, title=title, xlabel='step')
+    _legend(fig, axes)
+    return fig
+
+# %% ../../nbs/80_evaluate.figures.ipynb #86e4763d
+@_drawn
+def recall_figure(
+    table:pd.DataFrame,   # columns encoder, input, channel, statistic, r2
+):
+    "R² of channel statistics: a panel for each input, a group for each statistic, a point for each channel."
+    inputs, encoders, kinds = (list(dict.fromkeys(table[c])) for c in ('input', 'encoder', 'statistic'))
+    fig, axes = _panels(len(inputs), width=4.2, sharey=True)
+    for ax, name in zip(axes, inputs):
+        for (j, e), (i, s) in product(enumerate(encoders), enumerate(kinds)):
+            v = table[(table.input == name) & (table.encoder == e) & (table.statistic == s)].r2.dropna()
+            x = i + .3*(j - (len(encoders) - 1)/2)
+            ax.plot(np.full(len(v), x), v, '.', color=colour(e, j), alpha=.45, label=e)
+            ax.plot([x - .12, x + .12], 2*[v.median()], '-', color=colour(e, j), lw=2.5)
+        ax.set_xticks(range(len(kinds)), kinds)
+        _axes(ax, title=name, ylabel='test R²' if name == inputs[0] else '')
     _legend(fig, axes)
     return fig

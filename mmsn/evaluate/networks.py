@@ -23,7 +23,7 @@ from ..data.cohort import Cohort
 from ..encoders.fusion import JointEncoder
 from .metrics import auroc, macro
 from .probes import _order, _over_draws
-from .task import Task
+from .task import Task, hold_out
 from ..model import embed
 from ..options import Config, InputError
 from ..views.patient import Views
@@ -36,19 +36,22 @@ class EndToEnd(nn.Module):
         encoder:JointEncoder,   # random or pretrained
         name:str,               # 'joint' or a modality
         labels:int,             # K
+        facts:int=0,            # numbers that stand beside the embedding
     ):
         super().__init__()
         if name not in encoder.dims: raise InputError(f'no input {name!r}: the model has {", ".join(encoder.dims)}')
-        self.views, self.encoder, self.name, self.head = views, encoder, name, nn.Linear(encoder.dims[name], labels)
+        self.views, self.encoder, self.name, self.facts = views, encoder, name, facts
+        self.head = nn.Linear(encoder.dims[name] + facts, labels)
 
     @property
     def modalities(self): "What it reads."; return list(self.encoder.encoders) if self.name == 'joint' else [self.name]
 
 # %% ../../nbs/75_evaluate.networks.ipynb #5a5b66e4
 @patch
-def forward(self:EndToEnd, views, present):   # name -> plain view, name -> (B,) bool, as `PlainViews` gives them
+def forward(self:EndToEnd, views, present, facts=None):   # name -> plain view, (B,) bool, (B, F): see `PlainViews`
     found = {n: embed(self.encoder, n, [views[n]], present[n]) for n in self.modalities}
-    return self.head(self.encoder.fuse(found, present) if self.name == 'joint' else found[self.name])
+    h = self.encoder.fuse(found, present) if self.name == 'joint' else found[self.name]
+    return self.head(torch.cat([h, facts], 1) if self.facts else h)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #eee94bc8
 class PlainViews:
@@ -58,8 +61,10 @@ class PlainViews:
         cohort:Cohort,   # what to read
         device='cpu',    # where the networks are
         most=2**30,      # bytes that a modality may take
+        facts=None,      # (rows of the cohort, F) numbers that networks are given beside the views
     ):
         self.views, self.cohort, self.device, self.most, self.kept = copy.deepcopy(views).to(device), cohort, device, most, {}
+        self.facts = None if facts is None else torch.as_tensor(facts, dtype=torch.float32, device=device)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #e6b09639
 @patch
@@ -84,7 +89,7 @@ def _all(self:PlainViews, name):
 # %% ../../nbs/75_evaluate.networks.ipynb #0923c0fa
 @patch
 def __call__(self:PlainViews, rows, names):
-    "(name -> view, name -> (B,) bool) of rows of the cohort."
+    "(name -> view, name -> (B,) bool) of rows of the cohort, and their facts where there are any."
     found = {}
     for name in names:
         if name not in self.kept: self.kept[name] = self._all(name)
@@ -94,7 +99,8 @@ def __call__(self:PlainViews, rows, names):
         if lengths is None: view = replace(view, x=view.x[at])
         else: view = replace(view, x=view.x[at, :max(8, -(-int(lengths[at].max())//8)*8)], lengths=lengths[at])
         found[name] = view, present[at]
-    return {n: v for n, (v, _) in found.items()}, {n: p for n, (_, p) in found.items()}
+    facts = () if self.facts is None else (self.facts[torch.as_tensor(rows, device=self.device)],)
+    return {n: v for n, (v, _) in found.items()}, {n: p for n, (_, p) in found.items()}, *facts
 
 # %% ../../nbs/75_evaluate.networks.ipynb #04df80b3
 def layer_groups(
@@ -143,12 +149,23 @@ def _warm_cosine(net, lr, decay, steps):
     rate = lambda s: min((s + 1)/warm, .5 + .5*math.cos(math.pi*min(s/steps, 1)))
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
 
+# %% ../../nbs/75_evaluate.networks.ipynb #4d20a1e9
+def _checker(read, val, most, seed):
+    "A function from a network to its macro AUROC and mean log loss on at most `most` of the rows of `val`, always the same."
+    at = np.sort(np.random.default_rng([seed, 1]).permutation(len(val[0]))[:most])
+    rows, y = val[0][at], val[1][at]
+    def check(net):
+        s = network_scores(net, read, rows)
+        loss = _bce(torch.from_numpy(s), torch.as_tensor(y, dtype=torch.float64)).item()
+        return {'auroc': float(np.nan_to_num(macro(auroc(y, s)))), 'log loss': loss}
+    return check
+
 # %% ../../nbs/75_evaluate.networks.ipynb #1fde03e6
 def train_end_to_end(
     net:EndToEnd,      # trained in place, ends with its best weights
     cohort,            # what to read: a `Cohort`, or the `PlainViews` of one
     train,             # (rows of the cohort (n,), labels (n, K))
-    val,               # (rows of the cohort, labels)
+    val,               # (rows of the cohort, labels) that checks look at; None: no checks, and the last weights are kept
     lr:float,          # highest learning rate
     epochs:float,      # passes over the training rows
     least:int=60,      # steps at least, which matter when there are few labels
@@ -159,29 +176,38 @@ def train_end_to_end(
     most_val:int=600,  # validation rows that a check looks at, a seeded draw
     window:float=.1,   # fraction of the steps whose weights are averaged
     seed:int=0,        # of the order
-)->pd.DataFrame:       # step, loss, auroc (validation)
-    "AdamW with warm-up and cosine; keeps the best running mean of the weights, by checks on validation, and stops early."
+    stop:float=1.,     # fraction of the steps after which it ends
+    by:str='auroc',    # what decides between checks: the 'auroc', or the 'log loss'
+)->pd.DataFrame:       # step, loss, fraction (of the steps); with checks auroc, log loss
+    "AdamW with warm-up and cosine; keeps the best running mean of the weights, by checks on `val`, and stops early."
     (rows, y), n, device = train, len(train[0]), net.head.weight.device
     read = cohort if isinstance(cohort, PlainViews) else PlainViews(net.views, cohort, device)
     size = min(batch_size, n, max(n//30, 12))
     steps = max(math.ceil(epochs*n/size), least)
-    every = max(steps//checks, 10)
-    seen = np.sort(np.random.default_rng([seed, 1]).permutation(len(val[0]))[:most_val])
+    every, last = max(steps//checks, 10), max(round(stop*steps), 1)
     optimiser, schedule = _warm_cosine(net, lr, decay, steps)
-    order, mean, best, stale, log = _order(n, size, seed), copy.deepcopy(net), (-1., None), 0, []
+    order, mean, best, stale, log = _order(n, size, seed), copy.deepcopy(net), (-math.inf, None), 0, []
     y = torch.as_tensor(y, dtype=torch.float32, device=device)
-    for step in range(1, steps + 1):
+    check = _checker(read, val, most_val, seed) if val is not None else lambda mean: {}
+    for step in range(1, last + 1):
         at = next(order)
         loss = _bce(net.train()(*read(rows[at], net.modalities)), y[at])
         optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
         _follow(mean, net, max(1/step, 1/max(window*steps, 1)))
-        if step % every and step < steps: continue
-        found = float(np.nan_to_num(macro(auroc(val[1][seen], network_scores(mean, read, val[0][seen])))))
-        log.append(dict(step=step, loss=loss.item(), auroc=found))
+        if step < last and (val is None or step % every): continue
+        log.append(dict(step=step, loss=loss.item(), fraction=step/steps, **check(mean)))
+        found = log[-1].get(by, 0.)*(-1 if by == 'log loss' else 1)
         best, stale = ((found, copy.deepcopy(mean.state_dict())), 0) if found > best[0] else (best, stale + 1)
         if stale >= patience: break
     net.load_state_dict(best[1])
     return pd.DataFrame(log)
+
+# %% ../../nbs/75_evaluate.networks.ipynb #963d3773
+def _within(trained, task, rows, y, seed):
+    "A network of all the rows of a draw, for the number of steps that suits a fifth of them held out."
+    out = hold_out(y, task.subjects[rows], seed=seed)
+    _, log = trained(rows[~out], y[~out], (task.rows[rows[out]], y[out]), by='log loss')
+    return trained(rows, y, None, stop=log.fraction[log['log loss'].argmin()])
 
 # %% ../../nbs/75_evaluate.networks.ipynb #8089a93c
 def _inputs(views, inputs):
@@ -193,32 +219,37 @@ def _inputs(views, inputs):
 
 # %% ../../nbs/75_evaluate.networks.ipynb #ec9e6cfc
 def _having(cohort, task, names):
-    "A function that keeps of positions in the task those whose patients have any of the modalities `names`."
-    present = np.any([cohort.present(n)[task.rows] for n in names], axis=0)
-    return lambda at: at[present[at]]
+    "(N,) bool: which patients of the task have any of the modalities `names`."
+    return np.any([cohort.present(n)[task.rows] for n in names], axis=0)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #ee613126
-def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, nets=None, **options):
+def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, seed, device, nets=None,
+                select='validation', facts=None, means=None, **options):
     "Train a fresh `make(input)` for every input and draw, with its own seed, and tabulate."
     inputs = _inputs(views, inputs)
     if task.rows is None: raise InputError('this task has no rows of a cohort: make it with Task.of')
-    read = PlainViews(views, cohort, device)
-    def predict(name, rows, y, key):
-        has = _having(cohort, task, views.parts if name == 'joint' else [name])
-        keep, val, test = np.isin(rows, has(rows)), has(task.at('val')), has(task.at('test'))
-        if not keep.any(): raise InputError(f'no training row of draw {key} has {name}')
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + 1000*key['draw'])
-            net = make(name).to(device)
-            train_end_to_end(net, read, (task.rows[rows[keep]], y[keep]), (task.rows[val], task.labels[val]),
-                             seed=seed + key['draw'], **options)
+    read = PlainViews(views, cohort, device, facts=facts)
+    has = {name: _having(cohort, task, views.parts if name == 'joint' else [name]) for name in inputs}
+    def predict(name, rows, y, test, key):
+        val = np.flatnonzero(has[name] & (task.split == 'val'))
+        def trained(rows, y, val, **more):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + 1000*key['draw'])
+                net = make(name).to(device)
+                log = train_end_to_end(net, read, (task.rows[rows], y), val, seed=seed + key['draw'], **options, **more)
+            return net, log
+        if select == 'validation': net, _ = trained(rows, y, (task.rows[val], task.labels[val]))
+        else: net, _ = _within(trained, task, rows, y, seed + key['draw'])
         if nets is not None and key['fraction'] == 1: nets[name] = net
-        return test, network_scores(net, read, task.rows[test])
-    return _over_draws(predict, inputs, task, draws, encoder, resamples, seed)
+        return network_scores(net, read, task.rows[test])
+    return _over_draws(predict, has, task, draws, encoder, resamples, seed, means)
+
+# %% ../../nbs/75_evaluate.networks.ipynb #2caf1602
+def _width(name, facts): "How many facts a network of this input is given."; return facts.shape[1] if name == 'joint' and facts is not None else 0
 
 # %% ../../nbs/75_evaluate.networks.ipynb #0a31fb18
 def supervised(
-    config:Config,          # architecture, and evaluate.scratch_lr, evaluate.scratch_epochs
+    config:Config,          # architecture, and evaluate.scratch_lr, scratch_epochs, select
     cohort:Cohort,          # what to read
     task:Task,              # from `Task.of`
     draws:pd.DataFrame,     # from `make_draws`
@@ -228,16 +259,18 @@ def supervised(
     seed:int=0,             # of weights, order, resamples
     device='cpu',           # where to train
     nets:dict=None,         # where to put the networks trained with all labels, by input: see `EndToEndEncoder`
-    **options,              # of `train_end_to_end`: lr, epochs, least, batch_size, patience
+    facts=None,             # (rows of the cohort, F) numbers beside the embedding of *joint*
+    **options,              # select, means as for `low_shot`, and those of `train_end_to_end`: lr, epochs, least …
 )->pd.DataFrame:            # the columns of `low_shot`
     "The same architecture from scratch, with the labels of every draw; evaluated on test."
-    options = dict(lr=config.evaluate.scratch_lr, epochs=config.evaluate.scratch_epochs) | options
+    e = config.evaluate
+    options = dict(lr=e.scratch_lr, epochs=e.scratch_epochs, select=e.select) | options
     def make(name):
         slim = replace(config, modalities=config.modalities if name == 'joint' else {name: config.modalities[name]})
         return EndToEnd(Views(slim.modalities, cohort.modalities), JointEncoder(slim, cohort.modalities), name,
-                        len(task.names))
+                        len(task.names), _width(name, facts))
     return _end_to_end(make, Views(config.modalities, cohort.modalities), cohort, task, draws, inputs, encoder,
-                       resamples, seed, device, nets, **options)
+                       resamples, seed, device, nets, facts=facts, **options)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #8df48c9e
 class EndToEndEncoder(nn.Module):
@@ -274,12 +307,13 @@ def finetune(
     resamples:int=1000,       # of subjects, for the intervals
     seed:int=0,               # of head, order, resamples
     device='cpu',             # where to train
-    **options,                # of `train_end_to_end`
+    facts=None,               # (rows of the cohort, F) numbers beside the embedding of *joint*
+    **options,                # select ('cv' or 'validation', the default), means, and those of `train_end_to_end`
 )->pd.DataFrame:              # the columns of `low_shot`
     "End to end from pretrained weights with layer-wise learning rates; the model itself is left as it is."
     def make(name):
         parts = {n: m for n, m in model.config.modalities.items() if name in ('joint', n)}
         return EndToEnd(Views(parts, model.infos), copy.deepcopy(model.target).requires_grad_(True), name,
-                        len(task.names))
+                        len(task.names), _width(name, facts))
     return _end_to_end(make, model.views, cohort, task, draws, inputs, encoder, resamples, seed, device, lr=lr,
-                       decay=decay, epochs=epochs, **options)
+                       decay=decay, epochs=epochs, facts=facts, **options)

@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'score_table', 'neat', 'by_encoder', 'picture', 'saved', 'save_styles', 'show', 'predictions_of',
-           'Section', 'report_notebook', 'page', 'write_report']
+           'Section', 'recall_note', 'report_notebook', 'page', 'write_report']
 
 # %% ../../nbs/82_evaluate.report.ipynb #ed3b4215
 import base64, html, io, json, os, re
@@ -27,29 +27,41 @@ from ..show import STYLES, save_figure, style
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200006
 ENCODERS = dict(pretrained='pretrained, frozen', finetuned='pretrained, fine-tuned',
-                random='random initialisation, frozen', scratch='from scratch', plain='plain features')
+                stacked='pretrained and plain together', random='random initialisation, frozen',
+                scratch='from scratch', plain='plain, logistic regression', booster='plain, boosted trees')
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200007
 def _columns(s):
     "For each row of a summary the name of its column, in rising number of labels."
     return [f'{int(n)} of each class' if n else f'{f:.0%} of labels' for f, n in zip(s.fraction, s.shots)]
 
+# %% ../../nbs/82_evaluate.report.ipynb #0cc6bef1
+def _cell(row, metric='auroc'):
+    "The text of one cell of `score_table` from a row of the summary."
+    value, counted, of = row[metric], row.get('counted', 0), row.get('labels', 0)
+    row = row if metric == 'auroc' else pd.Series(dict(row, low=row[f'{metric}_low'], high=row[f'{metric}_high']))
+    if pd.isna(value): return 'too few labels' if row.get('too_few', 0) > 0 else ''
+    ends = '' if pd.isna(row.low) else f'<br><small>{row.low:.3f} – {row.high:.3f}</small>'
+    return f'{value:.3f}{ends}' + (f'<br><small>of {counted:.0f} of {of:.0f} labels</small>' if counted < of else '')
+
 # %% ../../nbs/82_evaluate.report.ipynb #6966a361
 def score_table(
-    summary:pd.DataFrame,    # columns input, encoder, fraction, auroc, low, high, perhaps shots (report/summary.csv)
+    summary:pd.DataFrame,    # columns input, encoder, fraction, auroc, low, high, perhaps more (report/summary.csv)
+    metric:str='auroc',      # or 'auprc'
 ):
-    "The summary as a styled table: inputs and encoders down, numbers of labels across."
+    "The summary as a styled table: inputs and encoders down, numbers of labels across; bold where `clear`, or the best."
     s = summary.assign(encoder=summary.encoder.map(ENCODERS).fillna(summary.encoder),
                        shots=summary.shots.fillna(0) if 'shots' in summary else 0)
     s = s.sort_values(['fraction', 'shots'], kind='stable')
-    s = s.assign(column=_columns(s), t=[f'{a:.3f}<br><small>{lo:.3f} – {hi:.3f}</small>'
-                                        for a, lo, hi in zip(s.auroc, s.low, s.high)])
+    s = s.assign(column=_columns(s), t=[_cell(row, metric) for _, row in s.iterrows()])
     order = [(i, e) for i in dict.fromkeys(summary.input) for e in [*ENCODERS.values(), *s.encoder.unique()]
              if ((s.input == i) & (s.encoder == e)).any()]
     order, columns = list(dict.fromkeys(order)), list(dict.fromkeys(s.column))
     value, text = (s.pivot(index=['input', 'encoder'], columns='column', values=v).loc[order,
-            columns].rename_axis(columns=None) for v in ('auroc', 't'))
+            columns].rename_axis(columns=None) for v in (metric, 't'))
     best = value.eq(value.groupby(level='input').transform('max'))
+    mark = 'clear' if metric == 'auroc' else f'{metric}_clear'
+    if mark in s: best = s.pivot(index=['input', 'encoder'], columns='column', values=mark).loc[order, columns].eq(True)
     return text.style.apply(lambda _: best.map(lambda b: 'font-weight: bold' if b else ''),
                             axis=None).format(na_rep='').hide(names=True)
 
@@ -131,11 +143,11 @@ def show(name:str, draw, *args, alt='', **options)->HTML:
 _SETUP = '''import json
 from pathlib import Path
 import pandas as pd
-from IPython.display import display
-from mmsn.evaluate.figures import (calibration_figure, comparison_figure, low_shot_figure, robustness_figure,
-                                   roc_pr_figure, subgroup_figure, training_figure)
+from IPython.display import Markdown, display
+from mmsn.evaluate.figures import (calibration_figure, comparison_figure, low_shot_figure, recall_figure,
+                                   robustness_figure, roc_pr_figure, subgroup_figure, training_figure)
 from mmsn.evaluate.inspect import representation_figure
-from mmsn.evaluate.report import by_encoder, neat, picture, predictions_of, saved, score_table, show
+from mmsn.evaluate.report import by_encoder, neat, picture, predictions_of, recall_note, saved, score_table, show
 about = json.loads(Path('about.json').read_text())
 read = lambda name: pd.read_csv(f'{name}.csv')
 first = about['inputs'][0]'''
@@ -162,9 +174,19 @@ _LEARNED = [
     Section('summary.csv', '''## What was learned
 
 Test AUROC, mean over labels and over draws of the labels that may be used. Probes are trained on the train
-split, their regularisation is chosen on validation, they are evaluated on test; no subject is in two of them.
-Below each number the 95 % interval from resampled subjects. The best of each column in bold.''', '''
+split and evaluated on test; no subject is in two of them. Penalties and numbers of steps are chosen as
+`evaluate.select` says: within these labels, by cross-validation (*cv*), or on all of the validation split.
+Below each number the 95 % interval from resampled subjects. In bold what clearly exceeds every baseline (the interval
+of each paired difference above zero; `differences.csv`). *joint* is all modalities of the model and, in every row, the
+facts that the cohort knows (age, sex …) unless `evaluate.facts` is off. *Too few labels*: the
+training rows of a draw hold fewer than five positives or negatives; a mean then runs over the labels that have
+enough.''', '''
 score_table(read("summary"))'''),
+    Section('summary.csv', '''### Average precision
+
+The same for the AUPRC, mean over labels: what guessing gets is the mean of the labels' fractions of positives.''', '''
+s = read("summary")
+score_table(s, "auprc") if "auprc_low" in s else None'''),
     Section('summary.csv', '''### By the number of labels''', '''
 show("low_shot", low_shot_figure, read("summary"),
      alt="Test AUROC by number of labels, a panel for each input, a line for each encoder")'''),
@@ -245,8 +267,28 @@ t = read("retrieval").set_index(["query", "gallery", "encoder", "space"])
 neat(t[[c for c in ("recall", "times_chance", "pair_auroc", "pair_low", "pair_high", "same_phenotype",
                     "same_phenotype_chance", "rows") if c in t]])''')]
 
+# %% ../../nbs/82_evaluate.report.ipynb #1b6f06a7
+def recall_note(
+    table:pd.DataFrame,   # report/channels.csv: encoder, input, channel, statistic, r2
+)->str:
+    "A sentence on where the pretrained encoder knows less of the channels than its random start."
+    t = table.groupby(['input', 'statistic', 'encoder'], sort=False).r2.median().unstack('encoder')
+    if not {'pretrained', 'random'} <= set(t): return ''
+    less = t[t.pretrained < t.random]
+    if not len(less): return 'In the median over channels the pretrained features give back no less than those of the random start.'
+    parts = [f'{i} {s} {p:.2f} (random start {r:.2f})' for (i, s), p, r in zip(less.index, less.pretrained, less.random)]
+    return f'**Warning:** pre-training has removed clinical content. Median R²: {", ".join(parts)}.'
+
 # %% ../../nbs/82_evaluate.report.ipynb #e8200019
 _SEEN = [
+    Section('channels.csv', '''## What the chart encoder still knows
+
+Ridge regression from frozen features to each channel's last, mean and minimum value and the fraction of hours in
+which it was observed; R² on test, a point a channel, a line the median. Below its random start an encoder has
+forgotten what was measured.''', '''
+channels = read("channels")
+display(Markdown(recall_note(channels)))
+show("recall", recall_figure, channels, alt="R² of channel statistics from frozen features, by statistic and encoder")'''),
     Section('map.csv', '''## Maps of the test patients
 
 Frozen features, a colour a diagnosis (a patient with several has that of the rarest). A map is for looking: the
@@ -326,7 +368,8 @@ def report_notebook(
     if not (folder/'about.json').is_file(): raise InputError(f'{folder} holds no results: run mmsn-evaluate first')
     about = json.loads((folder/'about.json').read_text(encoding='utf-8'))
     md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
-    cells = [md(f'# {about["name"]}\n\n{about["sentence"]}'), code(_SETUP)]
+    notices = ''.join(f'\n\n> **{line}**' for line in about.get('notices', ()))
+    cells = [md(f'# {about["name"]}\n\n{about["sentence"]}{notices}'), code(_SETUP)]
     for needs, text, source in (*_COMPARED, *_LEARNED, *_PREDICTED, *_TESTED, *_SEEN):
         if (folder/needs).exists(): cells += [md(text)]*bool(text) + [code(source.strip())]
     facts = '\n'.join(f'| {k} | `{v}` |' for k, v in about['facts'].items())
