@@ -44,7 +44,7 @@ def curve(folder): return pd.read_csv(folder/'metrics.csv').drop(columns=['sampl
 
 
 def test_run_folder(whole):
-    assert {p.name for p in whole.iterdir()} == {'config.yaml', 'run.json', 'metrics.jsonl', 'metrics.csv', 'checkpoints', 'encoder'}
+    assert {p.name for p in whole.iterdir()} == {'config.yaml', 'run.json', 'pretrained_on.csv', 'metrics.jsonl', 'metrics.csv', 'checkpoints', 'encoder'}
     rows = curve(whole)
     assert list(rows.step) == list(range(1, len(rows) + 1)) and rows.notna().all().all()
 

@@ -245,7 +245,9 @@ def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, se
     return _over_draws(predict, has, task, draws, encoder, resamples, seed, means)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #2caf1602
-def _width(name, facts): "How many facts a network of this input is given."; return facts.shape[1] if name == 'joint' and facts is not None else 0
+def _width(name, facts):
+    "How many facts a network of this input is given."
+    return facts.shape[1] if name == 'joint' and facts is not None else 0
 
 # %% ../../nbs/75_evaluate.networks.ipynb #0a31fb18
 def supervised(

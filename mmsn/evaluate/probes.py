@@ -441,7 +441,7 @@ def drawn_predictions(
 # %% ../../nbs/74_evaluate.probes.ipynb #f58d2125
 def summarise(
     table:pd.DataFrame,   # from `low_shot`, `supervised`, `finetune`, or several of them together
-)->pd.DataFrame:          # encoder, input, fraction, shots, draws, auroc, low, high, deviation, auprc, auprc_low, auprc_high, counted, labels, too_few
+)->pd.DataFrame:          # keys, draws, auroc, low, high, deviation, auprc (and _low, _high), counted, labels, too_few
     "Macro means over draws: mean, interval and the standard deviation between draws, one row an encoder, input and fraction of labels."
     keys = ['encoder', 'input', 'fraction', 'shots']
     if 'too_few' not in table: table = table.assign(too_few=0)      # a file of before
