@@ -131,7 +131,7 @@ TABULAR = dict(kind=refused('image'), alone=True, weight=only(2., __alone=True),
 OTHER = dict(
     image=IMAGE, timeseries=TIMESERIES, tabular=TABULAR,
     fusion=dict(dim=20, drop=.3, aim=(['own'], ['joint']), space=only(('own', 'shared'), fusion__aim=['own']), weight=2.,
-                contrast=dict(weight=.5, loss=only('infonce', fusion__contrast__weight=.5), dim=only(9, fusion__contrast__weight=.5), depth=only(1, fusion__contrast__weight=.5))),
+                contrast=dict(weight=.5, loss=only(('infonce', 'sigmoid'), fusion__contrast__weight=.5), dim=only(9, fusion__contrast__weight=.5), depth=only(1, fusion__contrast__weight=.5))),
     head=dict(hidden=20, depth=1, output=12, norm=('layer', 'none'), norm_input=('not',), predict=1),
     loss=dict(prototypes=9, freeze_prototypes=True, temperature=.3, sharpen=.6, final_sharpen=.9, label_smoothing=.3, sinkhorn_iterations=0, me_max_weight=4., entropy_weight=1., prior=.5, weight=.5,
               cells=dict(weight=.5, kind=only(['value'], loss__cells__weight=1.), horizon=only(3, loss__cells__weight=1.), presence=only(.1, loss__cells__weight=1.))),
@@ -292,6 +292,12 @@ def files(tmp, cohorts, monkeypatch):
     assert (len(some), len(three), len(even), len(best), rows) == (2, 3, 2, 2, 4)
     assert run('log', train__log_every=3)[1] == 2
     with pytest.raises(InputError, match='already holds a run'): trainer(tmp/'plain', cohorts[0], train__resume='never')
+
+
+@once('train.probe_every')
+def probed(tmp, cohorts, monkeypatch):
+    train(config_of('demo', {'train.probe_every': 2}), tmp/'probed', cohorts[0])
+    assert pd.read_csv(tmp/'probed'/'metrics.csv')['probe/auroc'].notna().any()
 
 
 @once('train.init_from')

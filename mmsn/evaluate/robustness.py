@@ -131,8 +131,8 @@ def __call__(self:Corruption, batch):
 # %% ../../nbs/76_evaluate.robustness.ipynb #80abec3f
 def _clean_probe(X, task, Cs=None):
     "A probe of clean features (N, d) with all training labels."
-    train, val = task.at('train', X), task.at('val', X)
-    return fit_probe(X[train], task.labels[train], X[val], task.labels[val], **({} if Cs is None else dict(Cs=Cs)))
+    train, options = task.at('train', X), {} if Cs is None else dict(Cs=Cs)
+    return fit_probe(X[train], task.labels[train], folds=5, subjects=task.subjects[train], **options)
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #a540aa7d
 def _tables(models, cohort, task, features, cache=None):
