@@ -6,10 +6,11 @@
 
 Arms are the preset `physionet2012` with a few changes. Pre-training sees the training charts only, and never a label. Where it is chosen,
 probes are fitted on training patients and read on validation patients, the test split is not touched; `--test` reads test. Writes
-nbs/results/pays.csv (or pays_test.csv): arm, seed, seconds, row, fraction, draw, metric, value; and pays_recall.csv, the R² of the channels'
-statistics. Finished arms are kept in the folder, and a second call goes on from there.
+nbs/results/pays.csv (or pays_test.csv), and pays_recall.csv (or pays_test_recall.csv) with the R² of the channels' statistics. Trained arms
+are kept in the folder, and a second call goes on from there.
 """
-import argparse, os, shutil, time
+import argparse, os, time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ import pandas as pd
 
 from mmsn.config import cli, load_config
 from mmsn.data.cohort import Cohort
-from mmsn.evaluate.features import beside, channel_recall, extract_features, joint_facts, plain_baselines
-from mmsn.evaluate.probes import fit_booster, fit_probe, low_shot
+from mmsn.evaluate.evaluation import evaluate
+from mmsn.evaluate.features import beside, channel_recall, extract_features, feature_matrix, joint_facts, plain_baselines
+from mmsn.evaluate.probes import fit_probe, low_shot
 from mmsn.evaluate.task import Task, make_draws
+from mmsn.evaluate.trees import fit_booster
 from mmsn.loop import Trainer
 from mmsn.model import MMSN
 from mmsn.options import InputError
@@ -50,27 +53,59 @@ ARMS = {'MSN as in 0.1': [*OLD, *WINDOWS, *BARE, *MSN, *NOISE],
         'axial, value': [*AXIAL, *WHOLE, *MASKED, *terms(0, 1, '[value]'), *QUIET]}
 
 
-def task_of(cohort, test):
-    "The task with the labels of train, and of what is evaluated: test, or validation in its place."
+def task_of(cohort):
+    "Labels of train, and of validation in the place of test."
     whole = Task.of(cohort, (), cohort.rows(None, ['ehr'], 'any'))
-    on = np.isin(whole.split, ('train', 'test' if test else 'val'))
+    on = np.isin(whole.split, ('train', 'val'))
     split = np.where(whole.split[on] == 'train', 'train', 'test')
     return Task(whole.labels[on], split, whole.subjects[on], whole.names, whole.groups, whole.ids[on], whole.rows[on])
 
 
-def scores(X, task, draws, row, solver=lambda *a, **k: fit_probe(*a, folds=5, **k)):
+def scores(X, task, draws, row, solver=partial(fit_probe, folds=5)):
     "AUROC and AUPRC by fraction and draw."
     t = low_shot({'joint': X}, task, draws, row, solver, resamples=0)
-    return t[(t.label != 'macro') & t.metric.isin(('auroc', 'auprc'))].rename(columns=dict(encoder='row'))[['row', 'fraction', 'draw', 'metric', 'value']]
+    t = t[(t.label == 'mortality') & t.metric.isin(('auroc', 'auprc'))]
+    return t.rename(columns=dict(encoder='row'))[['row', 'fraction', 'draw', 'metric', 'value']]
 
 
-def read(model, cohort, task, draws, facts, plain, row):
-    "Scores of the frozen chart with facts, of it and the plain features together, and its recall of the channels."
-    model.eval()
-    X = np.stack(extract_features(model, cohort, task.rows)['ehr'])
-    rows = [scores(beside(X, facts), task, draws, row)]
-    if row != 'random': rows.append(scores(beside(X, plain), task, draws, 'stacked'))
-    return pd.concat(rows)
+def read_arm(model, cohort, task, draws, facts, plain, encoder):
+    "Scores of the frozen chart with facts, and with the plain features too; R² of the channels' statistics."
+    X = feature_matrix(extract_features(model.eval(), cohort, task.rows), 'ehr')
+    stacked = [scores(beside(X, plain), task, draws, 'stacked')]*(encoder == 'pretrained')
+    recall = channel_recall(X, cohort, task.rows, 'ehr', task.at('train'), task.at('test'), ('Weight',)).groupby('statistic').r2.median()
+    return pd.concat([scores(beside(X, facts), task, draws, encoder), *stacked]), recall
+
+
+def study(cohort, models, epochs):
+    "Every arm read on validation: nbs/results/pays.csv and pays_recall.csv."
+    task = task_of(cohort)
+    draws, train = make_draws(task, FRACTIONS), task.at('train')
+    facts, base = joint_facts(cohort, task.rows, train, ['ehr']), plain_baselines(cohort, task.rows, train, ['ehr'])
+    rows = [scores(base['plain']['joint'], task, draws, 'plain').assign(arm='plain'),
+            scores(base['booster']['joint'], task, draws[draws.fraction > 0], 'booster', fit_booster).assign(arm='plain')]
+    recalls = []
+    for (arm, seed), (model, seconds) in models.items():
+        for encoder, m in (('pretrained', model), ('random', model.untrained())):
+            table, recall = read_arm(m, cohort, task, draws, facts, base['plain']['joint'], encoder)
+            rows.append(table.assign(arm=arm, seed=seed, seconds=seconds))
+            recalls.append(recall.round(3).to_frame().T.assign(arm=arm, seed=seed, encoder=encoder))
+        print(arm, seed, seconds, rows[-1].query('metric == "auroc"').groupby('fraction').value.mean().round(3).to_dict(), flush=True)
+    pd.concat(rows).assign(epochs=epochs).round(4).to_csv(RESULTS/'pays.csv', index=False)
+    pd.concat(recalls).to_csv(RESULTS/'pays_recall.csv', index=False)
+
+
+def test(out, models, epochs):
+    "The preset read on test, its baselines beside the first seed: nbs/results/pays_test.csv and pays_test_recall.csv."
+    tables, recalls = [], []
+    for i, seed in enumerate(seed for _, seed in models):
+        run = out/f'preset-{seed}-{epochs:g}'
+        protocols = ['low_shot', 'linear_probe', *['supervised', 'finetune']*(i == 0)]
+        if not (run/'report'/'about.json').is_file():
+            evaluate(run, [f'protocols=[{",".join(protocols)}]', 'shots=[]', 'map_samples=20'], page=False)
+        tables.append(pd.read_csv(run/'report'/'summary.csv').assign(seed=seed))
+        recalls.append(pd.read_csv(run/'report'/'channels.csv').assign(seed=seed))
+    pd.concat(tables).round(4).to_csv(RESULTS/'pays_test.csv', index=False)
+    pd.concat(recalls).groupby(['seed', 'encoder', 'statistic']).r2.median().round(3).to_csv(RESULTS/'pays_test_recall.csv')
 
 
 def train_arm(out, cohort, arm, changes, seed, epochs):
@@ -80,9 +115,9 @@ def train_arm(out, cohort, arm, changes, seed, epochs):
                                            f'optim.epochs={epochs}', 'train.threads=1', 'train.probe_every=0', *changes])
     clock = folder/'seconds.txt'
     if not clock.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        start = time.process_time()
-        Trainer(config, cohort).fit()
+        start, trainer = time.process_time(), Trainer(config, cohort)
+        trainer.fit()
+        if trainer.step < trainer.total: raise SystemExit(f'stopped at step {trainer.step} of {trainer.total}: the same command goes on')
         clock.write_text(f'{time.process_time() - start:.0f}')
     return MMSN.from_pretrained(folder/'encoder'), int(clock.read_text())
 
@@ -109,6 +144,8 @@ def main(argv=None):
         for arm, changes in arms.items():
             models[arm, seed] = train_arm(a.out, cohort, arm, changes, seed, epochs)
             print(f'{arm}, seed {seed}: {models[arm, seed][1]} s', flush=True)
-    if not a.only_train: write(a.out, cohort, models, epochs, a.test)
+    if a.only_train: return
+    test(a.out, models, epochs) if a.test else study(cohort, models, epochs)
 
 
+if __name__ == '__main__': main()
