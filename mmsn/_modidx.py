@@ -978,6 +978,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'mmsn/evaluate/inspect.py'),
                                        'mmsn.evaluate.inspect.assignments': ( 'evaluate.inspect.html#assignments',
                                                                               'mmsn/evaluate/inspect.py'),
+                                       'mmsn.evaluate.inspect.attention_cells': ( 'evaluate.inspect.html#attention_cells',
+                                                                                  'mmsn/evaluate/inspect.py'),
                                        'mmsn.evaluate.inspect.attention_figure': ( 'evaluate.inspect.html#attention_figure',
                                                                                    'mmsn/evaluate/inspect.py'),
                                        'mmsn.evaluate.inspect.attention_maps': ( 'evaluate.inspect.html#attention_maps',

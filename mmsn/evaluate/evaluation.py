@@ -27,10 +27,11 @@ import mmsn
 from ..checkpoint import publish
 from ..config import build, check, load_config, save_config
 from ..data.cohort import Cohort
+from ..encoders.axial import AxialEncoder
 from ..encoders.vit import ViT
 from .features import (beside, channel_recall, extract_features, feature_matrix, joint_facts,
                                     plain_baselines, table_names)
-from .inspect import (assignments, attention_figure, attention_maps, hour_contributions, hours_figure,
+from .inspect import (assignments, attention_cells, attention_figure, attention_maps, hour_contributions, hours_figure,
                                    prototype_figure,
                                    representation_points)
 from .metrics import Calibration, metric_table, subgroup_columns, subgroups
@@ -407,9 +408,13 @@ def _hours(ev, folder, rows):
         longest, encoder = int(view.lengths.argmax()), model.target.encoders[name]
         normal = torch.as_tensor(model.infos[name].normal, dtype=torch.float32)
         cells = hour_contributions(lambda x, lengths: encoder(x, lengths), view.x, view.lengths, normal)
-        save_styles('hours' + f'_{name}'*bool(i), hours_figure, view.x[longest], cells[longest],
-                    ev.cohort.modalities[name],
-                    int(view.lengths[longest]), title=name, folder=folder)
+        about = ev.cohort.modalities[name], int(view.lengths[longest])
+        save_styles('hours' + f'_{name}'*bool(i), hours_figure, view.x[longest], cells[longest], *about, title=name,
+                    folder=folder)
+        if isinstance(encoder, AxialEncoder):
+            cells = attention_cells(encoder, view.x, view.lengths)
+            save_styles('channels' + f'_{name}'*bool(i), hours_figure, view.x[longest], cells[longest], *about,
+                        title=f'{name}, attention', folder=folder)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0064
 def write_pictures(ev:Evaluation, folder:Path):

@@ -7,7 +7,7 @@ Tables say how well an encoder does; this module looks at what it does. A map of
 # %% auto #0
 __all__ = ['map_points', 'sample_classes', 'label_words', 'neighbour_purity', 'representation_points', 'representation_figure',
            'plot_representation', 'attention_maps', 'attention_figure', 'hour_contributions', 'channel_sums',
-           'hours_figure', 'assignments', 'prototype_table', 'prototype_figure']
+           'attention_cells', 'hours_figure', 'assignments', 'prototype_table', 'prototype_figure']
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #a02c689c
 import itertools
@@ -253,6 +253,20 @@ def _channel_rows(ax, values, names, limit, title):
     ax.imshow(values.T, aspect='auto', cmap='RdBu_r', vmin=-limit, vmax=limit, interpolation='nearest')
     ax.set_yticks(range(values.shape[1]), names)
     ax.set(xlabel='hour', title=title)
+
+# %% ../../nbs/81_evaluate.inspect.ipynb #1f23fd4e
+@torch.no_grad()
+def attention_cells(
+    encoder,   # `AxialEncoder`
+    x,         # (N, T, C) normalised
+    lengths,   # (N,) true hours
+):
+    "(N, T, C): the attention of the last layer, in each channel's bit column, spread over the hours of its bins."
+    size, weight = encoder.config.bin, encoder.attention(x, lengths)
+    hours = torch.arange(x.shape[1], device=x.device)//size
+    cells = torch.zeros_like(x)
+    cells[..., encoder.bits] = weight[..., hours].transpose(1, 2)/size
+    return cells
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #71f67929
 @_drawn

@@ -306,6 +306,10 @@ for name in saved("attention"): display(picture(name, "Images, and the attention
 
 Integrated gradients, from a stay in which nothing was observed to this one.''', '''
 for name in saved("hours"): display(picture(name, "One stay, and what each hour and channel did to its embedding"))'''),
+    Section('figures/channels.png', '''## Which channel, when
+
+Attention of the dual-axis encoder's last layer: how much each channel weighs at each hour of one stay.''', '''
+for name in saved("channels"): display(picture(name, "One stay, and the attention that each hour and channel gets"))'''),
     Section('figures/prototypes.png', '''## What the prototypes stand for
 
 The patients who are most surely assigned to each of the commonest prototypes, and the label that is most over-
