@@ -89,7 +89,7 @@ def study(cohort, models, epochs):
             table, recall = read_arm(m, cohort, task, draws, facts, base['plain']['joint'], encoder)
             rows.append(table.assign(arm=arm, seed=seed, seconds=seconds))
             recalls.append(recall.round(3).to_frame().T.assign(arm=arm, seed=seed, encoder=encoder))
-        print(arm, seed, seconds, rows[-1].query('metric == "auroc"').groupby('fraction').value.mean().round(3).to_dict(), flush=True)
+        print(arm, seed, seconds, rows[-2].query('metric == "auroc"').groupby('fraction').value.mean().round(3).to_dict(), flush=True)
     pd.concat(rows).assign(epochs=epochs).round(4).to_csv(RESULTS/'pays.csv', index=False)
     pd.concat(recalls).to_csv(RESULTS/'pays_recall.csv', index=False)
 
@@ -108,9 +108,12 @@ def test(out, models, epochs):
     pd.concat(recalls).groupby(['seed', 'encoder', 'statistic']).r2.median().round(3).to_csv(RESULTS/'pays_test_recall.csv')
 
 
+def folder_of(out, arm, seed, epochs): return out/f'{"".join(c if c.isalnum() else "-" for c in arm)}-{seed}-{epochs:g}'
+
+
 def train_arm(out, cohort, arm, changes, seed, epochs):
     "The trained model of one arm and seed, and the CPU seconds it took; trained only where it is not there."
-    folder = out/f'{"".join(c if c.isalnum() else "-" for c in arm)}-{seed}-{epochs:g}'
+    folder = folder_of(out, arm, seed, epochs)
     config = load_config('physionet2012', [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}',
                                            f'optim.epochs={epochs}', 'train.threads=1', 'train.probe_every=0', *changes])
     clock = folder/'seconds.txt'
@@ -131,6 +134,7 @@ def main(argv=None):
     p.add_argument('--seeds', type=int, nargs='*', default=SEEDS)
     p.add_argument('--epochs', type=float, help='of each arm (20; with --test those of the preset)')
     p.add_argument('--test', action='store_true', help='the preset itself, read on test')
+    p.add_argument('--ready', action='store_true', help='read what is trained, train nothing')
     p.add_argument('--only-train', action='store_true', help='train what is not there and stop')
     a = p.parse_args(argv)
     if unknown := [arm for arm in a.arms or () if arm not in ARMS]: raise InputError(f'no arm {unknown[0]!r}: there is {", ".join(ARMS)}')
@@ -142,6 +146,7 @@ def main(argv=None):
     models = {}
     for seed in a.seeds:
         for arm, changes in arms.items():
+            if a.ready and not (folder_of(a.out, arm, seed, epochs)/'seconds.txt').is_file(): continue
             models[arm, seed] = train_arm(a.out, cohort, arm, changes, seed, epochs)
             print(f'{arm}, seed {seed}: {models[arm, seed][1]} s', flush=True)
     if a.only_train: return

@@ -73,8 +73,10 @@ class EarlyWarning:
         labels = list(config.evaluate.labels or cohort.labels)
         self.labels = cohort.samples[labels].to_numpy(float) if labels else np.zeros((len(cohort), 0))
         rng, has_label = np.random.default_rng([config.train.seed, 0xEA57]), np.isfinite(self.labels).any(1)
-        rows = {s: cohort.rows(s, self.names, config.data.samples) for s in ('train', 'val')}
-        self.train, self.val = (np.sort(rng.permutation(r[has_label[r]])[:most]) for r in rows.values())
+        combine = np.all if config.data.samples == 'paired' else np.any
+        usable, split = has_label & combine([cohort.present(n) for n in self.names], axis=0), cohort.samples.split
+        rows = (np.flatnonzero(usable & (split == s).to_numpy()) for s in ('train', 'val'))   # either may be empty
+        self.train, self.val = (np.sort(rng.permutation(r)[:most]) for r in rows)
         self.scores, self.random, self.said = [], float('nan'), ''
 
 # %% ../nbs/52b_early.ipynb #d2dfb417
@@ -102,5 +104,6 @@ def __call__(self:EarlyWarning,
     "Metrics of this probe; `said` is the verdict, new once it changes."
     if np.isnan(self.random): self.random = self.probe(model.untrained().to(next(model.parameters()).device))
     score = self.probe(model)
+    if np.isnan(score): return {}
     self.scores.append((step, score))
     return {'probe/auroc': score, 'probe/random': self.random, 'probe/error': 1 - score}
