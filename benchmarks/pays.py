@@ -101,7 +101,7 @@ def test(out, models, epochs):
         run = out/f'preset-{seed}-{epochs:g}'
         protocols = ['low_shot', 'linear_probe', *['supervised', 'finetune']*(i == 0)]
         if not (run/'report'/'about.json').is_file():
-            evaluate(run, [f'protocols=[{",".join(protocols)}]', 'shots=[]', 'map_samples=20'], page=False)
+            evaluate(run, [f'protocols=[{",".join(protocols)}]', 'shots=[]', 'map_samples=20', f'fractions={list(FRACTIONS)}'], page=False)
         tables.append(pd.read_csv(run/'report'/'summary.csv').assign(seed=seed))
         recalls.append(pd.read_csv(run/'report'/'channels.csv').assign(seed=seed))
     pd.concat(tables).round(4).to_csv(RESULTS/'pays_test.csv', index=False)
