@@ -90,7 +90,7 @@ def table(runs, control):
     "The README's table: one row an input and encoder."
     broken = [scores(control).rename({'pretrained': 'shuffled pairs'}, level='encoder')] if control else []
     t = pd.concat([scores(runs), *broken]).unstack('fraction')
-    order = [(i, e) for i in ('joint', 'cxr', 'ehr') for e in ('pretrained', 'random', 'scratch', 'plain', *['shuffled pairs']*bool(control))]
+    order = [(i, e) for i in ('joint', 'cxr', 'ehr') for e in ('pretrained', 'random', 'scratch', 'plain', 'booster', *['shuffled pairs']*bool(control))]
     t = t.reindex(order).round(3)
     t.columns = [f'{c:.0%} of labels' for c in t.columns]
     return t.rename_axis(['input', 'encoder']).reset_index()
