@@ -65,6 +65,22 @@ def test_terminated_run_resumes_exactly(cohort, whole, tmp_path):
     pd.testing.assert_frame_equal(curve(folder), curve(whole), check_exact=True)
 
 
+@pytest.mark.parametrize('encoder', ['{name: lstm, pool: [mean, last], inputs: [since]}', '{name: axial, hidden: 8, heads: 2, layers: 1, pool: [last]}'])
+def test_cells_resume_exactly(cohort, tmp_path, encoder):
+    "A run with terms on cells and probes on validation, left in mid-epoch and resumed, ends as one that was not."
+    from mmsn.config import load_config
+    from mmsn.loop import Trainer
+    kinds = '[value,latent]' if 'axial' in encoder else '[forecast,value,latent]'
+    terms = ['loss.weight=0.5', 'loss.cells.weight=1', f'loss.cells.kind={kinds}', 'modalities.ehr.views.random_masks.cell=0.3', 'train.probe_every=2']
+    for name, until in (('whole', None), ('left', 3), ('left', None)):
+        trainer = Trainer(load_config('demo', words(cohort, tmp_path/name, 'optim.epochs=2', f'modalities.ehr.encoder={encoder}', *terms)[1:]))
+        if until: trainer.total = until
+        trainer.fit()
+    same(tmp_path/'left', tmp_path/'whole')
+    assert any(k.startswith('auxiliary.cells') for k in load_file(last(tmp_path/'whole')/'model.safetensors'))
+    assert curve(tmp_path/'whole')['cells/loss'].notna().all()
+
+
 @pytest.mark.parametrize('loss', ['sigmoid', 'infonce'])
 def test_contrast_resumes_exactly(cohort, tmp_path, loss):
     "A run with a contrast, left in mid-epoch and resumed, ends as one that was not: heads, scale and intercept too."
