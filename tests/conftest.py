@@ -1,4 +1,8 @@
 "What the tests share: a small cohort of synthetic patients, and a way to run a command as a user would."
+import os
+# before torch is imported: a process forked from one that has used OpenMP's threads waits for them for ever
+for _name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(_name, '1')
+
 import subprocess, sys
 from pathlib import Path
 
