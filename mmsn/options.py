@@ -274,7 +274,7 @@ class Optim:
     # samples a process and micro-batch at the start; a run keeps their sum over processes, which is what Sinkhorn and
     # me-max see
     batch_size: int = 64
-    accumulation: int = 1  # micro-batches an optimiser step; they do not enlarge the batch of Sinkhorn and me-max
+    accumulation: int = 1  # micro-batches an optimiser step; they do not enlarge the batch of Sinkhorn, me-max, contrast
     epochs: float = 100.0            # passes over the training samples
     warmup_epochs: float = 15.0      # linear rise of the learning rate
     start_lr: float = 2e-4           # learning rate at step 0
