@@ -11,7 +11,6 @@ __all__ = ['ridge_probe', 'verdict', 'EarlyWarning']
 import numpy as np
 import torch
 from fastcore.basics import patch
-from sklearn.metrics import roc_auc_score
 
 from .data.cohort import Cohort
 from .options import Config
@@ -36,6 +35,7 @@ def ridge_probe(
     y_val,   # (m, K)
 )->float:
     "Mean validation AUROC over the labels that have both classes in both; NaN where there is none."
+    from sklearn.metrics import roc_auc_score   # runs without a probe need not wait for it
     scores = []
     for k in range(y.shape[1]):
         rows, val = (np.isfinite(label[:, k]) & np.isfinite(f).all(1) for label, f in ((y, x), (y_val, x_val)))
@@ -61,6 +61,13 @@ def verdict(
     return (f'pre-training has stopped paying: the probe on validation was best at step {step} ({best:.3f}; now '
             f'{scores[-1][1]:.3f}, random start {random:.3f})')
 
+# %% ../nbs/52b_early.ipynb #372a4d77
+def _eligible(cohort, config, labels):
+    "Rows of train and of val, of patients with a label and the modalities that training asks for; either may be empty."
+    combine = np.all if config.data.samples == 'paired' else np.any
+    usable = np.isfinite(labels).any(1) & combine([cohort.present(n) for n in config.modalities], axis=0)
+    return [np.flatnonzero(usable & (cohort.samples.split == s).to_numpy()) for s in ('train', 'val')]
+
 # %% ../nbs/52b_early.ipynb #1eeb3436
 class EarlyWarning:
     "A probe of a model in training, on patients of the cohort's train and val splits."
@@ -72,11 +79,8 @@ class EarlyWarning:
         self.cohort, self.names = cohort, list(config.modalities)
         labels = list(config.evaluate.labels or cohort.labels)
         self.labels = cohort.samples[labels].to_numpy(float) if labels else np.zeros((len(cohort), 0))
-        rng, has_label = np.random.default_rng([config.train.seed, 0xEA57]), np.isfinite(self.labels).any(1)
-        combine = np.all if config.data.samples == 'paired' else np.any
-        usable, split = has_label & combine([cohort.present(n) for n in self.names], axis=0), cohort.samples.split
-        rows = (np.flatnonzero(usable & (split == s).to_numpy()) for s in ('train', 'val'))   # either may be empty
-        self.train, self.val = (np.sort(rng.permutation(r)[:most]) for r in rows)
+        rng = np.random.default_rng([config.train.seed, 0xEA57])
+        self.train, self.val = (np.sort(rng.permutation(rows)[:most]) for rows in _eligible(cohort, config, self.labels))
         self.scores, self.random, self.said = [], float('nan'), ''
 
 # %% ../nbs/52b_early.ipynb #d2dfb417

@@ -112,6 +112,16 @@ def forward(self:AxialEncoder,
     "(N, dim), the same whatever lies beyond the true hours."
     return self.pooled(self.states(x, lengths), x, lengths)
 
+# %% ../../nbs/30b_encoders.axial.ipynb #46020dfe
+@patch
+def _along_time(self:AxialEncoder, h, real):
+    "(N, K, L): the attention of each channel's summary to the channel's bins, in the last block along time."
+    N, K, L, d = h.shape
+    block = self.time[-1]
+    q, k, _ = block.attn._heads(block.norm1(h.reshape(N*K, L, d)))
+    score = (q[:, :, :1]@k.mT*q.shape[-1]**-.5)[:, :, 0].masked_fill(~real.repeat_interleave(K, 0)[:, None], -torch.inf)
+    return score.softmax(-1).mean(1).view(N, K, L)[..., 1:]
+
 # %% ../../nbs/30b_encoders.axial.ipynb #c0cb9ce9
 @patch
 @torch.no_grad()
@@ -122,10 +132,6 @@ def attention(self:AxialEncoder,
     "(N, K, L): how much each bin of each channel weighs in the last layer; what a row sums to is at most 1."
     h, real = self.tokens(x, lengths)
     for i in range(self.config.layers - 1): h = self.layer(h, real, i)
-    N, K, L, d = h.shape
-    along, last = self.time[-1], self.across[-1]
-    q, k, _ = along.attn._heads(along.norm1(h.reshape(N*K, L, d)))
-    score = (q[:, :, :1]@k.mT*q.shape[-1]**-.5)[:, :, 0].masked_fill(~real.repeat_interleave(K, 0)[:, None], -torch.inf)
-    alpha = score.softmax(-1).mean(1).view(N, K, L)[..., 1:]
+    alpha, last = self._along_time(h, real), self.across[-1]
     h = self.layer(h, real, self.config.layers - 1)[:, :, 0]
     return last.attn.weights(last.norm1(h)).mean((1, 2))[..., None]*alpha
