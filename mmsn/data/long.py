@@ -298,6 +298,8 @@ def prepare_table(
     starts=None,         # CSV or parquet: subject_id, start, perhaps end and stay_id; None: one stay a subject, or a stay_id
     split='',            # lists of subjects, as in `mmsn.data.splits.divide`; '': the labels' column split, or a hash
     facts=None,          # DataFrame of numbers by stay_id, or by subject_id: the modality demographics
+    told=(),             # rows (part, what, count) that go before the others of the summary
+    shift:float=0.,      # hours added to every time, where these are the beginnings of hours
     **columns,           # fields of `Columns`: subject, stay, time, variable, value, unit
 )->pd.DataFrame:
     "Turn a table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
@@ -311,7 +313,7 @@ def prepare_table(
                       hours=hours, timestep=timestep, seed=seed, **_said_of(named, split))
     with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=provenance) as writer:
         stays, events, rows = read_long(table, kinds, starts, named)
-        found, left = len(stays), 0
+        found, left, events = len(stays), 0, events.assign(hours=events.hours + shift)
         if starts is None: stays, left = _with_labelled(stays, known, named.subject == named.stay, table)
         last = events.groupby('stay').hours.max().reindex(stays.index)
         end = stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                 # hour 0 needs a row
@@ -319,7 +321,7 @@ def prepare_table(
         samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, kinds,
                 events, end.to_numpy(), timestep)
         if facts is not None: _add_facts(writer, facts, stays, samples)
-        rows = [('stays', 'in the table' if starts is None else 'in the table of starts', found),
+        rows = [*told, ('stays', 'in the table' if starts is None else 'in the table of starts', found),
                 ('stays', 'with labels only', len(stays) - found),
                 *[('stays', 'labelled, left out: no row in the table', left)]*bool(left), *rows,
                 *[('samples', 'with a split in the labels, not used', int(known.split.notna().sum()))
