@@ -32,7 +32,7 @@ from .data.mimic.prepare import MimicOptions, _CHOICES, TASKS, prepare_mimic
 from .data.physionet import prepare_physionet2012
 from .data.synthetic import LABELS, synthesise
 from .data.synthetic_mimic import write_mimic
-from .data.yaib import is_yaib, prepare_yaib
+from .data.yaib import is_yaib, prepare_yaib, table_words
 from .options import InputError
 
 # %% ../nbs/28_prepare.ipynb #1b7f5f99
@@ -249,29 +249,11 @@ def table(
     "Any table of measurements, long (subject_id, time, variable, value) or wide (a column a variable), or a folder of YAIB."
     own = dict(labels=labels, hours=hours, timestep=timestep, name=name, modality=modality, seed=seed, split=split)
     columns = dict(subject=subject, stay=stay, time=time, variable=variable, value=value, unit=unit)
-    channels, out, yaib = _table_words(table, channels, out, starts, columns)
+    channels, out, yaib = table_words(table, channels, out, starts, columns)
     if yaib: return _make(out, overwrite, say, [f'reading {table}, a folder of YAIB, into {out}: each stay counts as a patient'],
                           lambda: prepare_yaib(table, out, channels, **own))
     return _make(out, overwrite, say, [f'reading {table} into {out}'],
                  lambda: prepare_table(table, channels, out, starts=starts, **own, **columns))
-
-# %% ../nbs/28_prepare.ipynb #619d3625
-def _table_words(table, channels, out, starts, columns):
-    "(channels, out, whether it is a folder of YAIB) of the words of a person; raises InputError for what is missing."
-    yaib = is_yaib(table)
-    if yaib and out is None: channels, out = None, channels
-    if out is None or not yaib and channels is None:
-        raise InputError('OUT is missing: mmsn-prepare table FOLDER OUT' if yaib else
-                         'CHANNELS or OUT is missing: mmsn-prepare table TABLE CHANNELS OUT; '
-                         f'mmsn-prepare table {table} --draft channels.csv drafts a table of channels from the data')
-    if Path(table).is_dir() and not yaib:
-        raise InputError(f'{table} is a folder without dyn.parquet: give a table, or a folder of YAIB (dyn, sta, outc)')
-    if yaib and (starts or columns != {f.name: f.default for f in fields(Columns)}):
-        raise InputError(f'{table} is a folder of YAIB, whose columns and starts are known: leave out --starts and the names')
-    if channels is not None and not Path(channels).is_file() and Path(table).exists():
-        raise InputError(f'no table of channels at {channels}: mmsn-prepare table {table} --draft {channels} drafts one from '
-                         'the data')
-    return channels, out, yaib
 
 # %% ../nbs/28_prepare.ipynb #a4637cc1
 def medfuse(
@@ -440,7 +422,6 @@ def _reverse(folder, out, task, modality, say):
     summary = write_medfuse(folder, out, task, modality=modality)
     for what, count in summary[['what', 'count']].itertuples(index=False): print(f'  {count:>12,}  {what}')
 
-# %% ../nbs/28_prepare.ipynb #053e6c65
 def _draft(file, words, say):
     "Write a table of channels drafted from the data, and say what to do with it."
     path, named = words['table'], Columns(*(words[f.name] for f in fields(Columns)))
@@ -475,7 +456,7 @@ def parser():
              'CHANNELS and OUT may be left out')
     return p
 
-# %% ../nbs/28_prepare.ipynb #b3307949
+# %% ../nbs/28_prepare.ipynb #662283d1
 def _parsed(argv):
     "The words of the command as a dictionary; argparse's own error for words that are not known."
     p = parser()
@@ -484,7 +465,6 @@ def _parsed(argv):
     if len(rest) > len(empty) or any(r.startswith('-') for r in rest): p.error(f'unrecognized arguments: {" ".join(rest)}')
     return vars(words) | dict(zip(empty, rest))
 
-# %% ../nbs/28_prepare.ipynb #662283d1
 @cli
 def main(
     argv=None,   # the words after the command; those of the command line by default

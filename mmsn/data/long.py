@@ -246,6 +246,13 @@ def _with_labels(
     ids = stays[['subject', 'stay_id'] if named else ['subject']]
     return pd.concat([pd.DataFrame(dict(sample_id=sample, subject_id=number)), ids, y.assign(split=divided)], axis=1)
 
+# %% ../../nbs/24_data.long.ipynb #8b8f15ae
+def _divided(stays, known, split, column):
+    "Rows (part, what, count) about a division by lists."
+    if not split: return []
+    unused = [('samples', 'with a split in the labels, not used', int(known.split.notna().sum()))] if 'split' in known else []
+    return unused + [('samples', *row) for row in split_counts(stays.subject, split, column)]
+
 # %% ../../nbs/24_data.long.ipynb #c7acf9b1
 def _with_labelled(
     stays,           # of `read_long`
@@ -277,6 +284,11 @@ def _add_facts(writer, facts, stays, samples):
     writer.add_tabular('demographics', facts)
 
 # %% ../../nbs/24_data.long.ipynb #1e8fcf82
+def _known(labels, columns):
+    "Labels of a file, of `read_labels`, or none."
+    if labels is None: return pd.DataFrame(index=pd.Index([], name='subject_id'))
+    return labels if isinstance(labels, pd.DataFrame) else read_labels(labels, columns)
+
 def _said_of(columns, split):
     "What a cohort says about columns of other names, and about lists of subjects."
     other = {k: v for k, v in columns.roles.items() if k != v}
@@ -306,8 +318,7 @@ def prepare_table(
     if hours < 0 or timestep <= 0:
         raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
     named = Columns(**columns)
-    known = pd.DataFrame(index=pd.Index([], name='subject_id')) if labels is None else (
-            labels if isinstance(labels, pd.DataFrame) else read_labels(labels, named))
+    known = _known(labels, named)
     kinds = channels if isinstance(channels, list) else read_channels(channels)
     provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name,
                       hours=hours, timestep=timestep, seed=seed, **_said_of(named, split))
@@ -324,7 +335,5 @@ def prepare_table(
         rows = [*told, ('stays', 'in the table' if starts is None else 'in the table of starts', found),
                 ('stays', 'with labels only', len(stays) - found),
                 *[('stays', 'labelled, left out: no row in the table', left)]*bool(left), *rows,
-                *[('samples', 'with a split in the labels, not used', int(known.split.notna().sum()))
-                  for _ in 'x' if split and 'split' in known],
-                *(('samples', *r) for r in split_counts(stays.subject, split or 'hash', named.subject))]
+                *_divided(stays, known, split, named.subject)]
         return close_with_summary(writer, samples, rows, counts)
