@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmsn.data.long._columns_of': ('data.long.html#_columns_of', 'mmsn/data/long.py'),
                                 'mmsn.data.long._convert': ('data.long.html#_convert', 'mmsn/data/long.py'),
                                 'mmsn.data.long._divided': ('data.long.html#_divided', 'mmsn/data/long.py'),
+                                'mmsn.data.long._first': ('data.long.html#_first', 'mmsn/data/long.py'),
                                 'mmsn.data.long._known': ('data.long.html#_known', 'mmsn/data/long.py'),
                                 'mmsn.data.long._matched': ('data.long.html#_matched', 'mmsn/data/long.py'),
                                 'mmsn.data.long._moment': ('data.long.html#_moment', 'mmsn/data/long.py'),

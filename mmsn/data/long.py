@@ -127,20 +127,25 @@ def _read_starts(con, path, stamps, columns):
         if twice: raise InputError(f'row {twice[0]} of {path} is a stay that is there already')
 
 # %% ../../nbs/24_data.long.ipynb #4f35230f
+def _first(con, sql):
+    "The first row of a query, or None."
+    rows = con.execute(sql).fetchall()
+    return rows[0] if rows else None
+
 def _check_stays(con, path, starts):
     "Raise InputError unless the stays that rows name are each of one subject, and those of the table of starts."
-    torn = con.execute("""select stay_id, min(subject), max(subject) from long where stay_id is not null
-        group by 1 having min(subject) <> max(subject) order by 1 limit 1""").fetchone()
+    torn = _first(con, """select stay_id, min(subject), max(subject) from long where stay_id is not null
+        group by 1 having min(subject) <> max(subject) order by 1 limit 1""")
     if torn: raise InputError(f'{path}: stay {torn[0]} is of subject {torn[1]} in one row and of {torn[2]} in another')
     if starts is None: return
-    if con.execute('select count(*) from stays where stay_id is null').fetchone()[0]:
+    if _first(con, 'select count(*) from stays where stay_id is null')[0]:
         raise InputError(f'{path} names the stay of each row, so {starts} needs a stay_id in every row')
-    other = con.execute("""select long.stay_id, long.subject, stays.subject from long join stays using (stay_id)
-        where long.subject <> stays.subject order by 1 limit 1""").fetchone()
+    other = _first(con, """select long.stay_id, long.subject, stays.subject from long join stays using (stay_id)
+        where long.subject <> stays.subject order by 1 limit 1""")
     if other: raise InputError(f'stay {other[0]} is of subject {other[1]} in {path}, but of {other[2]} in {starts}')
-    n, both, known, one, two = con.execute("""select count(distinct long.stay_id), count(distinct stays.stay_id),
+    n, both, known, one, two = _first(con, """select count(distinct long.stay_id), count(distinct stays.stay_id),
         (select count(*) from stays), any_value(long.stay_id), (select any_value(stay_id) from stays)
-        from long left join stays using (stay_id)""").fetchone()
+        from long left join stays using (stay_id)""")
     if both*2 < min(n, known):
         raise InputError(f'only {both} of {n} stays of {path} are in {starts}: the first has {one!r}, the second {two!r}')
 
