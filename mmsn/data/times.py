@@ -111,6 +111,14 @@ class TimeFormat:
         struct = f"regexp_extract({t}, '{pattern}', {[*names, *_REST]})"
         return f'case when not ({_FAST.format(t=t)} or {_FAST_UTC.format(t=t)}) then {struct} end' if self.form == 'ymd' else struct
 
+    def stamp(self, t:str, g:str)->str:
+        "SQL for the TIMESTAMP (UTC where there are zones) of the text `t` with parts `g`; NULL for what is no time."
+        if self.form == 'number': return f'make_timestamp(round(({self.moment(t, g)})*1000000)::bigint)'
+        slow = f'make_timestamp({_micros_sql(g)})'
+        if self.form != 'ymd': return slow
+        return (f"case when {_FAST.format(t=t)} then try_cast(nullif({t}, '') as timestamp) "
+                f'when {_FAST_UTC.format(t=t)} then try_cast({t}[:19] as timestamp) else {slow} end')
+
     def moment(self, t:str, g:str)->str:
         "SQL for hours ('elapsed') or seconds since 1970 of the text `t` with parts `g`; NULL for what is no time."
         number = f'try_cast({t} as double)'
@@ -176,7 +184,7 @@ def _localise(con, table, column, f, places, what):
             raise InputError(f'{what} holds {made.t[local.isna()].iloc[0]!r}, an hour that the clocks there showed twice or '
                              f'not at all: write an offset such as +02:00')
         made['micros'] = local.dt.tz_convert('UTC').dt.tz_localize(None).astype('datetime64[us]').astype('int64')
-        con.register('zoned', made)
+        con.register('zoned', made.astype(dict(t=object)))
         con.execute(f"update {table} set {column} = '@' || zoned.micros from zoned where {table}.{column} = zoned.t")
         con.unregister('zoned')
 
@@ -222,6 +230,7 @@ def _text_format(con, table, column, what, form, example, unit, order):
     if form == 'delta': return TimeFormat('delta', 'elapsed')
     if unit != 'auto': raise InputError(f'{what} holds dates such as {example!r}, not numbers of {unit}: leave out --time-unit')
     if form == 'slash':
+        if callable(order): order = order()
         first, second = (f"max(try_cast(regexp_extract({column}, '{_PATTERNS['dmy'][0]}', {i}) as int))" for i in (1, 2))
         form = _order(*con.execute(f'select {first}, {second} from {table}').fetchone(), example, what, order)
     return TimeFormat(form, 'local')
@@ -235,7 +244,7 @@ def find_format(
     column:str,        # of texts as `time_text` makes them
     what:str,          # what to call the column in messages: "column 'time' of long.csv"
     unit:str='auto',   # of numbers, of TIME_UNITS
-    order:str='',      # 'dmy' or 'mdy' where the column does not decide it
+    order:str='',      # 'dmy' or 'mdy' where the column does not decide it, or a function that says so
     places:bool=True,  # whether zones may be places
 )->TimeFormat:
     "How the column is read. Raises InputError naming a cell that is no time, or why the column cannot be read."
