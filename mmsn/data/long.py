@@ -14,6 +14,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 
+from .formats import Columns, factors, open_source
+from .splits import divide, split_counts
 from .tables import (_need, given_split, header, label_columns, numbers, read_text, reader, split_of,
                               subject_numbers)
 from .timeseries import Channel, add_series
@@ -57,48 +59,58 @@ def _cell(column): return f"""nullif(trim("{column}"::varchar), '')"""
 
 # %% ../../nbs/24_data.long.ipynb #0d0a87d2
 def load_long(
-    con,    # DuckDB connection that gets the table
-    path,   # CSV or parquet: subject_id, time, variable, value
-)->bool:
-    """Make `long` (subject, moment, variable, value): `moment` in hours, or in seconds where the column holds
-    timestamps; returns whether it does."""
-    names = _columns_of(path, *_LONG)
-    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('time')} as t,
-        {_cell('variable')} as variable,
-        try_cast({_cell('value')} as double) as value from {reader(Path(path), names)}""")
+    con,        # DuckDB connection that gets the table
+    path,       # CSV or parquet, long or wide
+    columns:Columns=Columns(),   # what its columns are called
+    known=None, # names of the channels, as in `open_source`
+)->tuple:
+    """Make `long` (subject, stay_id, moment, variable, value, unit): `moment` in hours, or in seconds where the column
+    holds timestamps; returns whether it does, and the `Source`."""
+    source = open_source(con, path, columns, known)
+    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('stay_id')} as stay_id,
+        {_cell('time')} as t, {_cell('variable')} as variable,
+        try_cast({_cell('value')} as double) as value, {_cell('unit')} as unit from source""")
     rows, hours, stamps = con.execute('select count(*), count(try_cast(t as double)), count(try_cast(t as '
                                       'timestamp)) from cells').fetchone()
     if not rows: raise InputError(f'{path} holds no rows')
     if not hours + stamps:
-        raise InputError(f"column 'time' of {path} holds neither hours nor timestamps (YYYY-MM-DD HH:MM:SS)")
-    con.execute(f'create table long as select subject, {_moment("t", stamps > hours)} as moment, variable, value '
-                f'from cells')
-    return stamps > hours
+        raise InputError(f"column {columns.time!r} of {path} holds neither hours nor timestamps (YYYY-MM-DD HH:MM:SS)")
+    con.execute(f'create table long as select subject, stay_id, {_moment("t", stamps > hours)} as moment, variable, '
+                f'value, unit from cells')
+    return stamps > hours, source
 
 # %% ../../nbs/24_data.long.ipynb #55379fa4
 def _moment(column, stamps):
     return f'epoch(try_cast({column} as timestamp))' if stamps else f'try_cast({column} as double)'
 
 # %% ../../nbs/24_data.long.ipynb #41fb7dcc
+_NO_STARTS = """select subject, {stay} as stay_id, '-infinity'::double as begin, {zero} as zero, null::double as stop
+    from long where subject is not null and {there} group by 1, 2 order by try_cast(subject as bigint), 1,
+    try_cast({stay} as bigint), 2"""
+
 def load_starts(
     con,            # DuckDB connection with `long`
-    path,           # CSV or parquet: subject_id, start, optionally end and stay_id; None: one stay a subject
+    path,           # CSV or parquet: subject_id, start, optionally end and stay_id; None: one stay a subject, or a stay_id
     stamps:bool,    # whether times are timestamps
+    columns:Columns=Columns(),   # what its columns are called, where they are called as in the long table
+    named:bool=False,            # the rows of `long` name their stays
 ):
     """Make `stays` (stay 0..N-1, subject, stay_id, begin, zero, stop): rows from `begin` on belong to it, `zero` is
     its hour 0. Raises InputError."""
-    first = """select subject, null::varchar as stay_id, '-infinity'::double as begin, {} as zero, null::double as stop
-        from long where subject is not null group by 1 order by try_cast(subject as bigint), 1"""
-    if path is not None: _read_starts(con, path, stamps)
+    if path is not None: _read_starts(con, path, stamps, columns)
     source = 'select subject, stay_id, begin, begin as zero, stop from given order by row'
-    if path is None: source = first.format('min(moment)' if stamps else '0.')
+    if path is None: source = _NO_STARTS.format(zero='min(moment)' if stamps else '0.',
+                                                stay='stay_id' if named else 'null::varchar',
+                                                there='stay_id is not null' if named else 'true')
     con.execute(f'create table stays as select (row_number() over () - 1)::int as stay, * from ({source})')
 
 # %% ../../nbs/24_data.long.ipynb #635bb760
-def _read_starts(con, path, stamps):
+def _read_starts(con, path, stamps, columns):
     "The table `given` of a table of starts."
-    names = _columns_of(path, 'subject_id', 'start')
-    text = {c: _cell(c) if c in names else 'null::varchar' for c in ('subject_id', 'stay_id', 'start', 'end')}
+    names = _columns_of(path, 'start')
+    own = lambda c: c if c in names else columns.roles.get(c, c)      # the long table's name for it will do
+    _need(pd.DataFrame(columns=names), own('subject_id'), path)
+    text = {c: _cell(own(c)) if own(c) in names else 'null::varchar' for c in ('subject_id', 'stay_id', 'start', 'end')}
     con.execute(f"""create table given as select *, {_moment('t0', stamps)} as begin, {_moment('t1', stamps)} as stop
         from (select row_number() over () as row, {text['subject_id']} as subject, {text['stay_id']} as stay_id,
               {text['start']} as t0, {text['end']} as t1 from {reader(Path(path), names)})""")
@@ -114,56 +126,102 @@ def _read_starts(con, path, stamps):
                             'having count(*) > 1 limit 1').fetchone()
         if twice: raise InputError(f'row {twice[0]} of {path} is a stay that is there already')
 
+# %% ../../nbs/24_data.long.ipynb #4f35230f
+def _check_stays(con, path, starts):
+    "Raise InputError unless the stays that rows name are each of one subject, and those of the table of starts."
+    torn = con.execute("""select stay_id, min(subject), max(subject) from long where stay_id is not null
+        group by 1 having min(subject) <> max(subject) order by 1 limit 1""").fetchone()
+    if torn: raise InputError(f'{path}: stay {torn[0]} is of subject {torn[1]} in one row and of {torn[2]} in another')
+    if starts is None: return
+    if con.execute('select count(*) from stays where stay_id is null').fetchone()[0]:
+        raise InputError(f'{path} names the stay of each row, so {starts} needs a stay_id in every row')
+    other = con.execute("""select long.stay_id, long.subject, stays.subject from long join stays using (stay_id)
+        where long.subject <> stays.subject order by 1 limit 1""").fetchone()
+    if other: raise InputError(f'stay {other[0]} is of subject {other[1]} in {path}, but of {other[2]} in {starts}')
+    n, both, known, one, two = con.execute("""select count(distinct long.stay_id), count(distinct stays.stay_id),
+        (select count(*) from stays), any_value(long.stay_id), (select any_value(stay_id) from stays)
+        from long left join stays using (stay_id)""").fetchone()
+    if both*2 < min(n, known):
+        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: the first has {one!r}, the second {two!r}')
+
 # %% ../../nbs/24_data.long.ipynb #48cde66c
 _REASONS = """select stay, (moment - zero)/{unit} as hours, channel, value,
     case when long.subject is null then 'no subject' when moment is null or not isfinite(moment) then 'no time'
          when channel is null then 'unknown variable' when value is null or not isfinite(value) then 'no number'
-         when stay is null then 'in no stay' when moment > stop then 'after the end of its stay' end as reason
-    from long asof left join stays on long.subject = stays.subject and long.moment >= stays.begin
-    left join known using (variable)"""
+         when {nameless} then 'no stay_id' when stay is null then 'in no stay'
+         when moment < begin then 'before the start of its stay'
+         when moment > stop then 'after the end of its stay' end as reason
+    from long {join} left join known using (variable)"""
+_BY_TIME = 'asof left join stays on long.subject = stays.subject and long.moment >= stays.begin'
+_BY_NAME = 'left join stays on long.stay_id = stays.stay_id'
 _UNKNOWN = """select variable, count(*) from long where variable is null or variable not in (select variable from known)
     group by 1 order by 2 desc, 1 limit 10"""
 _DROPPED = 'select reason, count(*) from events where reason is not null group by 1 order by 1'
 
+# %% ../../nbs/24_data.long.ipynb #bd664781
+def _convert(con, path, channels):
+    "Bring the values of `long` to the units of their channels; returns rows (part, what, count). Raises InputError."
+    counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by all').fetchall()
+    table, told = factors(counts, channels, path)
+    if len(table):
+        con.register('factors', table)
+        con.execute("""update long set value = value*scale + shift from factors
+            where long.variable = factors.variable and long.unit = factors.unit""")
+    return told
+
 # %% ../../nbs/24_data.long.ipynb #6d43ac0a
 def read_long(
-    path,            # CSV or parquet: subject_id, time, variable, value
+    path,            # CSV or parquet: subject_id, time, variable, value, perhaps stay_id and unit; or a column a variable
     channels:list,   # of Channel
     starts=None,     # CSV or parquet: subject_id, start, optionally end and stay_id
+    columns:Columns=Columns(),   # what the columns are called
 )->tuple:
     """Stays (subject, stay_id, length in hours or NaN), their events (stay, hours, channel, value), rows (part,
     what, count). Raises InputError."""
     with duckdb.connect() as con:
         try:
-            stamps = load_long(con, path)
-            load_starts(con, starts, stamps)
+            stamps, source = load_long(con, path, columns, [c.name for c in channels])
+            load_starts(con, starts, stamps, columns, source.stays)
         except duckdb.Error as e:
             raise InputError(f'{path} or the table of starts is not readable: {str(e).splitlines()[0]}')
-        unit = 3600. if stamps else 1.
-        con.register('known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
-        con.execute(f'create table events as {_REASONS.format(unit=unit)}')
-        rows = [('events', 'rows', con.execute('select count(*) from events').fetchone()[0])]
-        rows += [('events', f'dropped: {r}', n) for r, n in con.execute(_DROPPED).fetchall()]
-        rows += [('unknown variables', v or '(empty)', n) for v, n in con.execute(_UNKNOWN).fetchall()]
-        stays = con.execute(f'select subject, stay_id, (stop - zero)/{unit} as length from stays order by stay').df()
-        events = con.execute('select stay, hours, channel::int as channel, value from events where reason is null '
-                             'order by all').df()
+        if source.stays: _check_stays(con, path, starts)
+        told = _convert(con, path, channels) if source.units else []
+        return _matched(con, path, channels, source, 3600. if stamps else 1., told)
+
+# %% ../../nbs/24_data.long.ipynb #4da56bbc
+def _matched(con, path, channels, source, unit, told):
+    "What `read_long` returns, of the tables `long` and `stays`."
+    con.register('known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
+    join, nameless = (_BY_NAME, 'long.stay_id is null') if source.stays else (_BY_TIME, 'false')
+    con.execute(f'create table events as {_REASONS.format(unit=unit, join=join, nameless=nameless)}')
+    rows = [('events', 'rows', con.execute('select count(*) from events').fetchone()[0])]
+    rows += [('events', f'dropped: {r}', n) for r, n in con.execute(_DROPPED).fetchall()]
+    rows += [('unknown variables', v or '(empty)', n) for v, n in con.execute(_UNKNOWN).fetchall()]
+    rows += [('unknown variables', f'column {v}', n) for v, n in source.unknown]
+    stays = con.execute(f'select subject, stay_id, (stop - zero)/{unit} as length from stays order by stay').df()
+    events = con.execute('select stay, hours, channel::int as channel, value from events where reason is null '
+                         'order by all').df()
     if not len(events):
         raise InputError(f'no row of {path} is a measurement of a channel, such as {channels[0].name!r}')
-    return stays, events, rows
+    return stays, events, rows + told
 
 # %% ../../nbs/24_data.long.ipynb #9cb16bae
-def read_labels(path)->pd.DataFrame:
+def read_labels(
+    path,                        # CSV: subject_id or stay_id, a column a label, perhaps split
+    columns:Columns=Columns(),   # what subject and stay are called, where they are called as in the long table
+)->pd.DataFrame:
     """Labels by stay_id if there is such a column, else by subject_id (the index, as text), and `split` where there
-    is one. Raises InputError."""
-    key = 'stay_id' if 'stay_id' in (table := read_text(path)) else 'subject_id'
+    is one; `.attrs['subjects']` is stay_id -> subject_id where both are there. Raises InputError."""
+    key = 'stay_id' if 'stay_id' in (table := columns.renamed(read_text(path))) else 'subject_id'
     _need(table, key, path)
     subject_numbers(table[key], path)                            # refuses empty ids
     table = table.assign(**{key: table[key].str.strip()}).set_index(key)
     if table.index.has_duplicates:
         raise InputError(f'{path} holds {key[:-3]} {table.index[table.index.duplicated()][0]} twice')
     made = label_columns(table, [c for c in table if c not in ('split', 'subject_id')], path)
-    return made.assign(split=given_split(table, 'split', path)) if 'split' in table else made
+    if 'split' in table: made = made.assign(split=given_split(table, 'split', path))
+    if 'subject_id' in table: made.attrs['subjects'] = table.subject_id.str.strip().to_dict()
+    return made
 
 # %% ../../nbs/24_data.long.ipynb #1b71f41a
 def _with_labels(
@@ -171,24 +229,65 @@ def _with_labels(
     known,      # of `read_labels`
     seed:int,   # of the division by subject
     where,      # what to call the table in messages
+    split='',   # lists of subjects, as in `divide`; '': the column split of the labels, or a hash
+    column='subject_id',   # what these lists may call a subject
 )->pd.DataFrame:
     "The table of samples: ids, subject, split, labels. Raises InputError for labels of stays without names."
     number, named = subject_numbers(stays.subject, where), stays.stay_id.notna().all()
     if known.index.name == 'stay_id' and not named:
-        raise InputError('the labels name stays, so the table of starts needs a column stay_id')
+        raise InputError('the labels name stays, so the table, or the table of starts, needs a column stay_id')
     alone = len(set(number)) == len(number)
     sample = subject_numbers(stays.stay_id, where) if named else number if alone else np.arange(len(stays))
     y = known.reindex(stays.stay_id if known.index.name == 'stay_id' else stays.subject).reset_index(drop=True)
-    split = pd.Series(split_of(number, seed))
+    if split: y = y.assign(split=divide(stays.subject, split, seed, column, where))
+    divided = pd.Series(split_of(number, seed))
     # a stay without a row follows its subject
-    if 'split' in y: split = y.split.groupby(number).transform('first').fillna(split)
+    if 'split' in y: divided = y.split.groupby(number).transform('first').fillna(divided)
     ids = stays[['subject', 'stay_id'] if named else ['subject']]
-    return pd.concat([pd.DataFrame(dict(sample_id=sample, subject_id=number)), ids, y.assign(split=split)], axis=1)
+    return pd.concat([pd.DataFrame(dict(sample_id=sample, subject_id=number)), ids, y.assign(split=divided)], axis=1)
+
+# %% ../../nbs/24_data.long.ipynb #c7acf9b1
+def _with_labelled(
+    stays,           # of `read_long`
+    known,           # of `read_labels`
+    alone:bool,      # each stay is a subject of its own
+    where,           # what to call the table in messages
+)->tuple:
+    "`stays` and those that only the labels know, and how many of these are left out. Raises InputError."
+    key, subjects = known.index.name, known.attrs.get('subjects', {})
+    if not stays.stay_id.notna().all():
+        more = dict(subject=known.index.difference(stays.subject)) if key == 'subject_id' else {}
+        return pd.concat([stays, pd.DataFrame(more)], ignore_index=True), 0
+    if key == 'subject_id': return stays, len(known.index.difference(stays.subject))
+    said = stays.stay_id.map(subjects)
+    other = stays[said.notna() & (said != stays.subject)]
+    if len(other) and not alone:
+        stay = other.iloc[0]
+        raise InputError(f'stay {stay.stay_id} is of subject {stay.subject} in {where}, but of {subjects[stay.stay_id]} in '
+                         f'the labels')
+    extra = known.index.difference(stays.stay_id)
+    more = pd.DataFrame(dict(subject=extra if alone else extra.map(subjects), stay_id=extra))
+    return pd.concat([stays, more[more.subject.notna()]], ignore_index=True), int(more.subject.isna().sum())
+
+# %% ../../nbs/24_data.long.ipynb #da76c713
+def _add_facts(writer, facts, stays, samples):
+    "Add the modality demographics of `facts`, by stay_id or by subject; samples without a row lack it."
+    key = stays.stay_id if stays.stay_id.notna().all() else stays.subject
+    samples['demographics_index'] = facts.index.get_indexer(key)
+    writer.add_tabular('demographics', facts)
+
+# %% ../../nbs/24_data.long.ipynb #1e8fcf82
+def _said_of(columns, split):
+    "What a cohort says about columns of other names, and about lists of subjects."
+    other = {k: v for k, v in columns.roles.items() if k != v}
+    lists = split if isinstance(split, (list, tuple)) else str(split).split(',') if split else []
+    said = dict(columns=other) if other else {}
+    return said | (dict(split=','.join(Path(p.strip()).name for p in map(str, lists))) if lists else {})
 
 # %% ../../nbs/24_data.long.ipynb #63396c5a
 def prepare_table(
-    table,               # CSV or parquet: subject_id, time (hours or timestamps), variable, value
-    channels,            # CSV: name, unit, low, high, normal
+    table,               # CSV or parquet: subject_id, time (hours or timestamps), variable, value; or a column a variable
+    channels,            # CSV: name, unit, low, high, normal; or a list of Channel
     out,                 # the cohort folder to make
     labels=None,         # CSV: subject_id or stay_id, a column a label (1, 0, -1 or empty), optionally split
     hours:float=48,      # hours read of each stay; 0: all
@@ -196,27 +295,36 @@ def prepare_table(
     modality:str='ehr',  # name of the time series
     name:str='table',    # of the cohort
     seed:int=0,          # of the division by subject
-    starts=None,         # CSV or parquet: subject_id, start, perhaps end and stay_id; None: one stay a subject
+    starts=None,         # CSV or parquet: subject_id, start, perhaps end and stay_id; None: one stay a subject, or a stay_id
+    split='',            # lists of subjects, as in `mmsn.data.splits.divide`; '': the labels' column split, or a hash
+    facts=None,          # DataFrame of numbers by stay_id, or by subject_id: the modality demographics
+    told=(),             # rows (part, what, count) that go before the others of the summary
+    shift:float=0.,      # hours added to every time, where these are the beginnings of hours
+    **columns,           # fields of `Columns`: subject, stay, time, variable, value, unit
 )->pd.DataFrame:
-    "Turn a long table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
+    "Turn a table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
     if hours < 0 or timestep <= 0:
         raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
-    known = pd.DataFrame(index=pd.Index([], name='subject_id')) if labels is None else read_labels(labels)
-    kinds = read_channels(channels)
-    names = [c for c in known if c != 'split']
+    named = Columns(**columns)
+    known = pd.DataFrame(index=pd.Index([], name='subject_id')) if labels is None else (
+            labels if isinstance(labels, pd.DataFrame) else read_labels(labels, named))
+    kinds = channels if isinstance(channels, list) else read_channels(channels)
     provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name,
-                      hours=hours, timestep=timestep, seed=seed)
-    with CohortWriter(out, name, names, provenance=provenance) as writer:
-        stays, events, rows = read_long(table, kinds, starts)
-        found = len(stays)
-        if starts is None:
-            stays = pd.concat([stays, pd.DataFrame(dict(subject=known.index.difference(stays.subject)))],
-                              ignore_index=True)
+                      hours=hours, timestep=timestep, seed=seed, **_said_of(named, split))
+    with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=provenance) as writer:
+        stays, events, rows = read_long(table, kinds, starts, named)
+        found, left, events = len(stays), 0, events.assign(hours=events.hours + shift)
+        if starts is None: stays, left = _with_labelled(stays, known, named.subject == named.stay, table)
         last = events.groupby('stay').hours.max().reindex(stays.index)
         end = stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                 # hour 0 needs a row
-        samples = _with_labels(stays, known, seed, table)
+        samples = _with_labels(stays, known, seed, table, split, named.subject)
         samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, kinds,
                 events, end.to_numpy(), timestep)
-        rows = [('stays', 'in the table' if starts is None else 'in the table of starts', found),
-                ('stays', 'with labels only', len(stays) - found), *rows]
+        if facts is not None: _add_facts(writer, facts, stays, samples)
+        rows = [*told, ('stays', 'in the table' if starts is None else 'in the table of starts', found),
+                ('stays', 'with labels only', len(stays) - found),
+                *[('stays', 'labelled, left out: no row in the table', left)]*bool(left), *rows,
+                *[('samples', 'with a split in the labels, not used', int(known.split.notna().sum()))
+                  for _ in 'x' if split and 'split' in known],
+                *(('samples', *r) for r in split_counts(stays.subject, split or 'hash', named.subject))]
         return close_with_summary(writer, samples, rows, counts)

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from .mimic.stays import divide, split_counts
+from .splits import divide, split_counts
 from .tables import numbers, read_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
@@ -228,7 +228,7 @@ def prepare_physionet2012(
     out,                     # the cohort folder to make
     modalities=('ehr',),     # ('ehr',) or ('vitals', 'labs')
     seed:int=0,              # of the division by subject
-    split:str='hash',        # of the subject, or CSV files with subject_id,split, separated by commas
+    split:str='hash',        # of the subject, or CSV files with RecordID (or subject_id),split, by commas
 )->pd.DataFrame:
     """Turn the sets of the PhysioNet Challenge 2012 that are there into a cohort; returns the summary (part, what,
     count). Raises InputError."""
@@ -239,14 +239,15 @@ def prepare_physionet2012(
     with CohortWriter(out, 'physionet2012', ['mortality'], {'mortality': 'outcome'}, provenance) as writer:
         events = read_events_2012(source)
         records, facts, fact = facts_2012(events)
-        samples = pd.DataFrame(dict(sample_id=records, subject_id=records, split=divide(records, split, seed),
+        samples = pd.DataFrame(dict(sample_id=records, subject_id=records, split=divide(records, split, seed, 'RecordID'),
                                     demographics_index=np.arange(len(records))))
         events, rows = clean_2012(events[~fact])
+        listed = [('stays', *row) for row in split_counts(records, split, 'RecordID')]
         counts = []
         for name in modalities:
             samples[f'{name}_start'], samples[f'{name}_length'], n = _add_modality(writer, name, events, len(records))
             counts.append(n)
         writer.add_tabular('demographics', facts)
         return close_with_summary(writer, pd.concat([samples, outcomes_2012(source, records)], axis=1),
-                                  [('stays', 'read', len(records)), *split_counts(records, split), *rows],
+                                  [('stays', 'read', len(records)), *listed, *rows],
                                   pd.concat(counts))

@@ -25,10 +25,11 @@ from ..cohort import SPLITS, offsets
 from ..images import store_images
 from .channels import channel_set
 from .events import fates, first_event, scan_events, unread, write_series
-from .stays import (HOURLY, MORTALITY, PHENOTYPES, divide, hourly_labels, load_stays, mimic_layout,
-                                   phenotypes, read_split, select_stays, split_counts, stay_rules)
+from .stays import (HOURLY, MORTALITY, PHENOTYPES, hourly_labels, load_stays, mimic_layout,
+                                   phenotypes, select_stays, stay_rules)
 from .xrays import (CHEXPERT, RADIOLOGIST, all_images, findings, image_paths, load_images, load_reports,
                                    official_split, pair_images, view_facts)
+from ..splits import divide, lists_of, read_split, split_counts
 from ..tables import Stages, connect, find_table, file_stamp, open_table, run
 from ..timeseries import layout
 from ..writer import CohortWriter
@@ -456,9 +457,9 @@ _INNER = ('stay', 'age', 'male', 'intime', 'read', 'view', 'position')
 def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     "Split, reports and labels; closes the cohort; returns the summary (part, what, count)."
     o = job.o
-    official = official_split(job.con, job.cxr) if o.split == 'cxr' else None
-    rows = rows.assign(split=divide(rows.subject_id, o.split, o.seed, official))
-    job.count('samples', split_counts(rows.subject_id, o.split, official))
+    split = lists_of(official_split(job.con, job.cxr), 'the split of MIMIC-CXR') if o.split == 'cxr' else o.split
+    rows = rows.assign(split=divide(rows.subject_id, split, o.seed))
+    job.count('samples', split_counts(rows.subject_id, split))
     if o.reports:
         reports = load_reports(o.reports, rows[rows.cxr_index >= 0].drop_duplicates('study_id'))
         reports.to_parquet(writer.part/'reports.parquet', index=False)

