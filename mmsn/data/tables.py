@@ -69,11 +69,12 @@ def _literal(text): return "'" + str(text).replace("'", "''") + "'"
 # %% ../../nbs/15_data.tables.ipynb #448ba608
 def reader(
     path:Path,       # .csv, .csv.gz or .parquet
-    names:list=None, # its whole header, '' for a column without a name; None: read from the file
+    names:list=(),   # its header, where the file itself is not there yet
 )->str:
     "The DuckDB expression that reads `path`; every column of a CSV is text."
     if Path(path).suffix == '.parquet': return f'read_parquet({_literal(path)})'
-    columns = ', '.join(f'{_literal(n)}: \'VARCHAR\'' for n in sql_names(csv_header(path) if names is None else names))
+    names = csv_header(path) if Path(path).is_file() else names
+    columns = ', '.join(f'{_literal(n)}: \'VARCHAR\'' for n in sql_names(names))
     return (f'read_csv({_literal(path)}, header=true, auto_detect=false, columns={{{columns}}}, '
             '''delim=',', quote='"', escape='"', nullstr='')''')
 
