@@ -21,7 +21,9 @@ from fastcore.docments import docments
 from .config import cli
 from .data.cohort import Cohort
 from .data.join import prepare_join
+from .data.draft import draft_channels
 from .data.folders import prepare_images, prepare_iu, prepare_nih
+from .data.formats import Columns
 from .data.long import prepare_table
 from .data.medfuse import prepare_medfuse, write_medfuse
 from .data.meds import prepare_meds
@@ -30,6 +32,7 @@ from .data.mimic.prepare import MimicOptions, _CHOICES, TASKS, prepare_mimic
 from .data.physionet import prepare_physionet2012
 from .data.synthetic import LABELS, synthesise
 from .data.synthetic_mimic import write_mimic
+from .data.yaib import is_yaib, prepare_yaib
 from .options import InputError
 
 # %% ../nbs/28_prepare.ipynb #1b7f5f99
@@ -108,15 +111,17 @@ def synthetic(
     lacking:float=0.,          # fraction of patients who lack the image or the chart
     shuffle_pairs:bool=False,  # the control: every image belongs to another patient
     keep_files:bool=False,     # keep the MIMIC files beside OUT, as OUT-files
+    split:str='hash',          # of the subject (default), or CSV files with subject_id,split, separated by commas
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "Invented patients with a known truth: written in the layout of MIMIC-IV and MIMIC-CXR-JPG, then read as MIMIC is."
     draw = patients, image_size, seed, noise, missingness, lacking, shuffle_pairs
     return _make(out, overwrite, say, [f'drawing {patients:,} invented patients (seed {seed})'],
-                 lambda: _by_files(synthesise(*draw), Path(out), out, image_size, seed, keep_files, say or len))
+                 lambda: _by_files(synthesise(*draw), Path(out), out, image_size, seed, keep_files, say or len,
+                                   split))
 
 # %% ../nbs/28_prepare.ipynb #4b843d00
-def _by_files(patients, out, shown, image_size, seed, keep_files, say):
+def _by_files(patients, out, shown, image_size, seed, keep_files, say, split):
     "Write patients as MIMIC files, read these; returns the summary."
     files = out.with_name(f'{out.name}-files')
     if keep_files and files.exists(): raise InputError(f'{files} exists already: remove it, or leave out --keep-files')
@@ -129,7 +134,7 @@ def _by_files(patients, out, shown, image_size, seed, keep_files, say):
         say(f'reading these files into {shown}')
         options = dict(tasks=('mortality', 'phenotyping', 'radiology'), hours=48, image_size=image_size, seed=seed)
         return prepare_mimic(folder/'mimic-iv', out, folder/'mimic-cxr-jpg', say, workers=2, name='synthetic',
-                             labels=LABELS, **options)
+                             labels=LABELS, split=split, **options)
 
 # %% ../nbs/28_prepare.ipynb #30bffd9f
 def mimic(
@@ -149,7 +154,7 @@ def mimic(
 def physionet2012(
     source,                # folder with set-a.tar.gz (or set-a/) and Outcomes-a.txt; sets b and c are read too
     out,                   # folder of the cohort; new, or empty
-    split:str='hash',      # of the subject (default), or CSV files with subject_id,split, separated by commas
+    split:str='hash',      # of the subject (default), or CSV files with RecordID (or subject_id),split, separated by commas
     vitals_labs:bool=False,  # two modalities, vitals and labs, instead of one, ehr
     seed:int=0,            # of the division into train, val and test by subject
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
@@ -167,11 +172,16 @@ def nih(
     size:int=128,          # side of the stored images in pixels
     seed:int=0,            # of the division into train, val and test by subject
     workers:int=2,         # processes that decode images
+    # CSV files with patient_id (or subject_id),split, separated by commas; without it test_list.txt, where it is there, or a hash
+    split:str=None,
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "NIH ChestX-ray14."
-    return _make(out, overwrite, say, [f'reading {source}, images to {size} x {size} pixels, into {out}'],
-                 lambda: prepare_nih(source, out, size, seed, workers))
+    lines = [f'reading {source}, images to {size} x {size} pixels, into {out}']
+    if split is None and (Path(source)/'test_list.txt').is_file():
+        lines.append('test_list.txt says who tests, a hash of the patient divides the rest; --split FILE for another division')
+    return _make(out, overwrite, say, lines,
+                 lambda: prepare_nih(source, out, size, seed, workers, split))
 
 # %% ../nbs/28_prepare.ipynb #8760f3e1
 def iu(
@@ -180,11 +190,13 @@ def iu(
     size:int=128,          # side of the stored images in pixels
     seed:int=0,            # of the division into train, val and test by report
     workers:int=2,         # processes that decode images
+    # CSV files with uid (or subject_id),split, separated by commas; without it a hash of the report decides
+    split:str=None,
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "Indiana University chest X-rays, frontal (for internal tests: CC BY-NC-ND)."
     return _make(out, overwrite, say, [f'reading {source}, images to {size} x {size} pixels, into {out}'],
-                 lambda: prepare_iu(source, out, size, seed, workers))
+                 lambda: prepare_iu(source, out, size, seed, workers, split))
 
 # %% ../nbs/28_prepare.ipynb #ed861972
 def images(
@@ -194,7 +206,7 @@ def images(
     size:int=224,          # side of the stored images in pixels
     id:str='image',        # column of the file name, relative to FOLDER, with or without ending
     subject:str=None,      # column of the patient; without it every image is its own, and patients may cross splits
-    split:str=None,        # column of train, val or test; without it a hash of the patient decides
+    split:str=None,        # column of train, val or test, or CSV files subject,split; without it a hash of the patient decides
     labels:list=(),        # columns of 1, 0, -1 (unknown) or empty (unknown), separated by commas
     facts:list=(),         # columns such as age,sex,view for a tabular modality
     fit:typing.Literal['crop', 'squash']='crop',   # crop: keep proportions, cut to a square; squash: stretch
@@ -213,22 +225,53 @@ def images(
 
 # %% ../nbs/28_prepare.ipynb #61ae0349
 def table(
-    table,                 # CSV or parquet: subject_id, time (hours or timestamps), variable, value
-    channels,              # CSV with a row a variable: name, unit, low, high, normal
-    out,                   # folder of the cohort; new, or empty
+    # CSV or parquet, a row a measurement (subject_id, time in hours or timestamps, variable, value) or a column a variable; or a folder of YAIB
+    table,
+    channels=None,         # CSV with a row a variable: name, unit, low, high, normal (--draft writes one); YAIB needs none
+    out=None,              # folder of the cohort; new, or empty
     labels:str=None,       # CSV, a row a subject, or a stay: subject_id or stay_id, a column a label, optionally split
-    # CSV or parquet of stays: subject_id, start, optionally end and stay_id; without it one a subject, from its first time
+    # CSV or parquet of stays: subject_id, start, optionally end and stay_id; without it a stay_id is a stay, or else a subject
     starts:str=None,
     hours:float=48,        # hours read of each stay; 0: all
     timestep:float=1.,     # hours a row
     name:str='table',      # of the cohort
     modality:str='ehr',    # name of the time series
     seed:int=0,            # of the division into train, val and test by subject
+    split:str='',          # CSV files subject_id,split, separated by commas; without it the labels' column split, or a hash
+    subject:str='subject_id',  # column of the patient
+    stay:str='stay_id',    # column of the stay; used where it is there: rows of two stays are never merged
+    time:str='time',       # column of hours or timestamps
+    variable:str='variable',   # column that names the channel
+    value:str='value',     # column of the number
+    unit:str='unit',       # column of the unit; used where it is there: values are converted to the channel's unit, or refused
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
-    "Any long table of measurements: subject_id, time, variable, value."
+    "Any table of measurements, long (subject_id, time, variable, value) or wide (a column a variable), or a folder of YAIB."
+    own = dict(labels=labels, hours=hours, timestep=timestep, name=name, modality=modality, seed=seed, split=split)
+    columns = dict(subject=subject, stay=stay, time=time, variable=variable, value=value, unit=unit)
+    channels, out, yaib = _table_words(table, channels, out, starts, columns)
+    if yaib: return _make(out, overwrite, say, [f'reading {table}, a folder of YAIB, into {out}: each stay counts as a patient'],
+                          lambda: prepare_yaib(table, out, channels, **own))
     return _make(out, overwrite, say, [f'reading {table} into {out}'],
-                 lambda: prepare_table(table, channels, out, labels, hours, timestep, modality, name, seed, starts))
+                 lambda: prepare_table(table, channels, out, starts=starts, **own, **columns))
+
+# %% ../nbs/28_prepare.ipynb #619d3625
+def _table_words(table, channels, out, starts, columns):
+    "(channels, out, whether it is a folder of YAIB) of the words of a person; raises InputError for what is missing."
+    yaib = is_yaib(table)
+    if yaib and out is None: channels, out = None, channels
+    if out is None or not yaib and channels is None:
+        raise InputError('OUT is missing: mmsn-prepare table FOLDER OUT' if yaib else
+                         'CHANNELS or OUT is missing: mmsn-prepare table TABLE CHANNELS OUT; '
+                         f'mmsn-prepare table {table} --draft channels.csv drafts a table of channels from the data')
+    if Path(table).is_dir() and not yaib:
+        raise InputError(f'{table} is a folder without dyn.parquet: give a table, or a folder of YAIB (dyn, sta, outc)')
+    if yaib and (starts or columns != {f.name: f.default for f in fields(Columns)}):
+        raise InputError(f'{table} is a folder of YAIB, whose columns and starts are known: leave out --starts and the names')
+    if channels is not None and not Path(channels).is_file() and Path(table).exists():
+        raise InputError(f'no table of channels at {channels}: mmsn-prepare table {table} --draft {channels} drafts one from '
+                         'the data')
+    return channels, out, yaib
 
 # %% ../nbs/28_prepare.ipynb #a4637cc1
 def medfuse(
@@ -238,12 +281,13 @@ def medfuse(
     task:typing.Literal['mortality', 'phenotyping', 'decompensation', 'los']='phenotyping',
     channels:typing.Literal['benchmark', 'compact']='benchmark',  # benchmark: 76 columns; compact: 17 numbers and masks
     name:str='medfuse',    # of the cohort
+    split:str='',          # CSV files with subject_id,split, separated by commas; without it that of the list files
     modality:str='ehr',    # name of the time series
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "Time series that MedFuse or mimic3-benchmarks extracted: TASK/{train,test}/*_timeseries.csv and list files."
     return _make(out, overwrite, say, [f'reading {folder} into {out}'],
-                 lambda: prepare_medfuse(folder, out, task, channels, modality, name))
+                 lambda: prepare_medfuse(folder, out, task, channels, modality, name, split))
 
 # %% ../nbs/28_prepare.ipynb #3e20fdd3
 def meds(
@@ -261,10 +305,11 @@ def meds(
     seed:int=0,            # of the division of subjects without a split
     memory:str='',         # most memory that DuckDB takes (default an eighth of the machine)
     threads:int=0,         # threads of DuckDB; 0: one a core
+    split:str='',          # CSV files with subject_id,split, separated by commas; without it subject_splits.parquet, or a hash
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "A data set in the Medical Event Data Standard: data/**/*.parquet, metadata/subject_splits.parquet."
-    options = labels, start, end, hours, timestep, facts, modality, name, seed, memory, threads
+    options = labels, start, end, hours, timestep, facts, modality, name, seed, memory, threads, split
     return _make(out, overwrite, say, [f'reading {folder} into {out}'],
                  lambda: prepare_meds(folder, codes, out, *options))
 
@@ -301,6 +346,7 @@ def _names(text):
 
 # %% ../nbs/28_prepare.ipynb #cc60f2fe
 _FLAGS = dict(tasks='task', memory='memory-limit', guard='no-guard')   # options with another name than their argument
+_OPTIONAL = dict(mimic=('out',), table=('channels', 'out'))            # words that may be left out: --check, --draft
 
 def _option(p, name, kind, default, text):
     "Add `--name` to the parser `p`."
@@ -319,9 +365,9 @@ def _add_source(sub, source, text):
     help = docments(source)
     for name, a in inspect.signature(source).parameters.items():
         if name == 'say' or a.kind is a.VAR_KEYWORD: continue
-        if a.default is a.empty or name == 'out':
-            # --check needs no OUT; join takes any number of cohorts
-            nargs = '?' if source is mimic and name == 'out' else '+' if a.annotation is list else None
+        may = name in _OPTIONAL.get(source.__name__, ())
+        if a.default is a.empty or name == 'out' or may:
+            nargs = '?' if may else '+' if a.annotation is list else None           # join takes any number of cohorts
             p.add_argument(name, metavar=name.upper(), nargs=nargs, help=help[name])
         else: _option(p, name, a.annotation if a.annotation is not a.empty else str, a.default, help[name])
     p.set_defaults(prepare=source)
@@ -394,6 +440,17 @@ def _reverse(folder, out, task, modality, say):
     summary = write_medfuse(folder, out, task, modality=modality)
     for what, count in summary[['what', 'count']].itertuples(index=False): print(f'  {count:>12,}  {what}')
 
+# %% ../nbs/28_prepare.ipynb #053e6c65
+def _draft(file, words, say):
+    "Write a table of channels drafted from the data, and say what to do with it."
+    path, named = words['table'], Columns(*(words[f.name] for f in fields(Columns)))
+    if is_yaib(path): path, named = Path(path)/'dyn.parquet', Columns('stay_id')
+    drafted, notes = draft_channels(path, file, named)
+    print(drafted.to_string(index=False))
+    for note in notes: say(note)
+    say(f'{len(drafted)} channels drafted to {file}: correct names, units, limits and normal values, remove what is no '
+        f'measurement, then: mmsn-prepare table {words["table"]} {file} OUT')
+
 # %% ../nbs/28_prepare.ipynb #b606e119
 def parser():
     "The parser of `mmsn-prepare`."
@@ -405,14 +462,27 @@ def parser():
     _add_source(sub, synthetic, 'invented patients with a known truth, written as MIMIC files and read back')
     _add_mimic(sub, 'MIMIC-IV, with MIMIC-CXR-JPG')
     for source, text in ((physionet2012, 'PhysioNet/CinC Challenge 2012'), (nih, 'NIH ChestX-ray14'), (iu, iu.__doc__[:-1]),
-                         (images, 'a folder of images with a CSV'), (table, 'a long table of measurements'),
+                         (images, 'a folder of images with a CSV'), (table, 'a table of measurements, long or wide'),
                          (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set'),
                          (join, 'cohorts that were prepared before')):
         _add_source(sub, source, text)
     sub.choices['medfuse'].add_argument(
         '--reverse', action='store_true',
         help='the other way: FOLDER is a cohort of the 17 channels, written as such a folder to OUT')
+    sub.choices['table'].add_argument(
+        '--draft', metavar='FILE',
+        help='write a table of channels, drafted from TABLE, to FILE (new) to be edited, and nothing else; '
+             'CHANNELS and OUT may be left out')
     return p
+
+# %% ../nbs/28_prepare.ipynb #b3307949
+def _parsed(argv):
+    "The words of the command as a dictionary; argparse's own error for words that are not known."
+    p = parser()
+    words, rest = p.parse_known_args(argv)
+    empty = [n for n in _OPTIONAL.get(words.prepare.__name__, ()) if getattr(words, n) is None]
+    if len(rest) > len(empty) or any(r.startswith('-') for r in rest): p.error(f'unrecognized arguments: {" ".join(rest)}')
+    return vars(words) | dict(zip(empty, rest))
 
 # %% ../nbs/28_prepare.ipynb #662283d1
 @cli
@@ -420,11 +490,12 @@ def main(
     argv=None,   # the words after the command; those of the command line by default
 ):
     "Prepare a cohort; exits with code 2 and one line if the input is wrong."
-    words, say = vars(parser().parse_args(argv)), Teller()
+    words, say = _parsed(argv), Teller()
     prepare = words.pop('prepare')
     if words.pop('check', False): return _check(words['mimic_iv'], words['mimic_cxr'], say)
     if words.pop('reverse', False): return _reverse(*(words[k] for k in ('folder', 'out', 'task', 'modality')), say)
-    if words['out'] is None:
+    if (draft := words.pop('draft', None)) is not None: return _draft(draft, words, say)
+    if words['out'] is None and prepare is not table:
         raise InputError('OUT is missing: give the folder of the cohort, or --check to look at the files only')
     prepare(**words, say=say)
 

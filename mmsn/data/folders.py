@@ -15,6 +15,7 @@ import pandas as pd
 
 from .cohort import SPLITS
 from .images import store_images
+from .splits import divide, split_counts
 from .tables import _need, given_split, label_columns, numbers, read_text, split_of, subject_numbers
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
@@ -57,12 +58,22 @@ def _image_rows(table, stored):
             *(('images', f'used, but {n}', k) for n, k in noted.items())]
 
 # %% ../../nbs/25_data.folders.ipynb #524867fa
-def _image_samples(table, where, id_column, subject_column, split_column, seed):
-    "sample_id, subject_id, split, image: one row an image."
+def _image_splits(table, where, who, split, seed):
+    "(splits of the images, rows of the summary): by a column of the table, by lists of subjects, or None: by hash."
+    if split in table: return given_split(table, split, where), []
+    if isinstance(split, str) and split != 'hash' and ',' not in split and not Path(split).is_file():
+        raise InputError(f'{where} has no column {split!r}, and there is no such file: split should be one of its columns '
+                         f'({", ".join(map(str, table.columns[:20]))}) or CSV files with {who},split')
+    told = [('images', *row) for row in split_counts(table[who], split, who)]
+    return divide(table[who], split, seed, who, where), told
+
+def _image_samples(table, where, id_column, subject_column, split, seed):
+    "(sample_id, subject_id, split, image: one row an image; rows of the summary)."
     subject = np.arange(len(table)) if subject_column is None else subject_numbers(table[subject_column], where)
-    split = split_of(subject, seed) if split_column is None else given_split(table, split_column, where)
-    return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split,
-                             image=table[id_column].to_numpy()))
+    if split is None: splits, told = split_of(subject, seed), []
+    else: splits, told = _image_splits(table, where, subject_column or id_column, split, seed)
+    return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=splits,
+                             image=table[id_column].to_numpy())), told
 
 # %% ../../nbs/25_data.folders.ipynb #2cd90482
 def image_cohort(
@@ -73,7 +84,7 @@ def image_cohort(
     size:int,             # side of the stored images in pixels
     id_column:str,        # file name, relative to `images`, with or without ending
     subject_column=None,  # patient; None: every image is its own
-    split_column=None,    # train, val or test; None: by hash of the subject
+    split_column=None,    # column of train, val or test; or CSV files subject,split; None: by hash of the subject
     labels=(),            # columns of 1, 0, -1 or empty
     facts=(),             # columns for the tabular modality
     fit:str='crop',       # 'crop' or 'squash', as in `load_image`
@@ -82,11 +93,12 @@ def image_cohort(
     seed:int=0,           # of the division by subject
     workers:int=2,        # processes that decode
     provenance:dict=None, # goes to cohort.json
+    told=(),              # rows (part, what, count) for the summary
 )->pd.DataFrame:
     """The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises
     InputError."""
     _check_images(table, where, images, size, id_column, subject_column)
-    samples = _image_samples(table, where, id_column, subject_column, split_column, seed)
+    samples, listed = _image_samples(table, where, id_column, subject_column, split_column, seed)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
     provenance = dict(provenance or {}, size=size, fit=fit, seed=seed)
     with CohortWriter(out, name, list(labels), provenance=provenance) as writer:
@@ -98,7 +110,7 @@ def image_cohort(
             samples['demographics_index'] = np.arange(len(table))
         samples = pd.concat([samples, y.reset_index(drop=True)], axis=1)[stored.index >= 0].reset_index(drop=True)
         subjects = ('subjects', 'with an image', samples.subject_id.nunique())
-        return close_with_summary(writer, samples, [*_image_rows(table, stored), subjects])
+        return close_with_summary(writer, samples, [*told, *_image_rows(table, stored), subjects, *listed])
 
 # %% ../../nbs/25_data.folders.ipynb #f6218e51
 def _check_images(table, where, images, size, id_column, subject_column=None):
@@ -164,16 +176,19 @@ def prepare_nih(
     size:int=128,     # side of the stored images in pixels
     seed:int=0,       # of the division by patient
     workers:int=2,    # processes that decode
+    split=None,       # CSV files subject_id,split; None: test_list.txt where it is there, else by hash of the patient
 )->pd.DataFrame:
     "Turn NIH ChestX-ray14 into a cohort; returns the summary (part, what, count). Raises InputError."
     table, path, images = read_nih(source)
     listed = Path(source)/'test_list.txt'
-    split = 'split' if listed.is_file() else None
-    if split: table[split] = _official_split(table, listed, path, seed)
+    told = []
+    if split is None and listed.is_file():
+        split, table['split'] = 'split', _official_split(table, listed, path, seed)
+        told = [('images', 'test by test_list.txt; the rest by hash of the patient', int((table.split == 'test').sum()))]
     provenance = dict(command='prepare_nih', source='NIH ChestX-ray14, NIH Clinical Center',
                       licence='free with attribution')
     return image_cohort(table, path, images, out, size, 'image', 'patient_id', split, (*NIH_LABELS, 'No Finding'),
-                        ('age', 'sex', 'view'), name='nih', seed=seed, workers=workers, provenance=provenance)
+                        ('age', 'sex', 'view'), name='nih', seed=seed, workers=workers, provenance=provenance, told=told)
 
 # %% ../../nbs/25_data.folders.ipynb #794d18c8
 def prepare_iu(
@@ -182,6 +197,7 @@ def prepare_iu(
     size:int=128,     # side of the stored images in pixels
     seed:int=0,       # of the division by report
     workers:int=2,    # processes that decode
+    split=None,       # CSV files with uid (or subject_id),split; None: by hash of the report
 )->pd.DataFrame:
     """Turn the frontal Indiana University radiographs into a cohort; returns the summary (part, what, count).
     Raises InputError."""
@@ -194,5 +210,5 @@ def prepare_iu(
     names = [c for c in labels if c not in ('uid', 'MeSH')]
     table = table[table.projection == 'Frontal'].merge(labels, on='uid', how='left').reset_index(drop=True)
     provenance = dict(command='prepare_iu', source='Indiana University chest X-rays', licence='CC BY-NC-ND 4.0')
-    return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', labels=names,
+    return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', split, names,
                         fit='squash', name='iu', seed=seed, workers=workers, provenance=provenance)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .splits import divide, split_counts
 from .tables import connect, header, numbers, read_text, run, split_of
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
@@ -265,13 +266,17 @@ def _windows(con, labels, start, end, hours):
     return names, [('windows', *r) for r in rows]
 
 # %% ../../nbs/27_data.meds.ipynb #00968754
-def _samples(con, names, seed):
-    "The table of samples of `windows`, and the number of subjects without a split."
+def _samples(con, names, seed, split=''):
+    "The table of samples of `windows`, and rows (part, what, count) about subjects without a split."
     table = con.execute('select * from windows order by sample').df()
-    split, unlisted = meds_splits(con, table.subject_id.to_numpy(), seed)
-    made = pd.DataFrame(dict(sample_id=table['sample'], subject_id=table.subject_id, split=split,
+    who = table.subject_id.to_numpy()
+    if split: splits, rows = divide(who, split, seed), [('subjects', *row) for row in split_counts(who, split)]
+    else:
+        splits, unlisted = meds_splits(con, who, seed)
+        rows = [('subjects', 'without a split: divided by hash', unlisted)]*(unlisted > 0)
+    made = pd.DataFrame(dict(sample_id=table['sample'], subject_id=table.subject_id, split=splits,
                              window_start=table.a, window_end=table.b))
-    return made.assign(**{n: table[f'y{i}'] for i, n in enumerate(names)}), unlisted
+    return made.assign(**{n: table[f'y{i}'] for i, n in enumerate(names)}), rows
 
 # %% ../../nbs/27_data.meds.ipynb #dae11d0d
 def prepare_meds(
@@ -289,6 +294,7 @@ def prepare_meds(
     seed:int=0,            # of the division of subjects without a split
     memory:str='',         # most memory that DuckDB takes, such as 4GB; '': an eighth of the machine's
     threads:int=0,         # CPU threads of DuckDB; 0: all
+    split='',              # lists of subjects instead of subject_splits.parquet, as in `mmsn.data.splits.divide`
 )->pd.DataFrame:
     "Turn a MEDS data set into a cohort; returns the summary (part, what, count). Raises InputError."
     if hours < 0 or timestep <= 0:
@@ -303,7 +309,7 @@ def prepare_meds(
         events = load_mapped(con, table)
         names, rows = _windows(con, labels, start, end, hours)
         events += load_found(con)
-        samples, unlisted = _samples(con, names, seed)
+        samples, divided = _samples(con, names, seed, split)
         length = (samples.window_end - samples.window_start).dt.total_seconds()/3600
         length = length.clip(timestep/2).to_numpy()                                    # hour 0 needs a row
         samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, channels,
@@ -311,6 +317,5 @@ def prepare_meds(
         if len(known := meds_facts(con, facts)):
             writer.add_tabular('demographics', known)
             samples['demographics_index'] = np.arange(len(samples))
-        rows += [('subjects', 'without a split: divided by hash', unlisted)]*(unlisted > 0) + [('events', *e)
-                for e in events]
+        rows += divided + [('events', *e) for e in events]
         return close_with_summary(writer, samples, rows, counts)

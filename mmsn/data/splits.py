@@ -7,7 +7,8 @@ Without further words a hash of the subject decides who trains and who tests. To
 # %% auto #0
 __all__ = ['read_split', 'lists_of', 'divide', 'split_counts']
 
-# %% ../../nbs/15c_data.splits.ipynb #a9e2506c
+# %% ../../nbs/15c_data.splits.ipynb #526d517b
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,24 @@ def _published(path):
                          f'file named testset or valset')
     return table[table[1].str.strip() == '1'].assign(split=name).rename(columns={0: 'subject_id'})
 
-# %% ../../nbs/15c_data.splits.ipynb #7e14f569
+# %% ../../nbs/15c_data.splits.ipynb #718bfd43
+_WORDS = _SPLIT_NAMES | dict(tuning='val', held_out='test')     # the second are those of MEDS
+
+def _loose(name):
+    "A column's name without case, blanks and signs: 'Patient ID' is patient_id."
+    return re.sub(r'[\W_]', '', str(name)).lower()
+
 def _checked(table, path, column='subject_id'):
     "The columns subject_id (canonical text) and split of a list; raises InputError."
+    table = table.rename(columns={c: new for new in ('split', 'subject_id', column) for c in table if _loose(c) == _loose(new)})
     column = next((c for c in (column, 'subject_id') if c in table), column)
     for name in (column, 'split'): _need(table, name, path)
     subject, split = table[column].fillna('').str.strip(), table.split.fillna('').str.strip().str.lower()
     for empty in table.index[subject == ''][:1]:
         raise InputError(f'{path} has a row without a subject (row {table.index.get_loc(empty) + 1})')
-    for bad in table.index[~split.isin(_SPLIT_NAMES)][:1]:
+    for bad in table.index[~split.isin(_WORDS)][:1]:
         raise InputError(f'{path}: split {split[bad]!r} of subject {subject[bad]} is not train, val or test')
-    return pd.DataFrame(dict(subject_id=_canonical(subject).to_numpy(object), split=split.map(_SPLIT_NAMES).to_numpy(object)))
+    return pd.DataFrame(dict(subject_id=_canonical(subject).to_numpy(object), split=split.map(_WORDS).to_numpy(object)))
 
 # %% ../../nbs/15c_data.splits.ipynb #8f5411b9
 def _canonical(ids):
@@ -46,14 +54,21 @@ def _canonical(ids):
     whole = text.str.fullmatch(r'\d+(\.0*)?').fillna(False)
     return text.where(~whole, text.str.replace(r'\.0*$', '', regex=True).str.replace(r'^0+(?=\d)', '', regex=True))
 
-# %% ../../nbs/15c_data.splits.ipynb #9ea14393
+# %% ../../nbs/15c_data.splits.ipynb #a512a304
+def _text(path):
+    "A table of subjects, CSV or parquet, as text."
+    if Path(path).suffix != '.parquet': return read_text(path)
+    try: table = pd.read_parquet(path)
+    except (OSError, ValueError) as e: raise InputError(f'{path} is not a readable table: {str(e).splitlines()[0]}')
+    return table.astype('string').astype(object).where(table.notna(), np.nan)
+
 def _listed(path, column):
     "Rows (subject_id, split) of one list, and whether it is of the form without header."
     if not Path(path).is_file():
         raise InputError(f"no list of subjects at {path}: split should be 'hash' or CSV files with subject_id,split")
     first = header(path)
     published = bool(first) and first[0].strip().isdigit()
-    table = _published(path) if published else read_text(path)
+    table = _published(path) if published else _text(path)
     return _checked(table, path, column), published
 
 # %% ../../nbs/15c_data.splits.ipynb #9a57493d
@@ -64,7 +79,7 @@ def _one_split_each(table, where):
         raise InputError(f'{where}: subject {table.subject_id[i]} is in {table.split[i - 1]} and in {table.split[i]}')
     return table
 
-# %% ../../nbs/15c_data.splits.ipynb #a001a13d
+# %% ../../nbs/15c_data.splits.ipynb #6d5b1f55
 def read_split(
     paths,                      # a CSV or several, as text with commas or as a list
     column:str='subject_id',    # what the source calls its subjects; `subject_id` is always understood
@@ -96,7 +111,7 @@ def _meets(listed, subjects, where):
         raise InputError(f'{where} is a list of other subjects: only {both} of {len(subjects)} subjects of the data are '
                          f'in it; the list has, for one, {listed[0]!r}, the data {subjects[0]!r}')
 
-# %% ../../nbs/15c_data.splits.ipynb #76634793
+# %% ../../nbs/15c_data.splits.ipynb #65187af1
 def divide(
     subject_id,                 # (N,) integers or texts
     split='hash',               # 'hash', lists for `read_split`, or its table
@@ -116,7 +131,7 @@ def divide(
     rest = rest if table.attrs['unlisted'] == 'hash' else 'train'
     return np.where(pd.isna(found), rest, found).astype(np.array(SPLITS).dtype)
 
-# %% ../../nbs/15c_data.splits.ipynb #77da2e5a
+# %% ../../nbs/15c_data.splits.ipynb #0a0d4e82
 def split_counts(
     subject_id,                 # as in `divide`
     split='hash',               # as in `divide`
