@@ -326,7 +326,7 @@ def test_truncated_gz(own, capsys, table):
 
 def test_missing_column(own, capsys):
     rows_of(find_table(own/'mimic-iv', 'chartevents'), lambda t: t.rename(columns={'valuenum': 'valuenumber'}))
-    wrong(capsys, *IV, said='has no column valuenum; the nearest is value')
+    wrong(capsys, *IV, said="has no column 'valuenum'; did you mean 'value")
 
 
 def test_renamed_table(own, capsys):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .tables import _near, header, reader
+from .times import time_text
 from .units import conversion
 from ..options import InputError
 
@@ -100,15 +101,15 @@ def open_source(
     if not Path(path).is_file(): raise InputError(f'no file {path}')
     names = header(Path(path))
     _check_names(path, columns, names)
-    per_hour, has, table = _duration(path, columns.time), columns.roles, reader(Path(path), names)
+    has, table = columns.roles, reader(Path(path), names)
     found = {new: quoted(old) if old in names else 'null' for new, old in has.items()}
-    if per_hour: found['time'] = f'{found["time"]}/{per_hour}.'
+    found['time'], hours = time_text(path, columns.time)
     keys = ', '.join(f'{found[k]} as {k}' for k in ('subject_id', 'stay_id', 'time'))
     wide, unknown = columns.variable not in names and columns.value not in names, ()
     if wide: rows, unknown = _wide(con, path, columns, names, known, keys, table)
     else: rows = f'select {keys}, {found["variable"]} as variable, {found["value"]} as value, {found["unit"]} as unit from {table}'
     con.execute(f'create or replace view source as {rows}')
-    return Source(path, wide, columns.stay in names, not wide and columns.unit in names, bool(per_hour), unknown)
+    return Source(path, wide, columns.stay in names, not wide and columns.unit in names, bool(hours), unknown)
 
 # %% ../../nbs/23b_data.formats.ipynb #494d4b3d
 def _wide(con, path, columns, names, known, keys, table):
