@@ -515,6 +515,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'mmsn/data/physionet.py')},
             'mmsn.data.splits': { 'mmsn.data.splits._canonical': ('data.splits.html#_canonical', 'mmsn/data/splits.py'),
                                   'mmsn.data.splits._checked': ('data.splits.html#_checked', 'mmsn/data/splits.py'),
+                                  'mmsn.data.splits._headless': ('data.splits.html#_headless', 'mmsn/data/splits.py'),
                                   'mmsn.data.splits._listed': ('data.splits.html#_listed', 'mmsn/data/splits.py'),
                                   'mmsn.data.splits._loose': ('data.splits.html#_loose', 'mmsn/data/splits.py'),
                                   'mmsn.data.splits._meets': ('data.splits.html#_meets', 'mmsn/data/splits.py'),
