@@ -162,7 +162,7 @@ def mimic(
 def physionet2012(
     source,                # folder with set-a.tar.gz (or set-a/) and Outcomes-a.txt; sets b and c are read too
     out,                   # folder of the cohort; new, or empty
-    split:str='hash',      # of the subject (default), or CSV files with RecordID (or subject_id),split, separated by commas
+    split:str='hash',      # of the subject (default), or CSV files with RecordID (or subject_id),split, by commas
     vitals_labs:bool=False,  # two modalities, vitals and labs, instead of one, ehr
     seed:int=0,            # of the division into train, val and test by subject
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
@@ -180,14 +180,14 @@ def nih(
     size:int=128,          # side of the stored images in pixels
     seed:int=0,            # of the division into train, val and test by subject
     workers:int=2,         # processes that decode images
-    # CSV files with patient_id (or subject_id),split, separated by commas; without it test_list.txt, where it is there, or a hash
+    # CSV files with patient_id (or subject_id),split, by commas; without it test_list.txt where it is, or a hash
     split:str=None,
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "NIH ChestX-ray14."
     lines = [f'reading {source}, images to {size} x {size} pixels, into {out}']
     if split is None and (Path(source)/'test_list.txt').is_file():
-        lines.append('test_list.txt says who tests, a hash of the patient divides the rest; --split FILE for another division')
+        lines.append('test_list.txt says who tests, a hash of the patient divides the rest; --split FILE for others')
     return _make(out, overwrite, say, lines,
                  lambda: prepare_nih(source, out, size, seed, workers, split))
 
@@ -214,7 +214,7 @@ def images(
     size:int=224,          # side of the stored images in pixels
     id:str='image',        # column of the file name, relative to FOLDER, with or without ending
     subject:str=None,      # column of the patient; without it every image is its own, and patients may cross splits
-    split:str=None,        # column of train, val or test, or CSV files subject,split; without it a hash of the patient decides
+    split:str=None,        # column of train, val or test, or CSV files subject,split; without it a hash decides
     labels:list=(),        # columns of 1, 0, -1 (unknown) or empty (unknown), separated by commas
     facts:list=(),         # columns such as age,sex,view for a tabular modality
     fit:typing.Literal['crop', 'squash']='crop',   # crop: keep proportions, cut to a square; squash: stretch
@@ -233,37 +233,38 @@ def images(
 
 # %% ../nbs/28_prepare.ipynb #73811e93
 def table(
-    # CSV or parquet, a row a measurement (subject_id, time in hours or timestamps, variable, value) or a column a variable; or a folder of YAIB
+    # CSV or parquet, a row a measurement (subject_id, time, variable, value) or a column a variable; or YAIB's folder
     table,
-    channels=None,         # CSV with a row a variable: name, unit, low, high, normal (--draft writes one); YAIB needs none
+    channels=None,         # CSV, a row a variable: name, unit, low, high, normal (--draft writes one); YAIB needs none
     out=None,              # folder of the cohort; new, or empty
     labels:str=None,       # CSV, a row a subject, or a stay: subject_id or stay_id, a column a label, optionally split
-    # CSV or parquet of stays: subject_id, start, optionally end and stay_id; without it a stay_id is a stay, or else a subject
+    # CSV or parquet of stays: subject_id, start, optionally end, stay_id; without it a stay_id is a stay, or a subject
     starts:str=None,
     hours:float=48,        # hours read of each stay; 0: all
     timestep:float=1.,     # hours a row
     name:str='table',      # of the cohort
     modality:str='ehr',    # name of the time series
     seed:int=0,            # of the division into train, val and test by subject
-    split:str='',          # CSV files subject_id,split, separated by commas; without it the labels' column split, or a hash
+    split:str='',          # CSV files subject_id,split, by commas; without it the labels' column split, or a hash
     subject:str='subject_id',  # column of the patient
     stay:str='stay_id',    # column of the stay; used where it is there: rows of two stays are never merged
     time:str='time',       # column of hours or timestamps
     variable:str='variable',   # column that names the channel
     value:str='value',     # column of the number
-    unit:str='unit',       # column of the unit; used where it is there: values are converted to the channel's unit, or refused
+    unit:str='unit',       # column of the unit; used where it is there: values are converted, or refused
     # what times are that are numbers: recognised, or hours (unix: seconds since 1970; clock: 36:15)
     time_unit:typing.Literal[TIME_UNITS]='auto',
     outside:float=.5,      # largest share of measurements that may lie outside their stays; more is an error
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
-    "Any table of measurements, long (subject_id, time, variable, value) or wide (a column a variable), or a folder of YAIB."
+    "A table of measurements, long (subject_id, time, variable, value) or wide (a column a variable), or of YAIB."
     own = dict(labels=labels, hours=hours, timestep=timestep, name=name, modality=modality, seed=seed, split=split,
                time_unit=time_unit, outside=outside)
     columns = dict(subject=subject, stay=stay, time=time, variable=variable, value=value, unit=unit)
     channels, out, yaib = table_words(table, channels, out, starts, columns)
-    if yaib: return _make(out, overwrite, say, [f'reading {table}, a folder of YAIB, into {out}: each stay counts as a patient'],
-                          lambda: prepare_yaib(table, out, channels, **own))
+    if yaib:
+        lines = [f'reading {table}, a folder of YAIB, into {out}: each stay counts as a patient']
+        return _make(out, overwrite, say, lines, lambda: prepare_yaib(table, out, channels, **own))
     return _make(out, overwrite, say, [f'reading {table} into {out}'],
                  lambda: prepare_table(table, channels, out, starts=starts, **own, **columns))
 
@@ -299,7 +300,7 @@ def meds(
     seed:int=0,            # of the division of subjects without a split
     memory:str='',         # most memory that DuckDB takes (default an eighth of the machine)
     threads:int=0,         # threads of DuckDB; 0: one a core
-    split:str='',          # CSV files with subject_id,split, separated by commas; without it subject_splits.parquet, or a hash
+    split:str='',          # CSV files with subject_id,split, by commas; without it subject_splits.parquet, or a hash
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "A data set in the Medical Event Data Standard: data/**/*.parquet, metadata/subject_splits.parquet."
@@ -474,7 +475,8 @@ def _parsed(argv):
     p = parser()
     words, rest = p.parse_known_args(argv)
     empty = [n for n in _OPTIONAL.get(words.prepare.__name__, ()) if getattr(words, n) is None]
-    if len(rest) > len(empty) or any(r.startswith('-') for r in rest): p.error(f'unrecognized arguments: {" ".join(rest)}')
+    if len(rest) > len(empty) or any(r.startswith('-') for r in rest):
+        p.error(f'unrecognized arguments: {" ".join(rest)}')
     return vars(words) | dict(zip(empty, rest))
 
 @cli

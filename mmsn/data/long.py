@@ -110,7 +110,7 @@ _NO_STARTS = """select subject, {stay} as stay_id, '-infinity'::double as begin,
 
 def load_starts(
     con,            # DuckDB connection with `long`
-    path,           # CSV or parquet: subject_id, start, optionally end and stay_id; None: one stay a subject, or a stay_id
+    path,           # CSV or parquet: subject_id, start, optionally end, stay_id; None: one stay a subject, or a stay_id
     times,          # `TimeFormat` of `long`
     columns:Columns=Columns(),   # what its columns are called, where they are called as in the long table
     named:bool=False,            # the rows of `long` name their stays
@@ -193,7 +193,7 @@ def _check_stays(con, path, starts):
         (select count(*) from stays), any_value(long.stay_id), (select any_value(stay_id) from stays)
         from long left join stays using (stay_id)""")
     if both*2 < min(n, known):
-        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: the first has {one!r}, the second {two!r}')
+        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: the first has {one!r}, the other {two!r}')
 
 # %% ../../nbs/24_data.long.ipynb #48cde66c
 _REASONS = """select long.subject, moment, stay, (moment - zero)/{unit} as hours, channel, value,
@@ -212,8 +212,8 @@ _DROPPED = 'select reason, count(*) from events where reason is not null group b
 # %% ../../nbs/24_data.long.ipynb #bd664781
 def _convert(con, path, channels):
     "Bring the values of `long` to the units of their channels; returns rows (part, what, count). Raises InputError."
-    counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by all').fetchall()
-    table, told = factors(counts, channels, path)
+    counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by all')
+    table, told = factors(counts.fetchall(), channels, path)
     if len(table):
         register(con, 'factors', table)
         con.execute("""update long set value = value*scale + shift from factors
@@ -222,7 +222,7 @@ def _convert(con, path, channels):
 
 # %% ../../nbs/24_data.long.ipynb #6d43ac0a
 def read_long(
-    path,            # CSV or parquet: subject_id, time, variable, value, perhaps stay_id and unit; or a column a variable
+    path,            # CSV or parquet: subject_id, time, variable, value, perhaps stay_id, unit; or a column a variable
     channels:list,   # of Channel
     starts=None,     # CSV or parquet: subject_id, start, optionally end and stay_id
     columns:Columns=Columns(),   # what the columns are called
@@ -334,14 +334,16 @@ def _with_labels(
 # %% ../../nbs/24_data.long.ipynb #4429acc1
 def _stay_rows(n, found, left, lost, starts):
     "Rows (part, what, count) about stays: of the table, of the labels, left out."
-    rows = [('stays', 'in the table' if starts is None else 'in the table of starts', found), ('stays', 'with labels only', n - found)]
+    rows = [('stays', 'in the table' + ('' if starts is None else ' of starts'), found)]
+    rows.append(('stays', 'with labels only', n - found))
     if left: rows.append(('stays', 'labelled, left out: no row in the table', left))
     return rows + [('labels', 'rows of no stay with measurements', lost)]*bool(lost)
 
 def _divided(stays, known, split, column):
     "Rows (part, what, count) about a division by lists."
     if not split: return []
-    unused = [('samples', 'with a split in the labels, not used', int(known.split.notna().sum()))] if 'split' in known else []
+    given = int(known.split.notna().sum()) if 'split' in known else 0
+    unused = [('samples', 'with a split in the labels, not used', given)]*bool(given)
     return unused + [('samples', *row) for row in split_counts(stays.subject, split, column)]
 
 # %% ../../nbs/24_data.long.ipynb #c7acf9b1
@@ -361,8 +363,8 @@ def _with_labelled(
     other = stays[said.notna() & (said != stays.subject)]
     if len(other) and not alone:
         stay = other.iloc[0]
-        raise InputError(f'stay {stay.stay_id} is of subject {stay.subject} in {where}, but of {subjects[stay.stay_id]} in '
-                         f'the labels')
+        raise InputError(f'stay {stay.stay_id} is of subject {stay.subject} in {where}, but of '
+                         f'{subjects[stay.stay_id]} in the labels')
     extra = known.index.difference(stays.stay_id)
     more = pd.DataFrame(dict(subject=extra if alone else extra.map(subjects), stay_id=extra))
     return pd.concat([stays, more[more.subject.notna()]], ignore_index=True), int(more.subject.isna().sum())
@@ -410,7 +412,7 @@ def _check_series(samples, modality, counts, path, events, hours):
 
 # %% ../../nbs/24_data.long.ipynb #a122f5c3
 def prepare_table(
-    table,               # CSV or parquet: subject_id, time (hours or timestamps), variable, value; or a column a variable
+    table,               # CSV or parquet: subject_id, time (hours or dates), variable, value; or a column a variable
     channels,            # CSV: name, unit, low, high, normal; or a list of Channel
     out,                 # the cohort folder to make
     labels=None,         # CSV: subject_id or stay_id, a column a label (1, 0, -1 or empty), optionally split
@@ -419,7 +421,7 @@ def prepare_table(
     modality:str='ehr',  # name of the time series
     name:str='table',    # of the cohort
     seed:int=0,          # of the division by subject
-    starts=None,         # CSV or parquet: subject_id, start, perhaps end and stay_id; None: one stay a subject, or a stay_id
+    starts=None,         # CSV or parquet: subject_id, start, perhaps end, stay_id; None: one stay a subject, or stay_id
     split='',            # lists of subjects, as in `mmsn.data.splits.divide`; '': the labels' column split, or a hash
     facts=None,          # DataFrame of numbers by stay_id, or by subject_id: the modality demographics
     told=(),             # rows (part, what, count) that go before the others of the summary
@@ -432,8 +434,7 @@ def prepare_table(
     if hours < 0 or timestep <= 0:
         raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
     named = Columns(**columns)
-    known = _known(labels, named)
-    kinds = channels if isinstance(channels, list) else read_channels(channels)
+    known, kinds = _known(labels, named), channels if isinstance(channels, list) else read_channels(channels)
     provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name, hours=hours,
                       timestep=timestep, seed=seed, **_said_of(named, split))
     with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=provenance) as writer:
@@ -444,9 +445,9 @@ def prepare_table(
         last = events.groupby('stay').hours.max().reindex(stays.index)
         end = stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                 # hour 0 needs a row
         samples = _with_labels(stays, known, seed, table, split, named.subject)
-        series = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
-        samples[f'{modality}_start'], samples[f'{modality}_length'], counts = series
+        first, length, counts = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
+        samples = samples.assign(**{f'{modality}_start': first, f'{modality}_length': length})
         _check_series(samples, modality, counts, table, events, hours)
         if facts is not None: _add_facts(writer, facts, stays, samples)
-        stays_said = _stay_rows(len(stays), found, left, lost, starts)
-        return close_with_summary(writer, samples, [*told, *stays_said, *rows, *_divided(stays, known, split, named.subject)], counts)
+        rows = [*told, *_stay_rows(len(stays), found, left, lost, starts), *rows]
+        return close_with_summary(writer, samples, rows + _divided(stays, known, split, named.subject), counts)

@@ -133,8 +133,8 @@ def divide(
     if isinstance(split, str) and split == 'hash': return rest
     table = split if isinstance(split, pd.DataFrame) else read_split(split, column)
     text = _canonical(ids)
-    listed, where = table.subject_id.to_numpy(object), table.attrs['where']
-    if where: _meets(listed, text.unique().to_numpy(object), where)
+    lists = table.attrs['where']
+    if lists: _meets(table.subject_id.to_numpy(object), text.unique().to_numpy(object), lists)
     found = text.map(table.set_index('subject_id').split).to_numpy(object)
     rest = rest if table.attrs['unlisted'] == 'hash' else 'train'
     return np.where(pd.isna(found), rest, found).astype(np.array(SPLITS).dtype)

@@ -63,7 +63,8 @@ def _static(path):
     "(facts of sta.parquet by stay_id or None, rows of the summary)."
     if not path.is_file(): return None, [('facts', 'no sta.parquet', 0)]
     table = _text(path)
-    if table.index.has_duplicates: raise InputError(f'{path} holds stay {table.index[table.index.duplicated()][0]} twice')
+    if table.index.has_duplicates:
+        raise InputError(f'{path} holds stay {table.index[table.index.duplicated()][0]} twice')
     whole = [c for c in table if table[c].notna().any()]
     if not whole: return None, [('facts', 'sta.parquet is empty', 0)]
     return fact_table(table, whole, path), [('facts', 'stays in sta.parquet', len(table))]
@@ -73,7 +74,8 @@ def _outcome(path):
     "(labels of outc.parquet by stay_id or None, rows of the summary)."
     if not path.is_file(): return None, [('labels', 'no outc.parquet', 0)]
     table = _text(path)
-    if table.index.has_duplicates: return None, [('labels', 'of every hour, not used: a sample has one label', len(table))]
+    if table.index.has_duplicates:
+        return None, [('labels', 'of every hour, not used: a sample has one label', len(table))]
     table = table.drop(columns=[c for c in ('time',) if c in table]).replace({'true': '1', 'false': '0'})
     number = table.apply(pd.to_numeric, errors='coerce')
     other = [c for c in table if not number[c].dropna().isin([0, 1, -1]).all()]
@@ -100,7 +102,7 @@ def prepare_yaib(
     "Turn a task of YAIB into a cohort; returns the summary (part, what, count). Raises InputError."
     folder = Path(folder)
     dyn = folder/'dyn.parquet'
-    if not dyn.is_file(): raise InputError(f'{folder} has no dyn.parquet: give the folder of a task of YAIB, or a table')
+    if not dyn.is_file(): raise InputError(f'{folder} has no dyn.parquet: give the folder of a task of YAIB')
     for column in ('stay_id', 'time'): _need(pd.DataFrame(columns=header(dyn)), column, dyn)
     kinds = CONCEPTS if channels is None else read_channels(channels)
     if channels is None: kinds = [c for c in kinds if c.name in header(dyn)] or kinds
@@ -108,8 +110,8 @@ def prepare_yaib(
     known, more = (None, []) if labels else _outcome(folder/'outc.parquet')
     shift = .5 if _on_hours(dyn) else 0.
     told += more + [('events', 'rows on whole hours: of the hour that begins', 1)]*bool(shift)
-    return prepare_table(dyn, kinds, out, labels or known, name=name, facts=facts, told=told, shift=shift, subject='stay_id',
-                         **options)
+    return prepare_table(dyn, kinds, out, labels or known, name=name, facts=facts, told=told, shift=shift,
+                         subject='stay_id', **options)
 
 # %% ../../nbs/25b_data.yaib.ipynb #daa94ac4
 def table_words(
@@ -129,8 +131,8 @@ def table_words(
     if Path(table).is_dir() and not yaib:
         raise InputError(f'{table} is a folder without dyn.parquet: give a table, or a folder of YAIB (dyn, sta, outc)')
     if yaib and (starts or columns != {f.name: f.default for f in fields(Columns)}):
-        raise InputError(f'{table} is a folder of YAIB, whose columns and starts are known: leave out --starts and the names')
+        raise InputError(f'{table} is a folder of YAIB, whose columns are known: leave out --starts and their names')
     if channels is not None and not Path(channels).is_file() and Path(table).exists():
-        raise InputError(f'no table of channels at {channels}: mmsn-prepare table {table} --draft {channels} drafts one from '
-                         'the data')
+        raise InputError(f'no table of channels at {channels}: mmsn-prepare table {table} --draft {channels} drafts one '
+                         'from the data')
     return channels, out, yaib
