@@ -86,6 +86,8 @@ def test_stays_and_starts_must_agree(capsys):
                        ('subject_id,stay_id,start\n1,a,0\n1,b,1\n', 'only 0 of 2 stays')):
         Path('s.csv').write_text(text)
         refused(capsys, 't.csv', 'ch.csv', 'p', '--starts', 's.csv', said=said)
+    Path('t.csv').write_text('subject_id,stay_id,time,variable,value\n1,,0.5,HR,80\n')
+    refused(capsys, 't.csv', 'ch.csv', 'p', said='no row of t.csv names its stay')
     Path('t.csv').write_text(STAYS + '2,11,0.5,HR,20\n')
     refused(capsys, 't.csv', 'ch.csv', 'p', said='stay 11 is of subject 1 in one row and of 2 in another')
 

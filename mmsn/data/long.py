@@ -180,6 +180,8 @@ def _first(con, sql):
 
 def _check_stays(con, path, starts):
     "Raise InputError unless the stays that rows name are each of one subject, and those of the table of starts."
+    if not _first(con, 'select count(stay_id) from long')[0]:
+        raise InputError(f'no row of {path} names its stay: fill the column of stays, or remove it')
     torn = _first(con, """select stay_id, min(subject), max(subject) from long where stay_id is not null
         group by 1 having min(subject) <> max(subject) order by 1 limit 1""")
     if torn: raise InputError(f'{path}: stay {torn[0]} is of subject {torn[1]} in one row and of {torn[2]} in another')
@@ -193,7 +195,7 @@ def _check_stays(con, path, starts):
         (select count(*) from stays), any_value(long.stay_id), (select any_value(stay_id) from stays)
         from long left join stays using (stay_id)""")
     if both*2 < min(n, known):
-        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: the first has {one!r}, the other {two!r}')
+        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: there is {one!r} here, {two!r} there')
 
 # %% ../../nbs/24_data.long.ipynb #48cde66c
 _REASONS = """select long.subject, moment, stay, (moment - zero)/{unit} as hours, channel, value,
