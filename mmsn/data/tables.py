@@ -100,9 +100,9 @@ def _column_sql(path, names, column):
 # %% ../../nbs/15_data.tables.ipynb #e0955d33
 _SAMPLE = 1000    # cells that are looked at before a table is read
 
-def _times(con, path, column, source, i):
+def _times(con, path, column, source, i, where=None):
     "(the source with what is needed, SQL) for a column of times as timestamps; raises InputError for an unreadable form."
-    text, what = time_text(path, column)[0], f'column {column!r} of {path}'
+    text, what = time_text(path, column)[0], f'column {column!r} of {where or path}'
     run(con, f'create or replace temp table sampled as select {text} as t from {source} limit {_SAMPLE}')
     if not con.execute('select count(t) from sampled').fetchone()[0]: run(con, "insert into sampled values ('2000-01-01 00:00:00')")
     f = find_format(con, 'sampled', 't', what, places=False, order=lambda: _day_or_month(con, text, source, what))
