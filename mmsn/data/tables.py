@@ -95,6 +95,7 @@ def _column_sql(path, names, column):
     if name is None: raise _has_no(path, wanted[0], names)
     text = f'"{name}"::varchar'                         # nullif keeps the cast out of DuckDB's CSV reader, see above
     if kind == 'timestamp': return name, '', kind, wanted[0]
+    if kind == 'label': return name, label_sql(text), kind, wanted[0]
     return name, text if kind == 'varchar' else f"try_cast(nullif({text}, '') as {kind})", kind, wanted[0]
 
 # %% ../../nbs/15_data.tables.ipynb #e0955d33
@@ -124,7 +125,7 @@ def open_table(
     con,             # DuckDB connection that gets the view
     folder,          # where the tables are
     name:str,        # table
-    columns:str,     # 'subject_id bigint, race|ethnicity varchar': names (older ones after |) and types
+    columns:str,     # 'subject_id bigint, race|ethnicity varchar': names (older ones after |) and types, or label
     view:str='',     # name of the view; the table's own by default
 )->str:
     """Make a view of `columns` with types; cells that do not fit become NULL. Raises InputError for a missing column,
