@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .formats import Columns, factors, open_source
-from .ids import check_meeting, plain_ids
+from .ids import check_meeting, check_overlap, plain_ids
 from .splits import divide, split_counts
 from .tables import (_file_error, _need, given_split, header, label_columns, numbers, read_text, reader, register,
                               split_of, subject_numbers)
@@ -168,9 +168,7 @@ def _check_starts(con, path, where):
         if twice: raise InputError(f'row {twice[0]} of {path} is a stay that is there already')
     long, given = ([s for s, in con.execute(f'select distinct subject from {t} where subject is not null order by 1').fetchall()]
                    for t in ('long', 'given'))
-    sides = [(long, f'the measurements in {where}'), (given, str(path))]
-    (few, rows), (many, others) = sorted(sides, key=lambda s: len(s[0]))
-    check_meeting(few, many, rows, others)
+    check_overlap(long, given, f'the measurements in {where}', path)
 
 # %% ../../nbs/24_data.long.ipynb #4f35230f
 def _first(con, sql):

@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from .splits import divide, split_counts
-from .tables import connect, header, numbers, read_text, run, split_of
+from .csvfile import visible
+from .ids import check_meeting
+from .tables import _literal, _times, connect, header, label_sql, numbers, read_text, run, split_of
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
@@ -75,9 +77,24 @@ def match_codes(
 def _shards(folder, what):
     "The parquet files in `folder` (or the one that it is); raises InputError if there are none."
     folder = Path(folder)
-    found = [folder] if folder.is_file() else sorted(folder.glob('**/*.parquet'))
+    found = [folder] if folder.is_file() else visible(sorted(folder.glob('**/*.parquet')))
     if not found: raise InputError(f'no parquet files in {folder}: {what}')
     return found
+
+# %% ../../nbs/27_data.meds.ipynb #1aefb0bd
+def _typed(con, source, column, kind, given, path, i):
+    "(source, SQL) of a column as `kind`, of whatever type it is in the files; raises InputError where it cannot be read."
+    name = f'"{column}"'
+    if kind == 'timestamp' and given.startswith('TIMESTAMP WITH'): return source, f'make_timestamp(epoch_us({name}))'
+    if kind == 'timestamp' and given == 'VARCHAR': return _times(con, Path('x.csv'), column, source, i, path)
+    if kind == 'timestamp' and not given.startswith(('TIMESTAMP', 'DATE')):
+        raise InputError(f'column {column!r} of {path} and the like should hold timestamps, not {given}')
+    sql = {'bigint': f"try_cast(nullif(trim({name}::varchar), '') as bigint)", 'boolean': f'({label_sql(f"{name}::varchar")})'}.get(kind, f'try_cast({name} as {kind})')
+    if (kind, given) in (('bigint', 'BIGINT'), ('boolean', 'BOOLEAN')): return source, name
+    wrong = dict(bigint=f'{sql} is null or {sql} <> try_cast({name} as double)', boolean=f'isnan({sql})').get(kind)
+    bad = wrong and con.execute(f"select {name}::varchar from {source} where {name} is not null and ({wrong}) limit 1").fetchone()
+    if bad: raise InputError(f'column {column!r} of {path} and the like holds {bad[0]!r}: it should be {dict(bigint="whole numbers", boolean="true or false")[kind]}')
+    return source, f'case {sql} when 1 then true when 0 then false end' if kind == 'boolean' else sql
 
 # %% ../../nbs/27_data.meds.ipynb #2c7b1a74
 def _open(con, view, files, needed, kinds):
@@ -86,10 +103,14 @@ def _open(con, view, files, needed, kinds):
         missing = [c for c in needed if c not in header(f)]
         if missing: raise InputError(f'{f} has no column {missing[0]!r}')
     there = set.intersection(*(set(header(f)) for f in files))
-    columns = ', '.join(f'try_cast("{c}" as {k}) as "{c}"' if c in there else f'null::{k} as "{c}"'
-                        for c, k in kinds.items())
-    listed = ', '.join("'" + str(f).replace("'", "''") + "'" for f in files)
-    con.execute(f'create or replace view {view} as select {columns} from read_parquet([{listed}], union_by_name=true)')
+    source = f"read_parquet([{', '.join(map(_literal, files))}], union_by_name=true)"
+    types = {r[0]: r[1] for r in con.execute(f'describe select * from {source}').fetchall()}
+    columns = []
+    for i, (c, k) in enumerate(kinds.items()):
+        if c not in there: columns.append(f'null::{k} as "{c}"'); continue
+        source, sql = _typed(con, source, c, k, types[c], files[0], i)
+        columns.append(f'{sql} as "{c}"')
+    con.execute(f'create or replace view {view} as select {", ".join(columns)} from {source}')
 
 # %% ../../nbs/27_data.meds.ipynb #e0b8e45c
 def open_meds(
@@ -229,6 +250,7 @@ def meds_splits(con, subject_id, seed:int)->tuple:
                          f'{", ".join(_MEDS_SPLITS)}')
     twice = table.subject_id[table.subject_id.duplicated()]
     if len(twice): raise InputError(f'subject_splits.parquet puts subject {twice.iloc[0]} into two splits')
+    if len(table): check_meeting(pd.Series(subject_id).astype(str).unique(), table.subject_id.astype(str), 'the samples', 'subject_splits.parquet')
     listed = pd.Series(subject_id).map(table.set_index('subject_id').split).map(_MEDS_SPLITS)
     unlisted = pd.Series(subject_id)[listed.isna()].nunique()
     return listed.where(listed.notna(), pd.Series(split_of(subject_id,
@@ -260,6 +282,9 @@ def _windows(con, labels, start, end, hours):
     if end and (labels or not start):
         raise InputError('an end event belongs to start events without labels: with labels prediction_time is the end')
     names = load_labels(con, labels) if labels else []
+    if labels:
+        asked, there = (run(con, f'select distinct subject_id::varchar as s from {t} where subject_id is not null order by 1').df().s for t in ('asked', 'meds'))
+        check_meeting(asked, there, 'the labels', 'the events')
     rows = label_windows(con, start, hours) if labels else start_windows(con, start, end, hours)
     if not con.execute('select count(*) from windows').fetchone()[0]:
         raise InputError('no label has an event before its prediction: is it of this data set?')

@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from .splits import divide, split_counts
+from .csvfile import visible
+from .ids import check_overlap
 from .tables import numbers, read_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
@@ -81,12 +83,12 @@ def _members(source):
     "Yield (file name, bytes) of each stay of each set, from its folder or archive."
     for place in _sets(source).values():
         if place.is_dir():
-            yield from ((p.name, p.read_bytes()) for p in sorted(place.glob('*.txt')))
+            yield from ((p.name, p.read_bytes()) for p in visible(sorted(place.glob('*.txt'))))
             continue
         try:
             with tarfile.open(place) as tar:
                 for m in tar:
-                    if m.isfile() and m.name.endswith('.txt'): yield Path(m.name).name, tar.extractfile(m).read()
+                    if m.isfile() and m.name.endswith('.txt') and visible([m.name]): yield Path(m.name).name, tar.extractfile(m).read()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
             raise InputError(f'{place} cannot be read to its end, download it again: {e}')
 
@@ -174,6 +176,7 @@ def outcomes_2012(source, records)->pd.DataFrame:
                       .set_axis(numbers(text, 'RecordID', path).astype('int64')))
         if tables[-1].index.has_duplicates:
             raise InputError(f'{path} holds RecordID {tables[-1].index[tables[-1].index.duplicated()][0]} twice')
+        check_overlap(tables[-1].index.astype(str), pd.Index(records).astype(str), path, f'the stays of {source}')
     table = pd.concat(tables)
     return table.mask(table < 0).reindex(records).reset_index(drop=True)
 

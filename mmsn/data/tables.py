@@ -95,14 +95,15 @@ def _column_sql(path, names, column):
     if name is None: raise _has_no(path, wanted[0], names)
     text = f'"{name}"::varchar'                         # nullif keeps the cast out of DuckDB's CSV reader, see above
     if kind == 'timestamp': return name, '', kind, wanted[0]
+    if kind == 'label': return name, label_sql(text), kind, wanted[0]
     return name, text if kind == 'varchar' else f"try_cast(nullif({text}, '') as {kind})", kind, wanted[0]
 
 # %% ../../nbs/15_data.tables.ipynb #e0955d33
 _SAMPLE = 1000    # cells that are looked at before a table is read
 
-def _times(con, path, column, source, i):
+def _times(con, path, column, source, i, where=None):
     "(the source with what is needed, SQL) for a column of times as timestamps; raises InputError for an unreadable form."
-    text, what = time_text(path, column)[0], f'column {column!r} of {path}'
+    text, what = time_text(path, column)[0], f'column {column!r} of {where or path}'
     run(con, f'create or replace temp table sampled as select {text} as t from {source} limit {_SAMPLE}')
     if not con.execute('select count(t) from sampled').fetchone()[0]: run(con, "insert into sampled values ('2000-01-01 00:00:00')")
     f = find_format(con, 'sampled', 't', what, places=False, order=lambda: _day_or_month(con, text, source, what))
@@ -124,7 +125,7 @@ def open_table(
     con,             # DuckDB connection that gets the view
     folder,          # where the tables are
     name:str,        # table
-    columns:str,     # 'subject_id bigint, race|ethnicity varchar': names (older ones after |) and types
+    columns:str,     # 'subject_id bigint, race|ethnicity varchar': names (older ones after |) and types, or label
     view:str='',     # name of the view; the table's own by default
 )->str:
     """Make a view of `columns` with types; cells that do not fit become NULL. Raises InputError for a missing column,
