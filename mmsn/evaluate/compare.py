@@ -23,6 +23,7 @@ from .predictions import compare, ensemble
 from .probes import drawn_predictions, probe_solver
 from .task import Task, make_draws
 from ..options import Evaluate, InputError
+from ..safe import read_table
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400012
 def short_names(
@@ -144,6 +145,6 @@ def evaluate_runs(
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400028
 def _printed(folder):
     "The comparison as text: macro AUROC, differences, intervals."
-    t = pd.read_csv(folder/'comparison.csv').query("label == 'macro' and metric == 'auroc'")
+    t = read_table(folder/'comparison.csv').query("label == 'macro' and metric == 'auroc'")
     return t[['input', 'fraction', 'run', 'value', 'difference', 'difference_low', 'difference_high',
               'p']].round(3).to_string(index=False)

@@ -45,6 +45,7 @@ from .trees import fit_booster
 from ..model import MMSN
 from ..options import Config, Evaluate, InputError
 from ..run import subjects_of_run
+from ..safe import file_word, read_table, write_table
 from ..show import show_views
 from ..sources import init_model, open_encoder
 from ..train import chosen_config, say_notes
@@ -394,7 +395,7 @@ def _attention(ev, folder, rows):
         if not isinstance(net, ViT) or not len(some): continue
         b = ev.cohort.batch(some, [name], []).to(ev.device)
         x = model.views.parts[name].plain(b.data[name]).x if ev.ours else model.plain(b.data[name])
-        save_styles('attention' + f'_{name}'*bool(i), attention_figure, x, attention_maps(net, x), folder=folder)
+        save_styles('attention' + f'_{file_word(name)}'*bool(i), attention_figure, x, attention_maps(net, x), folder=folder)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0063
 def _hours(ev, folder, rows):
@@ -409,11 +410,11 @@ def _hours(ev, folder, rows):
         normal = torch.as_tensor(model.infos[name].normal, dtype=torch.float32)
         cells = hour_contributions(lambda x, lengths: encoder(x, lengths), view.x, view.lengths, normal)
         about = ev.cohort.modalities[name], int(view.lengths[longest])
-        save_styles('hours' + f'_{name}'*bool(i), hours_figure, view.x[longest], cells[longest], *about, title=name,
+        save_styles('hours' + f'_{file_word(name)}'*bool(i), hours_figure, view.x[longest], cells[longest], *about, title=name,
                     folder=folder)
         if isinstance(encoder, AxialEncoder):
             cells = attention_cells(encoder, view.x, view.lengths)
-            save_styles('channels' + f'_{name}'*bool(i), hours_figure, view.x[longest], cells[longest], *about,
+            save_styles('channels' + f'_{file_word(name)}'*bool(i), hours_figure, view.x[longest], cells[longest], *about,
                         title=f'{name}, attention', folder=folder)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0064
@@ -481,10 +482,10 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0070
 def _write_tables(folder, tables, predictions):
     "Tables as CSV, predictions of each patient as parquet."
-    for name, t in tables.items(): t.to_csv(folder/f'{name}.csv', index=False)
+    for name, t in tables.items(): write_table(t, folder/f'{name}.csv')
     if predictions: (folder/'predictions').mkdir()
     for encoder, by_input in predictions.items():
-        for name, p in by_input.items(): save_predictions(p, folder/'predictions'/f'{name}.{encoder}.parquet')
+        for name, p in by_input.items(): save_predictions(p, folder/'predictions'/f'{file_word(name)}.{file_word(encoder)}.parquet')
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0071
 def _write_whole(folder, write, page=True):
@@ -524,7 +525,7 @@ def evaluate(
         write_about(ev, temporary, opened.folder, ' '.join(['mmsn-evaluate', str(source), *overrides]))
         say(f'report: {folder}/report.html')
     path = _write_whole(folder, write, page)
-    if (folder/'summary.csv').is_file(): print(headline(pd.read_csv(folder/'summary.csv')))
+    if (folder/'summary.csv').is_file(): print(headline(read_table(folder/'summary.csv')))
     return path
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0075

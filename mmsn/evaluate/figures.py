@@ -15,6 +15,7 @@ from itertools import product
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogFormatter
 
 from .metrics import Calibration, interval, metrics, reliability_curve, subject_weights
 from ..options import InputError
@@ -323,6 +324,13 @@ def _training_lines(ax, steps, lines, order):
         ax.plot(steps, values, lw=.7, color=c, alpha=.3)
         ax.plot(steps, smooth, lw=1.4, color=c, label=name or None)
 
+# %% ../../nbs/80_evaluate.figures.ipynb #b910a06e
+def _log_axis(ax):
+    "A logarithmic axis whose numbers are plain text."
+    ax.set_yscale('log')
+    for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        put(LogFormatter(minor_thresholds=(1, .4)))
+
 # %% ../../nbs/80_evaluate.figures.ipynb #6ca030f3
 @_drawn
 def training_figure(
@@ -338,7 +346,7 @@ def training_figure(
         for at in level or ():
             ax.axhline(at, color=STYLES[_chosen.get()]['ink'], lw=.9, ls=':')
             ax.set_ylim(0, max(1.08*at, 1.03*max(v.max() for v in lines.values())))
-        if title == 'gradient norm' and metrics.gradient_norm.max() > 0: ax.set_yscale('log')
+        if title == 'gradient norm' and metrics.gradient_norm.max() > 0: _log_axis(ax)
         _axes(ax, title=title, xlabel='step')
     _legend(fig, axes)
     return fig

@@ -33,6 +33,7 @@ from ..tables import Stages, connect, find_table, file_stamp, open_table, run
 from ..timeseries import layout
 from ..writer import CohortWriter
 from ...options import InputError
+from ...safe import write_table
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #50018e7f
 TASKS = ('mortality', 'phenotyping', 'decompensation', 'los', 'radiology')
@@ -473,7 +474,7 @@ def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
                                          'positive'))}
     summary = pd.DataFrame(sorted(job.rows, key=lambda r: order[r[0]]), columns=['part', 'what', 'count'])
     # without the layout: the same data in another is the same cohort
-    summary[summary.part != 'source'].to_csv(writer.part/'summary.csv', index=False)
+    write_table(summary[summary.part != 'source'], writer.part/'summary.csv')
     writer.close(pd.concat([rows, kept.reset_index(drop=True)], axis=1))
     return summary
 
