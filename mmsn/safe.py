@@ -15,13 +15,14 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../nbs/03_safe.ipynb #fbf85b6f
+_TURNS = '\u200e\u200f\u202a-\u202e\u2066-\u2069'      # signs that turn the direction of the text after them
 _SIGNS = re.compile(r'[&<>"\'`*_\[\]!#|$~\\{}^@]|:(?=//)|^[^A-Za-z]')
 
 def plain_text(
     text,   # of data or a config: a name, a path, a sentence built from them
 )->str:
     "`text` for Markdown or HTML, in which nothing of it means anything but itself."
-    line = re.sub(r'[\x00-\x1f\x7f\u2028\u2029]+', ' ', str(text)).strip()
+    line = re.sub(f'[\x00-\x1f\x7f\u2028\u2029{_TURNS}]+', ' ', str(text)).strip()
     return _SIGNS.sub(lambda sign: f'&#{ord(sign[0])};', line)
 
 # %% ../nbs/03_safe.ipynb #85699e5a
@@ -56,6 +57,7 @@ class _Cleaner(HTMLParser):
         elif not self.inside and tag in _ELEMENTS: self.out.append(f'</{tag}>')
 
     def handle_data(self, data):
+        data = re.sub(f'[{_TURNS}]', ' ', data)
         if self.inside == ['style']:
             if re.fullmatch(_BOLD, data): self.out.append(f'<style>{data}</style>')
         elif not self.inside: self.out.append(html.escape(data, quote=False))
