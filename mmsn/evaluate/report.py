@@ -203,10 +203,13 @@ s = s.assign(labels=[f"{int(n)} of each class" if n else f"{f:.0%}" for f, n in 
 neat(s.pivot_table(index=["input", "encoder"], columns="labels", values="deviation", sort=False))'''),
     Section('labels.csv', '''## Label by label
 
-Linear probes with all training labels. A label that has one class in a split is *undefined* and left out of the
-mean.''', '''
+Linear probes with all training labels. A label that has one class in the training or the test split is *undefined*
+for every encoder and left out of every mean.''', '''
 labels = read("labels")
 neat(by_encoder(labels[labels.metric == "auroc"], "label"))'''),
+    Section('splits.csv', '''How many patients have each label, do not have it, or are not known to, in each split.''', '''
+t = read("splits").melt(["label", "split"], ["positive", "negative", "unknown"])
+neat(t.pivot_table(index="label", columns=["split", "variable"], values="value", sort=False), 0)'''),
     Section('labels.csv',
             '''Average precision (AUPRC): the fraction of positives of a label is what guessing gets.''', '''
 rare = labels[labels.metric == "auprc"]
