@@ -16,8 +16,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .channels import (BENCHMARK, CHANNELS, CONVERSIONS, NAMES, SPECIMEN, channel_set, items_of,
-                                      recode, word_table)
-from ..tables import _literal, open_table, run
+                                      recode, unit_table, word_table)
+from ..tables import _literal, find_table, header, open_table, run
 from ..timeseries import grid
 from ...options import InputError
 
@@ -31,8 +31,9 @@ def _item_rows(rules, table):
     for i in items_of(rules, table):
         c = NAMES.index(i.channel)
         limits = (CHANNELS[c].low, CHANNELS[c].high) if rules == 'clean' else (None, None)
-        rows.append((i.itemid, c, i.rank or 0, *limits, rules == 'benchmark' and i.benchmark in ('text', 'category')))
-    return pd.DataFrame(rows, columns=['itemid', 'channel', 'rank', 'low', 'high', 'by_text']).astype(dict(low=float,
+        rows.append((i.itemid, c, i.rank or 0, *limits, rules == 'benchmark' and i.benchmark in ('text', 'category'),
+                     i.unit.lower()))
+    return pd.DataFrame(rows, columns=['itemid', 'channel', 'rank', 'low', 'high', 'by_text', 'unit']).astype(dict(low=float,
             high=float))
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #4e0ea986
@@ -45,12 +46,24 @@ def _codes(rules):
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #62ba6264
 def _convert(rules, table):
-    "SQL for the converted value of a row, by its itemid."
+    "SQL for the converted value of a row: by its unit where that is another than its itemid's, else by its itemid."
     hows = {}
     for i in items_of(rules, table):
         hows.setdefault(i.clean if rules == 'clean' else i.benchmark, []).append(str(i.itemid))
-    return 'case ' + ' '.join(f'when itemid in ({", ".join(ids)}) then {CONVERSIONS[how]}'
-                              for how, ids in hows.items()) + ' end'
+    by_item = 'case ' + ' '.join(f'when itemid in ({", ".join(ids)}) then {CONVERSIONS[how]}'
+                                 for how, ids in hows.items()) + ' end'
+    if rules == 'benchmark': return by_item
+    units = unit_table()
+    by_unit = ' '.join(f'when {k} then {how}' for k, how in enumerate(dict.fromkeys(units.how)))
+    known = ', '.join(map(str, sorted(set(units.channel))))
+    return (f"case when coalesce(theirs, '') in ('', unit) or channel not in ({known}) then {by_item} "
+            f"else case other {by_unit} end end")
+
+def _unit_rows():
+    "What the scan joins to each row by the unit it names: channel, word, and the number of its conversion."
+    units = unit_table()
+    numbers = {how: k for k, how in enumerate(dict.fromkeys(units.how))}
+    return units.assign(other=units.how.map(numbers)).rename(columns=dict(unit='word'))[['channel', 'word', 'other']]
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #494d8d2e
 def _link(rules, table):
@@ -73,27 +86,40 @@ _VALUE = {'clean': 'coalesce(try_cast(e.valuenum as double), try_cast(e.value as
 _SPELLED = {'clean': "regexp_replace(lower(trim(e.value)), '^[0-9.]+ +', '')", 'benchmark': 'e.value'}
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #b2f130a1
-def _with_fate(rules, table, source, arterial='true'):
+def _with_fate(rules, table, source, arterial='true', unit='null::varchar'):
     "The statement that reads `source`, laid out as `table`: every row of a chosen stay, with its value and fate."
     link, elsewhere = _link(rules, table)
+    units = rules == 'clean' and unit != 'null::varchar'
+    theirs = f'lower(trim({unit}))' if units else 'null::varchar'
     ids, first = ', '.join(str(i.itemid) for i in items_of(rules, table)), -GRACE if rules == 'clean' else 0
     found = f'''select c.stay_id, c.stay, c.read, i.*, e.value as said, {_VALUE[rules]} as v,
-        w.code as category, {elsewhere} as elsewhere,
+        w.code as category, {elsewhere} as elsewhere, {theirs} as theirs, {'u.other' if units else 'null'} as other,
                 {arterial} as arterial, (epoch(e.charttime) - epoch(c.intime))::bigint as sec
             from {source} e {link} join items_{table} i on e.itemid = i.itemid
-            left join codes w on w.channel = i.channel and w.word = {_SPELLED[rules]} where e.itemid in ({ids})'''
+            left join codes w on w.channel = i.channel and w.word = {_SPELLED[rules]}
+            {f'left join units u on u.channel = i.channel and u.word = {theirs}' if units else ''} where e.itemid in ({ids})'''
     fate = f'''case when sec is null or sec < {first} or sec > read then 1 when elsewhere then 2
         when x is null or not isfinite(x) then 3
                 when x < low or x > high then 4 when not arterial then 5 else 0 end'''
     return f'''select stay_id, stay, channel::utinyint as channel, rank::utinyint as rank, sec, x,
             {fate}::utinyint as fate,
-            case when by_text or {fate} = 3 then left(said, 60) end as said
+            case when by_text then left(said, 60) when {fate} = 3 then left(said || case when v is null then '' else ' ' || coalesce(theirs, '') end, 60) end as said
             from (select *, {_convert(rules, table)} as x from ({found}))'''
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #a28b3388
 _CHART = ('subject_id bigint, hadm_id bigint, stay_id bigint, charttime timestamp, itemid integer, value varchar, '
           'valuenum varchar')
 _LAB = _CHART.replace('stay_id', 'specimen_id')
+
+# %% ../../../nbs/22c_data.mimic.events.ipynb #0cd24caa
+def _open_events(con, mimic_iv):
+    "Views of the two tables; table -> SQL for the unit that a row names, which a table need not have."
+    unit = {}
+    for name, columns in (('chartevents', _CHART), ('labevents', _LAB)):
+        has = 'valueuom' in header(find_table(mimic_iv, name))
+        open_table(con, mimic_iv, name, columns + ', valueuom varchar'*has)
+        unit[name] = 'e.valueuom' if has else 'null::varchar'
+    return unit
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #e0e7a1aa
 def _lab_rows(con, rules):
@@ -127,14 +153,13 @@ def scan_events(
     Raises InputError."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    open_table(con, mimic_iv, 'chartevents', _CHART)
-    open_table(con, mimic_iv, 'labevents', _LAB)
+    unit = _open_events(con, mimic_iv)
     chosen = con.execute('select stay_id, read from chosen order by stay').df()
     block = max(block, -(-len(chosen)//90))                                # DuckDB keeps a file open for each bucket
-    known = dict(codes=_codes(rules), **{f'items_{t}': _item_rows(rules, t) for t in ('chartevents', 'labevents')})
-    _keep(con, _with_fate(rules, 'chartevents', 'chartevents'), folder/'chartevents', block, 'chartevents', **known)
+    known = dict(codes=_codes(rules), units=_unit_rows(), **{f'items_{t}': _item_rows(rules, t) for t in ('chartevents', 'labevents')})
+    _keep(con, _with_fate(rules, 'chartevents', 'chartevents', unit=unit['chartevents']), folder/'chartevents', block, 'chartevents', **known)
     source, arterial = _lab_rows(con, rules)
-    _keep(con, _with_fate(rules, 'labevents', source, arterial), folder/'labevents', block,
+    _keep(con, _with_fate(rules, 'labevents', source, arterial, unit['labevents']), folder/'labevents', block,
           'labevents' if source == 'labevents' else '', **known)
     con.execute('drop table if exists labs; drop table if exists arterial')
     chosen.to_parquet(folder/'stays.parquet', index=False)

@@ -26,7 +26,7 @@ from ..images import store_images
 from .channels import channel_set
 from .events import fates, first_event, scan_events, unread, write_series
 from .stays import (HOURLY, MORTALITY, PHENOTYPES, divide, hourly_labels, load_stays, mimic_layout,
-                                   phenotypes, read_split, select_stays, split_counts, stay_rules)
+                                   phenotypes, read_split, select_stays, split_counts, stay_rules, unknown_codes)
 from .xrays import (CHEXPERT, RADIOLOGIST, all_images, findings, image_paths, load_images, load_reports,
                                    official_split, pair_images, view_facts)
 from ..tables import Stages, connect, find_table, file_stamp, open_table, run
@@ -369,6 +369,10 @@ def stay_labels(job:Preparation)->tuple:
         parts.append(job.con.execute(f'select died::float as "{MORTALITY}" from chosen order by stay').df())
         groups[MORTALITY] = 'outcome'
     if 'phenotyping' in job.o.tasks:
+        codes, unknown, such = unknown_codes(job.con, job.iv)
+        if unknown:
+            job.rows.append(('source', f'diagnosis codes in no table of their version, such as {such}', unknown))
+            job.say(f'diagnoses: {unknown:,} of {codes:,} codes are in no table of their version, such as {such}')
         y = phenotypes(job.con, job.iv, job.o.rules)
         job.count('stays', [('without any diagnosis code: no phenotype', y.isna().any(axis=1).sum())])
         parts.append(y.fillna(0))
@@ -470,6 +474,8 @@ def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     rows = rows.drop(columns=[c for c in _INNER if c in rows]).reset_index(drop=True)
     job.count('samples', [(s, (rows.split == s).sum()) for s in SPLITS])
     job.count('positive', [(name, kept[name].sum()) for name in kept])
+    if empty := [name for name in kept if not kept[name].sum() > 0]:
+        job.say(f'WARNING: no sample has {", ".join(empty)}: nothing can be learned of {"it" if len(empty) == 1 else "them"}')
     order = {p: i for i, p in enumerate(('source', 'stays', 'images', 'events', 'words without a number', 'samples',
                                          'positive'))}
     summary = pd.DataFrame(sorted(job.rows, key=lambda r: order[r[0]]), columns=['part', 'what', 'count'])
