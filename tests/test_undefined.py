@@ -13,9 +13,9 @@ from mmsn.evaluate.compare import evaluate_runs
 from mmsn.model import MMSN
 from mmsn.options import InputError
 
-FAST = ['draws=2', 'fractions=[.5,1]', 'shots=[1]', 'bootstrap=20', 'scratch_epochs=1', 'finetune_epochs=1', 'pictures=false', 'cache=false', 'corruptions=[patches]', 'masked=[0,.5]', 'map_samples=20',
+FAST = ['draws=1', 'fractions=[1]', 'shots=[1]', 'bootstrap=20', 'scratch_epochs=1', 'finetune_epochs=1', 'pictures=false', 'cache=false', 'corruptions=[patches]', 'masked=[0,.5]', 'map_samples=20',
         'protocols=[low_shot,linear_probe,knn,robustness,missing,retrieval]']
-ALL = ['protocols=[low_shot,linear_probe,knn,supervised,finetune,robustness,missing,retrieval]', 'draws=1', 'fractions=[1]']
+ALL = ['protocols=[low_shot,linear_probe,knn,supervised,finetune,robustness,missing,retrieval]']
 
 
 @pytest.fixture
@@ -70,10 +70,10 @@ def test_a_label_of_one_class_is_undefined_everywhere(case, made, capsys):
 
 def test_robustness_and_missing_leave_it_out_too(made):
     "A probe of a label that nobody in train has scores a constant: .5 in every mean of before."
-    folder = made(one_class('heart', 'train', 0))
+    folder = made(one_class('both', 'train', 0))                        # the last, as folds are drawn by a label's number
     some = ['protocols=[robustness,missing]']
     with_, _ = results(folder, *some)
-    without, _ = results(folder, *some, 'labels=[lung,both]')
+    without, _ = results(folder, *some, 'labels=[heart,lung]')
     for name in ('robustness', 'missing'):
         assert np.allclose(with_[name].auroc, without[name].auroc), name
 
@@ -81,12 +81,12 @@ def test_robustness_and_missing_leave_it_out_too(made):
 def test_a_rare_label_is_undefined_in_robustness_as_in_every_table(made):
     def change(s):
         train = s.index[s.split == 'train']
-        s.loc[train, 'heart'] = 0.
-        s.loc[train[:4], 'heart'] = 1.
+        s.loc[train, 'both'] = 0.
+        s.loc[train[:4], 'both'] = 1.
         return s
     folder = made(change)
     a, about = results(folder, 'protocols=[robustness]')
-    b, _ = results(folder, 'protocols=[robustness]', 'labels=[lung,both]')
+    b, _ = results(folder, 'protocols=[robustness]', 'labels=[heart,lung]')
     assert np.allclose(a['robustness'].auroc, b['robustness'].auroc)
 
 
@@ -148,11 +148,11 @@ def test_samples_that_drop_out_are_counted(made):
     assert out and out[0].startswith('29 of 200 samples of the cohort are left out (train ')
 
 
-@pytest.mark.parametrize('n', [30, 60])
+@pytest.mark.parametrize('n', [50])
 def test_few_patients_end_in_a_report(n, made):
     "Too few for most protocols: what can be said is said, the rest is named, and the page is whole."
     t, about = results(made(n=n), page=True)
-    assert (pd.Series(about['notices']).str.contains('left out|undefined')).any() or n > 30
+    assert (pd.Series(about['notices']).str.contains('left out|undefined')).any()
 
 
 def test_a_label_called_like_a_mean_is_refused(made, monkeypatch):

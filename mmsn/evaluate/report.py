@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'score_table', 'neat', 'by_encoder', 'picture', 'saved', 'save_styles', 'show', 'predictions_of',
-           'Section', 'recall_note', 'report_notebook', 'page', 'write_report']
+           'can_draw', 'Section', 'recall_note', 'report_notebook', 'page', 'write_report']
 
 # %% ../../nbs/82_evaluate.report.ipynb #ed3b4215
 import base64, html, io, json, os, re
@@ -149,7 +149,7 @@ from IPython.display import Markdown, display
 from mmsn.evaluate.figures import (calibration_figure, comparison_figure, low_shot_figure, recall_figure,
                                    robustness_figure, roc_pr_figure, subgroup_figure, training_figure)
 from mmsn.evaluate.inspect import representation_figure
-from mmsn.evaluate.report import by_encoder, neat, picture, predictions_of, recall_note, saved, score_table, show
+from mmsn.evaluate.report import by_encoder, can_draw, neat, picture, predictions_of, recall_note, saved, score_table, show
 from mmsn.safe import file_word, read_table
 about = json.loads(Path('about.json').read_text())
 read = lambda name: read_table(f'{name}.csv')
@@ -165,6 +165,13 @@ def predictions_of(
     paths = [p for p in paths if p.name.startswith(f'{name}.')]
     by_encoder = {p.name.removeprefix(f'{name}.').removesuffix('.parquet'): p for p in paths}
     return {e: open_predictions(by_encoder[e]).at('test') for e in [*ENCODERS, *by_encoder] if e in by_encoder}
+
+# %% ../../nbs/82_evaluate.report.ipynb #e123d32a
+def can_draw(
+    predictions:dict,   # of `predictions_of`
+)->bool:
+    "Whether any label has both classes in any of the predictions."
+    return any(((p.labels == 1).any(0) & (p.labels == 0).any(0)).any() for p in predictions.values())
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200015
 class Section(NamedTuple):
@@ -223,13 +230,16 @@ _PREDICTED = [
     Section('predictions', '''### ROC and precision against recall
 
 The three commonest labels; bands from resampled subjects.''', '''
-show("roc", roc_pr_figure, predictions_of(first),
-     alt="ROC above, precision against recall below, a column a label")'''),
+curves = predictions_of(first)
+show("roc", roc_pr_figure, curves,
+     alt="ROC above, precision against recall below, a column a label") if can_draw(curves) else None'''),
     Section('predictions', '''### Calibration
 
 In ten groups of equally many patients: how likely a diagnosis was predicted to be, and how often it came. In
 the legend the expected calibration error.''', '''
-show("calibration", calibration_figure, predictions_of(first), alt="Reliability curves, a column a label")'''),
+curves = predictions_of(first)
+show("calibration", calibration_figure, curves,
+     alt="Reliability curves, a column a label") if can_draw(curves) else None'''),
     Section('calibration.csv', '''''', '''
 c = read("calibration")
 c = c[c.label == "macro"].pivot_table(index=["input", "encoder"], columns="metric", values="value", sort=False)

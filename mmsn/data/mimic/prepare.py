@@ -24,7 +24,7 @@ from ...config import _nearest, build
 from ..cohort import SPLITS, offsets
 from ..images import store_images
 from .channels import channel_set
-from .events import fates, first_event, scan_events, unread, write_series
+from .events import fates, first_event, scan_events, unread, used_rows, write_series
 from .stays import (HOURLY, MORTALITY, PHENOTYPES, divide, hourly_labels, load_stays, mimic_layout,
                                    phenotypes, read_split, select_stays, split_counts, stay_rules, unknown_codes)
 from .xrays import (CHEXPERT, RADIOLOGIST, all_images, findings, image_paths, load_images, load_reports,
@@ -253,9 +253,6 @@ def choose_stays(job:Preparation)->list:
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #61b9e427
 def keep_paired(con, images, stays)->tuple:
     "Reduce `chosen` to the stays that have an image; the numbers in `images` and the counts follow."
-    if not len(images):
-        raise InputError('no stay has an X-ray: check that the two folders hold the same subjects, and the options '
-                         'views and window')
     kept = np.unique(images.stay)
     con.execute('''create or replace table chosen as select (row_number() over (order by stay_id) - 1)::int as stay, * exclude (stay)
         from chosen where stay in (select unnest(?))''', [kept.tolist()])
@@ -267,9 +264,12 @@ def choose_images(job:Preparation, stays)->tuple:
     "The X-rays of the chosen stays by metadata alone, or None; and the rows of stays that are left."
     if job.cxr is None: return None, stays
     o = job.o
-    job.count('images', load_images(job.con, job.cxr))
+    found = load_images(job.con, job.cxr)
     images, counts = pair_images(job.con, o.views, 'all' if job.hourly else o.pick, o.window, o.guard)
-    job.count('images', counts)
+    job.count('images', [*found, *counts])
+    if not len(images):
+        raise InputError('no stay has an X-ray: ' + ', '.join(f'{n:,} {what}' for what, n in [*found, *counts]) +
+                         '; check that the two folders hold the same subjects, and the options views and window')
     return keep_paired(job.con, images, stays) if o.samples == 'paired' else (images, stays)
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #97884583
@@ -279,7 +279,14 @@ def read_events(job:Preparation)->Path:
     key = dict(files=job.prints('icustays', 'admissions', 'patients', 'chartevents', 'labevents'), rules=job.o.rules,
                hours=job.hours,
                stays=[len(ids), int(ids.sum()), int((ids*np.arange(1, len(ids) + 1) % 1_000_003).sum())])
-    return job.stage('events', key, lambda folder: scan_events(job.con, job.iv, folder, job.o.rules))
+    folder = job.stage('events', key, lambda folder: scan_events(job.con, job.iv, folder, job.o.rules))
+    for table in ('chartevents', 'labevents'):
+        used, others = used_rows(job.con, folder, table)
+        if used: continue
+        line = f'no row of {table} gives a value for the {len(ids):,} stays: {others}'
+        if table == 'chartevents': raise InputError(line)
+        job.say(f'WARNING: {line}')
+    return folder
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #56bd84a5
 def decode_images(job:Preparation, writer, images)->pd.DataFrame:
@@ -374,7 +381,10 @@ def stay_labels(job:Preparation)->tuple:
             job.rows.append(('source', f'diagnosis codes in no table of their version, such as {such}', unknown))
             job.say(f'diagnoses: {unknown:,} of {codes:,} codes are in no table of their version, such as {such}')
         y = phenotypes(job.con, job.iv, job.o.rules)
-        job.count('stays', [('without any diagnosis code: no phenotype', y.isna().any(axis=1).sum())])
+        bare = int(y.isna().any(axis=1).sum())
+        if bare == len(y): raise InputError(f'none of the {bare:,} stays has a diagnosis: check hadm_id and icd_code in diagnoses_icd')
+        if 2*bare > len(y): job.say(f'WARNING: {bare:,} of {len(y):,} stays have no diagnosis code, and so no phenotype')
+        job.count('stays', [('without any diagnosis code: no phenotype', bare)])
         parts.append(y.fillna(0))
         groups |= {name: group for _, name, group in PHENOTYPES}
     return (pd.concat(parts, axis=1) if parts else pd.DataFrame()), groups

@@ -130,7 +130,8 @@ def select_stays(
         rows.append((f'dropped: {name}', before - after))
         before = after
     if not before:
-        raise InputError(f'no stay is left of {rows[0][1]}: ' + ', '.join(f'{n} {w}' for w, n in rows[1:] if n))
+        why = ', '.join(f'{n:,} {w}' for w, n in rows[1:] if n)
+        raise InputError(f'no stay is left of the {rows[0][1]:,} in icustays: {why or "it has no row with a stay_id"}')
     _make_chosen(con, rules, left, hours)
     return rows + [('kept', before)]
 
