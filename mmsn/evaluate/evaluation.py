@@ -44,7 +44,7 @@ from .task import Task, make_draws, too_few, usable_task
 from .trees import fit_booster
 from ..model import MMSN
 from ..options import Config, Evaluate, InputError
-from ..run import subjects_of_run
+from ..run import find_cohort, subjects_of_run
 from ..safe import file_word, read_table, write_table
 from ..show import show_views
 from ..sources import init_model, open_encoder
@@ -103,7 +103,8 @@ def open_evaluated(
     if run: config = load_config(run/'config.yaml', changes)
     else: config = check(build(Config, OmegaConf.to_container(OmegaConf.from_dotlist(changes))))
     if not config.data.cohort: raise InputError(f'{source} is no run and knows no cohort: add data.cohort=FOLDER')
-    cohort = Cohort.open(config.data.cohort)
+    asked = any(c.startswith('data.cohort=') for c in changes)
+    cohort = Cohort.open(config.data.cohort if asked or not run else find_cohort(config.data.cohort, run))
     model = open_encoder(run or source, cohort)
     if not run and isinstance(model, MMSN): config = replace(model.config, data=config.data, evaluate=config.evaluate)
     return EvaluatedEncoder(model, config, cohort, run or _own_folder(source))
