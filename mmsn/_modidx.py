@@ -986,6 +986,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'mmsn/evaluate/evaluation.py'),
                                           'mmsn.evaluate.evaluation.evaluation_changes': ( 'evaluate.evaluation.html#evaluation_changes',
                                                                                            'mmsn/evaluate/evaluation.py'),
+                                          'mmsn.evaluate.evaluation.facts_only': ( 'evaluate.evaluation.html#facts_only',
+                                                                                   'mmsn/evaluate/evaluation.py'),
                                           'mmsn.evaluate.evaluation.headline': ( 'evaluate.evaluation.html#headline',
                                                                                  'mmsn/evaluate/evaluation.py'),
                                           'mmsn.evaluate.evaluation.open_evaluated': ( 'evaluate.evaluation.html#open_evaluated',

@@ -148,6 +148,17 @@ def test_samples_that_drop_out_are_counted(made):
     assert out and out[0].startswith('29 of 200 samples of the cohort are left out (train ')
 
 
+def test_samples_with_facts_only_are_counted(made, capsys):
+    "An encoder that reads facts keeps them; how many there are in each split is said on the console and in the report."
+    def change(s): return s.assign(cxr_index=np.where(s.index % 7 == 0, -1, s.cxr_index), ehr_length=np.where(s.index % 7 == 0, 0, s.ehr_length))
+    folder = made(change, 200, 'cxr', 'ehr', 'facts')
+    t, about = results(folder, 'protocols=[knn]')
+    bare = testing.Cohort.open(folder/'cohort').samples.query('cxr_index < 0 and ehr_length == 0 and facts_index >= 0').split.value_counts()
+    said = [n for n in about['notices'] if 'facts only' in n]
+    assert len(said) == 1 and said[0] in capsys.readouterr().out and bare.sum() == 29
+    assert f'29 of 200 samples have facts only (train {bare["train"]}, val {bare["val"]}, test {bare["test"]})' in said[0]
+
+
 @pytest.mark.parametrize('n', [50])
 def test_few_patients_end_in_a_report(n, made):
     "Too few for most protocols: what can be said is said, the rest is named, and the page is whole."

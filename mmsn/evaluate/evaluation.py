@@ -6,8 +6,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEncoder', 'open_evaluated', 'asked_task',
-           'Evaluation', 'with_clear', 'evaluate_protocols', 'write_pictures', 'seen_subjects', 'write_about',
-           'evaluate', 'headline', 'open_weights', 'evaluate_seed']
+           'facts_only', 'Evaluation', 'with_clear', 'evaluate_protocols', 'write_pictures', 'seen_subjects',
+           'write_about', 'evaluate', 'headline', 'open_weights', 'evaluate_seed']
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #292d7f2d
 import hashlib, importlib.util, json, platform, re, shutil, time
@@ -145,6 +145,22 @@ def asked_task(
                      f'encoder reads')
     return task, lines
 
+# %% ../../nbs/83_evaluate.evaluation.ipynb #aec83769
+def facts_only(
+    cohort:Cohort,   # whose patients
+    kinds:dict,      # modality that the encoder reads -> kind
+    rows,            # of the cohort: those that are evaluated
+)->list:             # lines
+    "How many samples of each split have nothing but facts of what an encoder reads; none where it reads no facts."
+    others = [n for n, kind in kinds.items() if kind != 'tabular']
+    if not others or len(others) == len(kinds): return []
+    bare = ~np.any([cohort.present(n)[rows] for n in others], axis=0)
+    if not bare.any(): return []
+    found = cohort.samples.split.iloc[np.asarray(rows)[bare]].value_counts()
+    where = ', '.join(f'{s} {found.get(s, 0)}' for s in SPLITS)
+    return [f'{bare.sum()} of {len(rows)} samples have facts only ({where}): they are read by these alone, and are in no '
+            f'row of {", ".join(others)}']
+
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0022
 class Evaluation:
     "An encoder and its baselines, the patients, the options, and the results so far."
@@ -157,6 +173,7 @@ class Evaluation:
         self.inputs = ['joint', *self.kinds] if others else self.own
         rows = self.cohort.rows(None, list(self.kinds), self.config.data.samples)
         self.task, self.notices = asked_task(self.cohort, e, rows)
+        self.notices += facts_only(self.cohort, self.kinds, rows)
         self.draws = make_draws(self.task, e.fractions, e.draws, e.shots if 'low_shot' in e.protocols else (), e.seed)
         self.fraction_draws = self.draws[self.draws.shots == 0]
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
