@@ -175,6 +175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mmsn.data.formats._target': ('data.formats.html#_target', 'mmsn/data/formats.py'),
                                    'mmsn.data.formats._way': ('data.formats.html#_way', 'mmsn/data/formats.py'),
                                    'mmsn.data.formats._wide': ('data.formats.html#_wide', 'mmsn/data/formats.py'),
+                                   'mmsn.data.formats.check_ends': ('data.formats.html#check_ends', 'mmsn/data/formats.py'),
                                    'mmsn.data.formats.factors': ('data.formats.html#factors', 'mmsn/data/formats.py'),
                                    'mmsn.data.formats.open_source': ('data.formats.html#open_source', 'mmsn/data/formats.py'),
                                    'mmsn.data.formats.quoted': ('data.formats.html#quoted', 'mmsn/data/formats.py')},

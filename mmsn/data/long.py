@@ -14,7 +14,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from .formats import Columns, factors, open_source
+from .formats import Columns, check_ends, factors, open_source
 from .ids import check_meeting, check_overlap, plain_ids
 from .splits import divide, split_counts
 from .tables import (_file_error, _need, given_split, header, label_columns, numbers, read_text, reader, register,
@@ -146,6 +146,7 @@ def _moment_of(con, t, what, times, where):
 def _read_starts(con, path, times, columns, where):
     "The table `given` of a table of starts."
     names = _columns_of(path, 'start')
+    check_ends(con, path)
     own = lambda c: c if c in names else columns.roles.get(c, c)      # the long table's name for it will do
     _need(pd.DataFrame(columns=names), own('subject_id'), path)
     text = {c: _cell(own(c)) if own(c) in names else 'null::varchar' for c in ('subject_id', 'stay_id')}
