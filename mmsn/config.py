@@ -129,6 +129,7 @@ def _check_values(config:Config):
     "Raise InputError for a value that is none of those its key can have."
     projections = {f'modalities.{name}.encoder.dim' for name, m in config.modalities.items()
                    if m.kind == 'timeseries' and m.encoder.dim == 0}   # 0: none
+    if config.fusion.dim == 0: projections.add('fusion.dim')
     for path, value in _walk(config):
         key = path.rsplit('.', 1)[-1]
         if value is None: continue

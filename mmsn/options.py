@@ -203,7 +203,7 @@ class Contrast:
 @dataclass(frozen=True)
 class Fusion:
     "The joint embedding of a sample's modalities, a learned token for one that is missing. Unused with one modality."
-    dim: int = 512               # width of the joint embedding
+    dim: int = 512               # width of the joint embedding; 0: the modalities' embeddings side by side
     drop: float = 1.0            # fraction of anchor views that also appear with one modality alone (modality dropping)
     # 'shared': one head and one set of prototypes for all anchors; 'own': another for each modality that appears
     # alone
