@@ -193,7 +193,7 @@ def _check_tokens(config:Config):
 def _check_terms(config:Config):
     "Raise InputError for terms of the loss that nothing is left of, or that nothing in the config could feed."
     loss, series = config.loss, [m for m in config.modalities.values() if m.kind == 'timeseries']
-    kinds = ('forecast', 'value', 'latent')
+    kinds = ('forecast', 'value', 'latent', 'summary')
     if unknown := set(loss.cells.kind) - set(kinds):
         raise InputError(f'loss.cells.kind takes {", ".join(kinds)}, not {min(unknown)!r}')
     if loss.cells.weight and not loss.cells.kind:
