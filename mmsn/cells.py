@@ -248,7 +248,9 @@ def forward(self:SeriesCells,
         if len(self.forecasts): own |= dict(zip(('forecast', 'presence'), self.forecast(view, h)))
         if self.summary is not None: own |= dict(zip(('summary', 'fractions'), self.recall(view, pooled[i])))
         for key, value in own.items(): parts[key] = parts.get(key, 0) + value*view.n/total
-    loss = sum(v*(self.options.presence if key in ('presence', 'fractions') else 1) for key, v in parts.items())
+    o = self.options
+    weights = dict(presence=o.presence, summary=o.summary, fractions=o.summary*o.presence)
+    loss = sum(v*weights.get(key, 1.) for key, v in parts.items())
     return loss, {key: v.detach().float() for key, v in parts.items()}
 
 # %% ../nbs/51c_cells.ipynb #9bd06a54

@@ -113,7 +113,8 @@ _POSITIVE = (
 _FRACTIONS = ('patch_drop', 'drop', 'time', 'channel', 'cell', 'drop_start', 'label_smoothing', 'reverse')
 _NOT_NEGATIVE = (
     'weight', 'predict', 'depth', 'random', 'focal', 'heavy', 'noise', 'shift', 'drop_path', 'dropout',
-    'me_max_weight', 'entropy_weight', 'sinkhorn_iterations', 'keep_every', 'probe_every', 'presence')
+    'me_max_weight', 'entropy_weight', 'sinkhorn_iterations', 'keep_every', 'probe_every', 'presence',
+    'summary')
 
 # %% ../nbs/01_config.ipynb #ab482e73
 def _walk(part, where=''):

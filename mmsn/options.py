@@ -238,6 +238,7 @@ class Cells:
     kind: tuple[str, ...] = ('forecast',)
     horizon: int = 1                 # forecast: hours ahead, of whose observed values the mean is asked
     presence: float = 0.5            # forecast, summary: weight of whether a channel is observed, beside the values
+    summary: float = 1.0             # summary: its weight beside the other kinds
 
     def __post_init__(self):
         if isinstance(self.kind, str): object.__setattr__(self, 'kind', (self.kind,))
