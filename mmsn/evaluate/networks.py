@@ -170,6 +170,26 @@ def _checker(read, val, most, seed):
         return {'auroc': float(np.nan_to_num(macro(auroc(y, s)))), 'log loss': loss}
     return check
 
+# %% ../../nbs/75_evaluate.networks.ipynb #3cb08dbf
+def _move(net, read, rows, y, at, optimiser, schedule):
+    "One step on the rows at positions `at`; the loss before it."
+    loss = _bce(net.train()(*read(rows[at], net.modalities)), y[at])
+    optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
+    return loss
+
+# %% ../../nbs/75_evaluate.networks.ipynb #c43e1f2e
+def _steps(n, batch_size, epochs, least):
+    "(rows a step, steps) of training on n rows: smaller steps where there are few rows."
+    size = min(batch_size, n, max(n//30, 12))
+    return size, max(math.ceil(epochs*n/size), least)
+
+# %% ../../nbs/75_evaluate.networks.ipynb #9a20105c
+def _better(best, stale, log, check, by, net):
+    "Log a check of `net`; ((value, weights), checks since) of the best so far."
+    log.append(check)
+    found = check.get(by, 0.)*(-1 if by == 'log loss' else 1)
+    return ((found, copy.deepcopy(net.state_dict())), 0) if found > best[0] else (best, stale + 1)
+
 # %% ../../nbs/75_evaluate.networks.ipynb #1fde03e6
 def train_end_to_end(
     net:EndToEnd,      # trained in place, ends with its best weights
@@ -193,25 +213,20 @@ def train_end_to_end(
     "AdamW with warm-up and cosine; keeps the best running mean of the weights, by checks on `val`, and stops early."
     (rows, y), n, device = train, len(train[0]), net.head.weight.device
     read = cohort if isinstance(cohort, PlainViews) else PlainViews(net.views, cohort, device)
-    size = min(batch_size, n, max(n//30, 12))
-    steps = max(math.ceil(epochs*n/size), least)
+    size, steps = _steps(n, batch_size, epochs, least)
     every, last = max(steps//checks, 10), max(round(stop*steps), 1)
     optimiser, schedule = _warm_cosine(net, lr, decay, steps)
     order, mean, best, stale, log = _order(n, size, seed), copy.deepcopy(net), (-math.inf, None), 0, []
     y = torch.as_tensor(y, dtype=torch.float32, device=device)
     check = _checker(read, val, most_val, seed) if val is not None else lambda mean: {}
     if first and val is not None:
-        log.append(dict(step=0, loss=math.nan, fraction=0., **check(net)))
-        best = log[0][by]*(-1 if by == 'log loss' else 1), copy.deepcopy(net.state_dict())
+        best, stale = _better(best, 0, log, dict(step=0, loss=math.nan, fraction=0., **check(net)), by, net)
     for step in range(1, last + 1):
-        at = next(order)
-        loss = _bce(net.train()(*read(rows[at], net.modalities)), y[at])
-        optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
+        loss = _move(net, read, rows, y, next(order), optimiser, schedule)
         _follow(mean, net, max(1/step, 1/max(window*steps, 1)))
         if step < last and (val is None or step % every): continue
-        log.append(dict(step=step, loss=loss.item(), fraction=step/steps, **check(mean)))
-        found = log[-1].get(by, 0.)*(-1 if by == 'log loss' else 1)
-        best, stale = ((found, copy.deepcopy(mean.state_dict())), 0) if found > best[0] else (best, stale + 1)
+        row = dict(step=step, loss=loss.item(), fraction=step/steps, **check(mean))
+        best, stale = _better(best, stale, log, row, by, mean)
         if stale >= patience: break
     net.load_state_dict(best[1])
     return pd.DataFrame(log)
