@@ -644,6 +644,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mmsn.data.tables._stamp': ('data.tables.html#_stamp', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables._stem': ('data.tables.html#_stem', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables._times': ('data.tables.html#_times', 'mmsn/data/tables.py'),
+                                  'mmsn.data.tables.check_unnamed': ('data.tables.html#check_unnamed', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables.connect': ('data.tables.html#connect', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables.default_memory': ('data.tables.html#default_memory', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables.file_stamp': ('data.tables.html#file_stamp', 'mmsn/data/tables.py'),

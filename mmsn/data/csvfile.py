@@ -100,7 +100,7 @@ def unnamed(
     if number == 0 and values == [str(i) for i in range(len(values))]:
         return note(f'the first column of {path} has no name and counts the rows: left out')
     row = next(i for i, v in enumerate(values) if v is not None)
-    raise InputError(f'column {number + 1} of {path} has no name but holds {values[row]!r} (row {row + 1}): '
+    raise InputError(f'column {number + 1} of {path} has no name but holds {values[row]!r}' + f' (row {row + 1})'*(len(values) > 1) + ': '
                      f'name it, or remove it')
 
 # %% ../../nbs/14b_data.csvfile.ipynb #c3abda2c

@@ -17,7 +17,7 @@ import pandas as pd
 from .formats import Columns, factors, open_source
 from .ids import check_meeting, check_overlap, plain_ids
 from .splits import divide, split_counts
-from .tables import (_file_error, _need, given_split, header, label_columns, numbers, read_text, reader, register,
+from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers, read_text, reader, register,
                               split_of, subject_numbers)
 from .times import find_format, time_text
 from .timeseries import Channel, add_series
@@ -77,6 +77,7 @@ def load_long(
     """Make `long` (subject, stay_id, moment, variable, value, unit): `moment` in hours, or in seconds since 1970 where
     the column holds dates; returns how it is read, and the `Source`."""
     source = open_source(con, path, columns, known)
+    check_unnamed(con, path)
     con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('stay_id')} as stay_id, time as t,
         {_cell('variable')} as variable, try_cast({_cell('value')} as double) as value, {_cell('unit')} as unit from source""")
     if not con.execute('select count(*) from cells').fetchone()[0]: raise InputError(f'{path} holds no rows')
