@@ -244,6 +244,8 @@ def _matched(con, path, channels, source, unit, told):
     register(con, 'known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
     join, nameless = (_BY_NAME, 'long.stay_id is null') if source.stays else (_BY_TIME, 'false')
     con.execute(f'create table events as {_REASONS.format(unit=unit, join=join, nameless=nameless)}')
+    if not con.execute('select count(channel) from events').fetchone()[0]:
+        raise InputError(f'no row of {path} is a measurement of a channel, such as {channels[0].name!r}')
     rows = [('events', 'rows', con.execute('select count(*) from events').fetchone()[0])]
     rows += [('events', f'dropped: {r}', n) for r, n in con.execute(_DROPPED).fetchall()]
     rows += [('unknown variables', v or '(empty)', n) for v, n in con.execute(_UNKNOWN).fetchall()]
