@@ -657,7 +657,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mmsn.data.tables.open_table': ('data.tables.html#open_table', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables.read_text': ('data.tables.html#read_text', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables.reader': ('data.tables.html#reader', 'mmsn/data/tables.py'),
-                                  'mmsn.data.tables.register': ('data.tables.html#register', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables.run': ('data.tables.html#run', 'mmsn/data/tables.py'),
                                   'mmsn.data.tables.split_of': ('data.tables.html#split_of', 'mmsn/data/tables.py')},
             'mmsn.data.times': { 'mmsn.data.times.TimeFormat': ('data.times.html#timeformat', 'mmsn/data/times.py'),

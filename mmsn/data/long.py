@@ -17,8 +17,7 @@ import pandas as pd
 from .formats import Columns, factors, open_source
 from .ids import check_meeting, check_overlap, plain_ids
 from .splits import divide, split_counts
-from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers, read_text, reader, register,
-                              split_of, subject_numbers)
+from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers, read_text, reader, split_of, subject_numbers)
 from .times import find_format, time_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
@@ -99,7 +98,7 @@ def _one_form(con, labelled, starts, where):
         plain[key] = dict(zip(ids, plain_ids(ids, f'the {key} of {where}, its starts and labels,')))
         other = pd.DataFrame([(a, b) for a, b in plain[key].items() if a != b], columns=['a', 'b'])
         if not len(other): continue
-        register(con, 'other', other)
+        con.register('other', other)
         for t in tables: con.execute(f'update {t} set {column} = b from other where {t}.{column} = other.a')
         con.unregister('other')
     return plain
@@ -209,7 +208,7 @@ def _convert(con, path, channels):
     counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by all').fetchall()
     table, told = factors(counts, channels, path)
     if len(table):
-        register(con, 'factors', table)
+        con.register('factors', table)
         con.execute("""update long set value = value*scale + shift from factors
             where long.variable = factors.variable and long.unit = factors.unit""")
     return told
@@ -241,7 +240,7 @@ def read_long(
 # %% ../../nbs/24_data.long.ipynb #4da56bbc
 def _matched(con, path, channels, source, unit, told):
     "What `read_long` returns, of the tables `long` and `stays`."
-    register(con, 'known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
+    con.register('known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
     join, nameless = (_BY_NAME, 'long.stay_id is null') if source.stays else (_BY_TIME, 'false')
     con.execute(f'create table events as {_REASONS.format(unit=unit, join=join, nameless=nameless)}')
     if not con.execute('select count(channel) from events').fetchone()[0]:

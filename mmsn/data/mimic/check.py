@@ -17,7 +17,7 @@ from ..images import check_image
 from .channels import BENCHMARK, NAMES, item_table, word_table
 from .stays import mimic_layout
 from .xrays import CHEXPERT, RADIOLOGIST, _SAME, image_paths, load_images
-from ..tables import _near, connect, find_table, header, reader, register, run
+from ..tables import _near, connect, find_table, header, reader, run
 from ...options import InputError
 
 # %% ../../../nbs/22f_data.mimic.check.ipynb #9cd7259f
@@ -149,7 +149,7 @@ def _items(con):
     "Rows (part, what, verdict) about the labels of the items that we read."
     for name, table in (('d_items', 'chartevents'), ('d_labitems', 'labevents')):
         if not _has(con, name): continue
-        register(con, 'known', ours := item_table().query('table == @table'))
+        con.register('known', ours := item_table().query('table == @table'))
         found = con.execute(f'select k.itemid, k.label, d.label from known k join {name} d using (itemid)').fetchall()
         for item, wanted, label in sorted(found):
             if label != wanted: yield name, f'item {item} is {label!r}; we read it as {wanted!r}', 'odd'
@@ -162,7 +162,7 @@ def _units(con):
     "Rows (part, what, verdict) about the units of the items that we read."
     for table in ('chartevents', 'labevents'):
         if not _has(con, table): continue
-        register(con, 'known', item_table().query('table == @table'))
+        con.register('known', item_table().query('table == @table'))
         n, bare = con.execute(f"""select count(*), count(*) filter (coalesce(valueuom, '') = '' and unit <> '')
             from {table} join known using (itemid)""").fetchone()
         other = con.execute(f'''select itemid, label, valueuom, unit, count(*) from {table} join known using (itemid)
@@ -180,9 +180,9 @@ def _words(con):
     if not _has(con, 'chartevents'): return
     words = word_table()
     spelled = [(i, w) for i, c in enumerate(BENCHMARK) if c.name.startswith('Glascow') for w in c.categories]
-    register(con, 'words', words)
-    register(con, 'spelled', pd.DataFrame(spelled, columns=['channel', 'value']))
-    register(con, 'spoken',
+    con.register('words', words)
+    con.register('spelled', pd.DataFrame(spelled, columns=['channel', 'value']))
+    con.register('spoken',
                  item_table().assign(channel=lambda t: t.channel.map(NAMES.index)).query('channel in @words.channel'))
     con.execute(r"""create or replace table said as select label, e.value, count(*) as n,
         bool_or(word is not null or valuenum is not null) as clean,
