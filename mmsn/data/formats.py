@@ -118,7 +118,8 @@ def _wide(con, path, columns, names, known, keys, table):
     chosen = others if known is None else [n for n in others if n.strip() in set(known)]
     if not chosen:
         like = f', such as {known[0]!r}' if known else ''
-        raise InputError(f'no column of {path} is a channel{like}; there are {", ".join(map(repr, others[:20])) or "none"}. '
+        raise InputError(f'no column of {path} is a channel{like}; there are '
+                         f'{", ".join(map(repr, others[:20])) or "none"}. '
                          f'In a long table --variable and --value name the columns')
     rest = [n for n in others if n not in chosen]
     cells = con.execute(f'select {", ".join(f"count({quoted(n)})" for n in rest)} from {table}').fetchone() if rest else ()
@@ -146,7 +147,8 @@ def factors(
         ways = {u: _way(u, _target(of[name], units, path), name, n, path) for u, n in units.items()}
         changed = {u: w for u, w in ways.items() if w != (1., 0.)}
         if empty and changed:
-            raise InputError(f'{empty} rows of {name!r} in {path} have no unit, beside {sum(units[u] for u in changed)} in '
+            raise InputError(f'{empty} rows of {name!r} in {path} have no unit, beside '
+                             f'{sum(units[u] for u in changed)} in '
                              f'{next(iter(changed))!r}: write the unit of every row')
         made += [(name, u, *w) for u, w in changed.items()]
         told += _said(of[name], units, changed, empty)
@@ -159,7 +161,8 @@ def _target(channel, units, path):
     first = max(units, key=units.get)
     other = next((u for u in units if conversion(u, first, channel.name) != (1., 0.)), None)
     if other is not None:
-        raise InputError(f'{channel.name!r} of {path} is in {first!r} ({units[first]} rows) and in {other!r} ({units[other]}): '
+        raise InputError(f'{channel.name!r} of {path} is in {first!r} ({units[first]} rows) and in {other!r} '
+                         f'({units[other]}): '
                          f'say in the table of channels which unit the channel has')
     return first
 
@@ -167,7 +170,8 @@ def _way(unit, target, name, rows, path):
     "Factor and offset; InputError where none is known."
     way = conversion(unit, target, name)
     if way is None:
-        raise InputError(f'{rows} rows of {name!r} in {path} are in {unit!r}, the channel is in {target!r}, and no factor is '
+        raise InputError(f'{rows} rows of {name!r} in {path} are in {unit!r}, the channel is in {target!r}, and no '
+                         f'factor is '
                          f'known: convert them, or change the unit of the channel')
     return way
 

@@ -62,8 +62,10 @@ def _cell(column): return f"""nullif(trim("{column}"::varchar), '')"""
 def _check_values(con, path, columns):
     "Raise InputError where a value has a decimal comma."
     if not con.execute('select count(*) > count(value) from cells').fetchone()[0]: return
-    said = con.execute("select value::varchar from source where regexp_full_match(trim(value::varchar), '[+-]?\\d+,\\d+') limit 1").fetchone()
-    if said: raise InputError(f'column {columns.value!r} of {path} holds {said[0]!r}: write numbers with a decimal point')
+    said = con.execute("select value::varchar from source where regexp_full_match(trim(value::varchar), "
+                       "'[+-]?\\d+,\\d+') limit 1").fetchone()
+    if said:
+        raise InputError(f'column {columns.value!r} of {path} holds {said[0]!r}: write numbers with a decimal point')
 
 # %% ../../nbs/24_data.long.ipynb #0d0a87d2
 def load_long(
@@ -92,7 +94,8 @@ def _one_form(con, labelled, starts, where):
     plain = {}
     for column, key in (('subject', 'subject_id'), ('stay_id', 'stay_id')):
         tables = ['long', 'given'] if starts else ['long']
-        ids = {i for t in tables for i, in con.execute(f'select distinct {column} from {t} where {column} is not null').fetchall()}
+        ids = {i for t in tables for i, in con.execute(f'select distinct {column} from {t} where {column} is not '
+                                                       f'null').fetchall()}
         if labelled is not None: ids |= set(labelled.index if labelled.index.name == key else labelled.attrs.get('subjects', {}).values() if key == 'subject_id' else ())
         ids = sorted(ids)
         plain[key] = dict(zip(ids, plain_ids(ids, f'the {key} of {where}, its starts and labels,')))
@@ -139,7 +142,8 @@ def _moment_of(con, t, what, times, where):
     if con.execute(f"select count(*) from read where {t} is not null and try_cast({t} as double) is null").fetchone()[0] and unit != 'clock': unit = 'auto'
     f = find_format(con, 'read', t, what, unit, times.form if times.form in ('dmy', 'mdy') else '')
     if f.kind != times.kind:
-        raise InputError(f'{what} holds {_KINDS[f.kind]}, the times of {where} are {_KINDS[times.kind]}: write both in one way')
+        raise InputError(f'{what} holds {_KINDS[f.kind]}, the times of {where} are {_KINDS[times.kind]}: write both '
+                         f'in one way')
     return f.parts(t), f.moment(t, 'g' + t[1])
 
 # %% ../../nbs/24_data.long.ipynb #635bb760
@@ -186,7 +190,8 @@ def _check_stays(con, path, starts):
         (select count(*) from stays), any_value(long.stay_id), (select any_value(stay_id) from stays)
         from long left join stays using (stay_id)""").fetchone()
     if both*2 < min(n, known):
-        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: the first has {one!r}, the second {two!r}')
+        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: the first has {one!r}, the second '
+                         f'{two!r}')
 
 # %% ../../nbs/24_data.long.ipynb #48cde66c
 _REASONS = """select long.subject, moment, stay, (moment - zero)/{unit} as hours, channel, value,
@@ -205,7 +210,8 @@ _DROPPED = 'select reason, count(*) from events where reason is not null group b
 # %% ../../nbs/24_data.long.ipynb #bd664781
 def _convert(con, path, channels):
     "Bring the values of `long` to the units of their channels; returns rows (part, what, count). Raises InputError."
-    counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by all').fetchall()
+    counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by '
+                         'all').fetchall()
     table, told = factors(counts, channels, path)
     if len(table):
         con.register('factors', table)
@@ -229,7 +235,8 @@ def read_long(
         try:
             times, source = load_long(con, path, columns, [c.name for c in channels], time_unit)
             plain = load_starts(con, starts, times, columns, source.stays, labelled, path)
-        except duckdb.Error as e: raise _file_error(e) or InputError(f'{path} or the table of starts is not a readable table') from None
+        except duckdb.Error as e:
+            raise _file_error(e) or InputError(f'{path} or the table of starts is not a readable table') from None
         if source.stays: _check_stays(con, path, starts)
         told = _convert(con, path, channels) if source.units else []
         stays, events, rows = _matched(con, path, channels, source, 1. if times.kind == 'elapsed' else 3600., told)
@@ -273,16 +280,21 @@ def _check_times(con, path, times, unit, outside):
     "Raise InputError where too many measurements lie outside their stays, or where hours are too many to be hours."
     where = f"""from events where (reason is null or reason in {_OUTSIDE})
         and subject in (select subject from stays)"""
-    out, n, lo, hi = con.execute(f"select count(*) filter (reason is not null or hours < 0), count(*), min(moment), max(moment) {where}").fetchone()
+    out, n, lo, hi = con.execute(f"select count(*) filter (reason is not null or hours < 0), count(*), min(moment), "
+                                 f"max(moment) {where}").fetchone()
     first, last = con.execute('select min(zero), max(coalesce(stop, zero)) from stays').fetchone()
     if out > outside*n:
-        raise InputError(f'{out} of {n} measurements of {path} lie outside their stays: they are from {_shown(lo, times)} to {_shown(hi, times)}, '
-                         f'the stays from {_shown(first, times)} to {_shown(last, times)}; is it the same unit (--time-unit), zone and '
+        raise InputError(f'{out} of {n} measurements of {path} lie outside their stays: they are from '
+                         f'{_shown(lo, times)} to {_shown(hi, times)}, '
+                         f'the stays from {_shown(first, times)} to {_shown(last, times)}; is it the same unit '
+                         f'(--time-unit), zone and '
                          f'year? (--outside 1 allows it)')
     if unit != 'auto' or times.form != 'number' or times.kind != 'elapsed': return
-    longest, = con.execute('select median(h) from (select max(hours) as h from events where reason is null group by stay)').fetchone()
+    longest, = con.execute('select median(h) from (select max(hours) as h from events where reason is null group by '
+                           'stay)').fetchone()
     if longest and longest > 1000:
-        raise InputError(f'times of {path} go from {lo:,.6g} to {hi:,.6g}: as hours, half of the stays were longer than {longest/24:,.0f} days; '
+        raise InputError(f'times of {path} go from {lo:,.6g} to {hi:,.6g}: as hours, half of the stays were longer '
+                         f'than {longest/24:,.0f} days; '
                          f'say what they are (--time-unit minutes, or --time-unit hours if they are)')
 
 # %% ../../nbs/24_data.long.ipynb #9cb16bae
@@ -343,7 +355,8 @@ def _with_labelled(
     other = stays[said.notna() & (said != stays.subject)]
     if len(other) and not alone:
         stay = other.iloc[0]
-        raise InputError(f'stay {stay.stay_id} is of subject {stay.subject} in {where}, but of {subjects[stay.stay_id]} in '
+        raise InputError(f'stay {stay.stay_id} is of subject {stay.subject} in {where}, but of '
+                         f'{subjects[stay.stay_id]} in '
                          f'the labels')
     extra = known.index.difference(stays.stay_id)
     more = pd.DataFrame(dict(subject=extra if alone else extra.map(subjects), stay_id=extra))
@@ -381,9 +394,11 @@ def _check_series(samples, modality, counts, path, events, hours):
     n, late = counts.events.sum(), counts.early.sum() + counts.late.sum()
     if not n: raise InputError(f'no row of {path} is a measurement of a channel, such as {counts.index[0]!r}')
     if late*2 > n:
-        raise InputError(f'no measurement of {path} lies in the first {hours:g} hours of its stay: they go from {events.hours.min():,.6g} to '
+        raise InputError(f'no measurement of {path} lies in the first {hours:g} hours of its stay: they go from '
+                         f'{events.hours.min():,.6g} to '
                          f'{events.hours.max():,.6g} hours; say --time-unit, or --hours 0 for whole stays')
-    raise InputError(f'no measurement of {path} is a number between the low and high of its channel: is the unit another?')
+    raise InputError(f'no measurement of {path} is a number between the low and high of its channel: is the unit '
+                     f'another?')
 
 # %% ../../nbs/24_data.long.ipynb #63396c5a
 def prepare_table(

@@ -61,7 +61,8 @@ def header(
     if path.suffix != '.parquet': return [n for n in csv_header(path) if n]
     if not path.is_file(): raise InputError(f'no file {path}')
     try: return [n for n in duckdb.read_parquet(str(path)).columns if n != '__index_level_0__']
-    except duckdb.Error: raise InputError(f'{path} is not a readable table (no Parquet file, or cut), download it again')
+    except duckdb.Error:
+        raise InputError(f'{path} is not a readable table (no Parquet file, or cut), download it again')
 
 # %% ../../nbs/15_data.tables.ipynb #53a6f205
 def _literal(text): return "'" + str(text).replace("'", "''") + "'"
@@ -83,7 +84,7 @@ def check_unnamed(
     con,    # DuckDB connection
     path,   # CSV or parquet
 ):
-    "Say which columns of a table without a name are left out; raises InputError where one behind the others holds something."
+    "Say which columns without a name are left out; raises InputError where one behind the others holds something."
     if Path(path).suffix == '.parquet': return
     names = csv_header(path)
     for i, (name, sql) in enumerate(zip(names, sql_names(names))):
@@ -97,7 +98,8 @@ def _has_no(where, column, names):
     "The line that says that a table has no such column, and the one that is like it, or what there is."
     near, names = _near(column, names), list(names)
     listed = ', '.join(map(str, names[:12])) + ' …'*(len(names) > 12)
-    return InputError(f'{where} has no column {column!r}; ' + (f'did you mean {near!r}?' if near else f'it has {listed or "none"}'))
+    hint = f'did you mean {near!r}?' if near else f'it has {listed or "none"}'
+    return InputError(f'{where} has no column {column!r}; {hint}')
 
 
 # %% ../../nbs/15_data.tables.ipynb #f2f898b4
@@ -116,13 +118,15 @@ def _column_sql(path, names, column):
 _SAMPLE = 1000    # cells that are looked at before a table is read
 
 def _times(con, path, column, source, i, where=None):
-    "(the source with what is needed, SQL) for a column of times as timestamps; raises InputError for an unreadable form."
+    "(the source with what is needed, SQL) for a column of times as timestamps; InputError for an unreadable form."
     text, what = time_text(path, column)[0], f'column {column!r} of {where or path}'
     run(con, f'create or replace temp table sampled as select {text} as t from {source} limit {_SAMPLE}')
-    if not con.execute('select count(t) from sampled').fetchone()[0]: run(con, "insert into sampled values ('2000-01-01 00:00:00')")
+    if not con.execute('select count(t) from sampled').fetchone()[0]: run(con, "insert into sampled values "
+                                                                               "('2000-01-01 00:00:00')")
     f = find_format(con, 'sampled', 't', what, places=False, order=lambda: _day_or_month(con, text, source, what))
     if f.kind == 'elapsed':
-        raise InputError(f'{what} should hold dates, not hours such as {con.execute("select min(t) from sampled").fetchone()[0]}')
+        raise InputError(f'{what} should hold dates, not hours such as '
+                         f'{con.execute("select min(t) from sampled").fetchone()[0]}')
     inner = f'(select *, {f.parts(f"""text{i}""")} as parts{i} from (select *, {text} as text{i} from {source}))'
     return inner, f.stamp(f'text{i}', f'parts{i}')
 
@@ -131,7 +135,8 @@ def _day_or_month(con, text, source, what):
     "'dmy' or 'mdy' of a column of dates such as 25/04/2021, by all of its cells; '' where none decides it."
     parts = ', '.join(f"max(try_cast(regexp_extract(t, '^(\\d{{1,2}})[-/.](\\d{{1,2}})', {i}) as int))" for i in (1, 2))
     first, second = run(con, f'select {parts} from (select {text} as t from {source})').fetchone()
-    if first > 12 and second > 12: raise InputError(f'{what} holds dates with the day first and dates with the month first: write YYYY-MM-DD')
+    if first > 12 and second > 12:
+        raise InputError(f'{what} holds dates with the day first and dates with the month first: write YYYY-MM-DD')
     return 'dmy' if first > 12 else 'mdy' if second > 12 else ''
 
 # %% ../../nbs/15_data.tables.ipynb #63bfbea0
@@ -188,7 +193,8 @@ def connect(
 
 # %% ../../nbs/15_data.tables.ipynb #792860a6
 _CAUSES = (('unterminated quote', 'a quote is not closed'), ('Invalid unicode', 'a character is not UTF-8'),
-           ('GZIP', 'the .gz breaks off or is none'), ('Maximum line size', 'a line is endless: is a quote not closed?'))
+           ('GZIP', 'the .gz breaks off or is none'), ('Maximum line size', 'a line is endless: is a quote not '
+                                                                            'closed?'))
 
 def _file_error(error):
     "What DuckDB says about a file, as an InputError of one line, or None where it is not about a file."
@@ -203,7 +209,8 @@ def _file_error(error):
     path, line = where[1].strip(), re.search(r'on Line: (\d+)', text)
     count = re.search(r'Expected Number of Columns: (\d+) Found: (\d+)', text)
     place = f' (line {line[1]})' if line else ''
-    if count: return InputError(f'{path} cannot be read{place}: a row has {count[2]} cells where the header has {count[1]}')
+    if count:
+        return InputError(f'{path} cannot be read{place}: a row has {count[2]} cells where the header has {count[1]}')
     cause = next((words for sign, words in _CAUSES if sign in text), 'it is damaged')
     return InputError(f'{path} cannot be read{place}, download it again: {cause}')
 
@@ -372,8 +379,10 @@ def read_text(
     if Path(path).suffix == '.parquet': table = _parquet_text(path, header(path))
     else:
         check_rows(path, names := csv_header(path))
-        try: table = pd.read_csv(path, dtype=str, encoding='utf-8-sig', header=0, names=sql_names(names), index_col=False)
-        except (OSError, ValueError) as e: raise InputError(f'{path} is not a readable CSV file: {str(e).splitlines()[0]}')
+        options = dict(dtype=str, encoding='utf-8-sig', header=0, index_col=False)
+        try: table = pd.read_csv(path, names=sql_names(names), **options)
+        except (OSError, ValueError) as e:
+            raise InputError(f'{path} is not a readable CSV file: {str(e).splitlines()[0]}')
         for i in [i for i, n in enumerate(names) if not n]: unnamed(table.iloc[:, i].tolist(), i, path)
         table = table.iloc[:, [i for i, n in enumerate(names) if n]].set_axis([n for n in names if n], axis=1)
     for c in columns: _need(table, c, path)
@@ -386,12 +395,14 @@ def numbers(table, column:str, where)->pd.Series:
     value = pd.to_numeric(table[column], errors='coerce')
     bad = table[column][value.isna() & table[column].notna() & (table[column].str.strip() != '')]
     if len(bad):
-        row, hint = table.index.get_loc(bad.index[0]) + 1, ', with a decimal point'*bool(re.fullmatch(r'\s*-?\d+,\d+\s*', bad.iloc[0]))
+        row, comma = table.index.get_loc(bad.index[0]) + 1, re.fullmatch(r'\s*-?\d+,\d+\s*', bad.iloc[0])
+        hint = ', with a decimal point' if comma else ''
         raise InputError(f'column {column!r} of {where} should hold numbers{hint}, not {bad.iloc[0]!r} (row {row})')
     return value
 
 # %% ../../nbs/15_data.tables.ipynb #859703be
-_LABEL_WORDS = {w: str(i) for i, words in enumerate(('false f no n negative neg', 'true t yes y positive pos')) for w in words.split()}
+_LABEL_WORDS = {w: str(i) for i, words in enumerate(('false f no n negative neg', 'true t yes y positive pos'))
+                for w in words.split()}
 
 def _as_numbers(column):
     "A column of text with the words for 1 and 0 replaced by these."
@@ -400,7 +411,7 @@ def _as_numbers(column):
     return column.mask(word.isin(_LABEL_WORDS), word.map(_LABEL_WORDS))
 
 def label_columns(table, names, where)->pd.DataFrame:
-    "(N, K) float32 of 1, 0 and NaN = unknown (empty or -1); raises InputError for other values, and names that are taken."
+    "(N, K) float32 of 1, 0 and NaN = unknown (empty or -1); raises InputError for other values."
     for n in names: _need(table, n, where)
     words = pd.DataFrame({n: _as_numbers(table[n]) for n in names}, index=table.index)
     labels = pd.DataFrame({n: numbers(words, n, where) for n in names}, index=table.index).replace(-1, np.nan)
@@ -414,5 +425,7 @@ def label_sql(text:str)->str:
     "SQL for a label: 1, 0 or -1 of the words and numbers above, NULL where empty, NaN for anything else."
     text = f"lower(trim({text}))"
     words = ' '.join(f"when '{w}' then {v}" for w, v in _LABEL_WORDS.items())
-    number = f"case when try_cast({text} as double) in (-1, 0, 1) then try_cast({text} as double) else 'nan'::double end"
-    return f"case when {text} is null or {text} in ('', 'na', 'nan', 'null', 'none') then null else case {text} {words} else {number} end end"
+    number = f"try_cast({text} as double)"
+    other = f"case when {number} in (-1, 0, 1) then {number} else 'nan'::double end"
+    empty = f"{text} is null or {text} in ('', 'na', 'nan', 'null', 'none')"
+    return f"case when {empty} then null else case {text} {words} else {other} end end"
