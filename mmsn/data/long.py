@@ -17,7 +17,8 @@ import pandas as pd
 from .formats import Columns, factors, open_source
 from .ids import check_meeting, check_overlap, plain_ids
 from .splits import divide, split_counts
-from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers, read_text, reader, split_of, subject_numbers)
+from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers, read_text,
+                              reader, split_of, subject_numbers)
 from .times import find_format, time_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
@@ -79,8 +80,9 @@ def load_long(
     the column holds dates; returns how it is read, and the `Source`."""
     source = open_source(con, path, columns, known)
     check_unnamed(con, path)
-    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('stay_id')} as stay_id, time as t,
-        {_cell('variable')} as variable, try_cast({_cell('value')} as double) as value, {_cell('unit')} as unit from source""")
+    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('stay_id')} as stay_id,
+        time as t, {_cell('variable')} as variable, try_cast({_cell('value')} as double) as value,
+        {_cell('unit')} as unit from source""")
     if not con.execute('select count(*) from cells').fetchone()[0]: raise InputError(f'{path} holds no rows')
     _check_values(con, path, columns)
     f = find_format(con, 'cells', 't', f'column {columns.time!r} of {path}', 'hours' if source.durations else unit)
@@ -89,14 +91,19 @@ def load_long(
     return f, source
 
 # %% ../../nbs/24_data.long.ipynb #5820a74b
+def _ids_of(labelled, key):
+    "The subjects or stays that labels name."
+    if labelled is None: return []
+    if labelled.index.name == key: return labelled.index
+    return labelled.attrs.get('subjects', {}).values() if key == 'subject_id' else []
+
 def _one_form(con, labelled, starts, where):
     "Bring the ids of `long`, and of `given` if there are starts, to one form; returns it, for those of the labels too."
     plain = {}
     for column, key in (('subject', 'subject_id'), ('stay_id', 'stay_id')):
         tables = ['long', 'given'] if starts else ['long']
-        ids = {i for t in tables for i, in con.execute(f'select distinct {column} from {t} where {column} is not '
-                                                       f'null').fetchall()}
-        if labelled is not None: ids |= set(labelled.index if labelled.index.name == key else labelled.attrs.get('subjects', {}).values() if key == 'subject_id' else ())
+        found = [i for t in tables for i, in con.execute(f'select distinct {column} from {t}').fetchall()]
+        ids = {i for i in [*found, *_ids_of(labelled, key)] if i is not None}
         ids = sorted(ids)
         plain[key] = dict(zip(ids, plain_ids(ids, f'the {key} of {where}, its starts and labels,')))
         other = pd.DataFrame([(a, b) for a, b in plain[key].items() if a != b], columns=['a', 'b'])
@@ -138,8 +145,8 @@ _KINDS = dict(elapsed='hours', local='dates without a time zone', utc='dates wit
 def _moment_of(con, t, what, times, where):
     "SQL of parts and moment of a column of `read`, which must be of the kind of the times of the long table."
     if not con.execute(f'select count({t}) from read').fetchone()[0]: return 'null', 'null::double'
-    unit = times.unit if times.form == 'number' else 'clock' if times.form == 'clock' else 'auto'
-    if con.execute(f"select count(*) from read where {t} is not null and try_cast({t} as double) is null").fetchone()[0] and unit != 'clock': unit = 'auto'
+    words = con.execute(f'select count(*) from read where {t} is not null and try_cast({t} as double) is null').fetchone()[0]
+    unit = 'clock' if times.form == 'clock' else times.unit if times.form == 'number' and not words else 'auto'
     f = find_format(con, 'read', t, what, unit, times.form if times.form in ('dmy', 'mdy') else '')
     if f.kind != times.kind:
         raise InputError(f'{what} holds {_KINDS[f.kind]}, the times of {where} are {_KINDS[times.kind]}: write both '
@@ -156,10 +163,12 @@ def _read_starts(con, path, times, columns, where):
     text |= {c: time_text(path, c)[0] if c in names else 'null::varchar' for c in ('start', 'end')}
     con.execute(f"""create table read as select {text['subject_id']} as subject, {text['stay_id']} as stay_id,
               {text['start']} as t0, {text['end']} as t1 from {reader(Path(path), names)}""")
-    begin, stop = (_moment_of(con, t, f'column {c!r} of {path}', times, where) for t, c in (('t0', 'start'), ('t1', 'end')))
+    what = f'column {{!r}} of {path}'
+    begin, stop = (_moment_of(con, t, what.format(c), times, where) for t, c in (('t0', 'start'), ('t1', 'end')))
     con.execute(f"""create table given as select row, subject, stay_id, {begin[1]} as begin, {stop[1]} as stop from
         (select *, rowid + 1 as row, {begin[0]} as g0, {stop[0]} as g1 from read)""")
-    for wrong, say in (('subject is null', 'names no subject'), ('begin is null', "has no 'start'"), ('stop < begin', 'ends before it starts')):
+    for wrong, say in (('subject is null', 'names no subject'), ('begin is null', "has no 'start'"),
+                       ('stop < begin', 'ends before it starts')):
         row = con.execute(f'select min(row) from given where {wrong}').fetchone()[0]
         if row is not None: raise InputError(f'row {row} of {path} {say}')
 
@@ -170,8 +179,8 @@ def _check_starts(con, path, where):
         twice = con.execute(f'select max(row) from given where {these} group by {key} '
                             'having count(*) > 1 limit 1').fetchone()
         if twice: raise InputError(f'row {twice[0]} of {path} is a stay that is there already')
-    long, given = ([s for s, in con.execute(f'select distinct subject from {t} where subject is not null order by 1').fetchall()]
-                   for t in ('long', 'given'))
+    ids = 'select distinct subject from {} where subject is not null order by 1'
+    long, given = ([s for s, in con.execute(ids.format(t)).fetchall()] for t in ('long', 'given'))
     check_overlap(long, given, f'the measurements in {where}', path)
 
 # %% ../../nbs/24_data.long.ipynb #4f35230f
@@ -265,7 +274,8 @@ def _matched(con, path, channels, source, unit, told):
 def _shown(x, times):
     "A moment as a person reads it."
     if x is None: return 'never'
-    return f'{x:,.6g} h' if times.kind == 'elapsed' else f'{pd.Timestamp(round(x*1e6), unit="us"):%Y-%m-%d %H:%M}' + ' UTC'*(times.kind == 'utc')
+    if times.kind == 'elapsed': return f'{x:,.6g} h'
+    return f'{pd.Timestamp(round(x*1e6), unit="us"):%Y-%m-%d %H:%M}' + ' UTC'*(times.kind == 'utc')
 
 def _times_read(con, times):
     "The row (part, what, count) that says how times were read."
@@ -381,11 +391,13 @@ def _said_of(columns, split):
 def _with_plain_ids(known, stays, where):
     "`known` by the one form of its ids, and how many of its rows are of no stay; raises InputError where most are."
     plain, key = stays.attrs['plain'], known.index.name
-    subjects = {plain['stay_id'].get(s, s): plain['subject_id'].get(p, p) for s, p in known.attrs.get('subjects', {}).items()}
+    form = lambda k, i: plain[k].get(i, i)
+    subjects = {form('stay_id', s): form('subject_id', p) for s, p in known.attrs.get('subjects', {}).items()}
     known = known.set_axis(known.index.map(lambda i: plain[key].get(i, i)).astype(object).rename(key))
     if subjects: known.attrs['subjects'] = subjects
     if key == 'stay_id' and not stays.stay_id.notna().all(): return known, 0               # said by `_with_labels`
-    return known, check_meeting(known.index, stays.subject if key == 'subject_id' else stays.stay_id, 'the labels', f'the stays of {where}')
+    ids = stays.subject if key == 'subject_id' else stays.stay_id
+    return known, check_meeting(known.index, ids, 'the labels', f'the stays of {where}')
 
 # %% ../../nbs/24_data.long.ipynb #bd4de984
 def _check_series(samples, modality, counts, path, events, hours):
@@ -399,6 +411,22 @@ def _check_series(samples, modality, counts, path, events, hours):
                          f'{events.hours.max():,.6g} hours; say --time-unit, or --hours 0 for whole stays')
     raise InputError(f'no measurement of {path} is a number between the low and high of its channel: is the unit '
                      f'another?')
+
+# %% ../../nbs/24_data.long.ipynb #2936a9f4
+def _ends(stays, events, hours, timestep):
+    "(N,) hours of each stay: to its end, or its last measurement, and `hours` at the most."
+    last = events.groupby('stay').hours.max().reindex(stays.index)
+    return stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                    # hour 0 needs a row
+
+def _counted(stays, found, left, lost, starts, known, split, named):
+    "Rows (part, what, count) about stays, labels and splits."
+    rows = [('stays', 'in the table' if starts is None else 'in the table of starts', found),
+            ('stays', 'with labels only', len(stays) - found)]
+    if left: rows.append(('stays', 'labelled, left out: no row in the table', left))
+    if lost: rows.append(('labels', 'rows of no stay with measurements', lost))
+    if split and 'split' in known:
+        rows.append(('samples', 'with a split in the labels, not used', int(known.split.notna().sum())))
+    return rows + [('samples', *r) for r in split_counts(stays.subject, split or 'hash', named.subject)]
 
 # %% ../../nbs/24_data.long.ipynb #63396c5a
 def prepare_table(
@@ -434,18 +462,12 @@ def prepare_table(
         known, lost = _with_plain_ids(known, stays, table)
         found, left, events = len(stays), 0, events.assign(hours=events.hours + shift)
         if starts is None: stays, left = _with_labelled(stays, known, named.subject == named.stay, table)
-        last = events.groupby('stay').hours.max().reindex(stays.index)
-        end = stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                 # hour 0 needs a row
+        end = _ends(stays, events, hours, timestep)
         samples = _with_labels(stays, known, seed, table, split, named.subject)
         samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, kinds,
                 events, end.to_numpy(), timestep)
         _check_series(samples, modality, counts, table, events, hours)
         if facts is not None: _add_facts(writer, facts, stays, samples)
-        rows = [*told, ('stays', 'in the table' if starts is None else 'in the table of starts', found),
-                ('stays', 'with labels only', len(stays) - found),
-                *[('stays', 'labelled, left out: no row in the table', left)]*bool(left), *rows,
-                *[('labels', 'rows of no stay with measurements', lost)]*bool(lost),
-                *[('samples', 'with a split in the labels, not used', int(known.split.notna().sum()))
-                  for _ in 'x' if split and 'split' in known],
-                *(('samples', *r) for r in split_counts(stays.subject, split or 'hash', named.subject))]
+        counted = _counted(stays, found, left, lost, starts, known, split, named)
+        rows = [*told, *counted[:2], *rows, *counted[2:]]
         return close_with_summary(writer, samples, rows, counts)
