@@ -10,7 +10,7 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 __all__ = ['free_place', 'replacing', 'Teller', 'attention', 'finish', 'synthetic', 'mimic', 'physionet2012', 'nih', 'iu',
            'images', 'table', 'medfuse', 'meds', 'join', 'parser', 'main']
 
-# %% ../nbs/28_prepare.ipynb #807f3b09
+# %% ../nbs/28_prepare.ipynb #0c8206b0
 import argparse, inspect, re, shutil, tempfile, time, typing
 from contextlib import contextmanager
 from dataclasses import fields
@@ -33,7 +33,7 @@ from .data.physionet import prepare_physionet2012
 from .data.synthetic import LABELS, synthesise
 from .data.times import TIME_UNITS
 from .data.synthetic_mimic import write_mimic
-from .data.yaib import is_yaib, prepare_yaib
+from .data.yaib import is_yaib, prepare_yaib, table_words
 from .options import InputError
 
 # %% ../nbs/28_prepare.ipynb #1b7f5f99
@@ -162,7 +162,7 @@ def mimic(
 def physionet2012(
     source,                # folder with set-a.tar.gz (or set-a/) and Outcomes-a.txt; sets b and c are read too
     out,                   # folder of the cohort; new, or empty
-    split:str='hash',      # of the subject (default), or CSV files with RecordID (or subject_id),split, separated by commas
+    split:str='hash',      # of the subject (default), or CSV files with RecordID (or subject_id),split, by commas
     vitals_labs:bool=False,  # two modalities, vitals and labs, instead of one, ehr
     seed:int=0,            # of the division into train, val and test by subject
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
@@ -180,14 +180,14 @@ def nih(
     size:int=128,          # side of the stored images in pixels
     seed:int=0,            # of the division into train, val and test by subject
     workers:int=2,         # processes that decode images
-    # CSV files with patient_id (or subject_id),split, separated by commas; without it test_list.txt, where it is there, or a hash
+    # CSV files with patient_id (or subject_id),split, by commas; without it test_list.txt where it is, or a hash
     split:str=None,
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "NIH ChestX-ray14."
     lines = [f'reading {source}, images to {size} x {size} pixels, into {out}']
     if split is None and (Path(source)/'test_list.txt').is_file():
-        lines.append('test_list.txt says who tests, a hash of the patient divides the rest; --split FILE for another division')
+        lines.append('test_list.txt says who tests, a hash of the patient divides the rest; --split FILE for others')
     return _make(out, overwrite, say, lines,
                  lambda: prepare_nih(source, out, size, seed, workers, split))
 
@@ -214,7 +214,7 @@ def images(
     size:int=224,          # side of the stored images in pixels
     id:str='image',        # column of the file name, relative to FOLDER, with or without ending
     subject:str=None,      # column of the patient; without it every image is its own, and patients may cross splits
-    split:str=None,        # column of train, val or test, or CSV files subject,split; without it a hash of the patient decides
+    split:str=None,        # column of train, val or test, or CSV files subject,split; without it a hash decides
     labels:list=(),        # columns of 1, 0, -1 (unknown) or empty (unknown), separated by commas
     facts:list=(),         # columns such as age,sex,view for a tabular modality
     fit:typing.Literal['crop', 'squash']='crop',   # crop: keep proportions, cut to a square; squash: stretch
@@ -231,59 +231,42 @@ def images(
     lines.append(f'reading {csv}, images of {folder} to {size} x {size} pixels, into {out}')
     return _make(out, overwrite, say, lines, lambda: prepare_images(csv, folder, out, size, id, **options))
 
-# %% ../nbs/28_prepare.ipynb #61ae0349
+# %% ../nbs/28_prepare.ipynb #73811e93
 def table(
-    # CSV or parquet, a row a measurement (subject_id, time in hours or timestamps, variable, value) or a column a variable; or a folder of YAIB
+    # CSV or parquet, a row a measurement (subject_id, time, variable, value) or a column a variable; or YAIB's folder
     table,
-    channels=None,         # CSV with a row a variable: name, unit, low, high, normal (--draft writes one); YAIB needs none
+    channels=None,         # CSV, a row a variable: name, unit, low, high, normal (--draft writes one); YAIB needs none
     out=None,              # folder of the cohort; new, or empty
     labels:str=None,       # CSV, a row a subject, or a stay: subject_id or stay_id, a column a label, optionally split
-    # CSV or parquet of stays: subject_id, start, optionally end and stay_id; without it a stay_id is a stay, or else a subject
+    # CSV or parquet of stays: subject_id, start, optionally end, stay_id; without it a stay_id is a stay, or a subject
     starts:str=None,
     hours:float=48,        # hours read of each stay; 0: all
     timestep:float=1.,     # hours a row
     name:str='table',      # of the cohort
     modality:str='ehr',    # name of the time series
     seed:int=0,            # of the division into train, val and test by subject
-    split:str='',          # CSV files subject_id,split, separated by commas; without it the labels' column split, or a hash
+    split:str='',          # CSV files subject_id,split, by commas; without it the labels' column split, or a hash
     subject:str='subject_id',  # column of the patient
     stay:str='stay_id',    # column of the stay; used where it is there: rows of two stays are never merged
     time:str='time',       # column of hours or timestamps
     variable:str='variable',   # column that names the channel
     value:str='value',     # column of the number
-    unit:str='unit',       # column of the unit; used where it is there: values are converted to the channel's unit, or refused
+    unit:str='unit',       # column of the unit; used where it is there: values are converted, or refused
     # what times are that are numbers: recognised, or hours (unix: seconds since 1970; clock: 36:15)
     time_unit:typing.Literal[TIME_UNITS]='auto',
     outside:float=.5,      # largest share of measurements that may lie outside their stays; more is an error
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
-    "Any table of measurements, long (subject_id, time, variable, value) or wide (a column a variable), or a folder of YAIB."
+    "A table of measurements, long (subject_id, time, variable, value) or wide (a column a variable), or of YAIB."
     own = dict(labels=labels, hours=hours, timestep=timestep, name=name, modality=modality, seed=seed, split=split,
                time_unit=time_unit, outside=outside)
     columns = dict(subject=subject, stay=stay, time=time, variable=variable, value=value, unit=unit)
-    channels, out, yaib = _table_words(table, channels, out, starts, columns)
-    if yaib: return _make(out, overwrite, say, [f'reading {table}, a folder of YAIB, into {out}: each stay counts as a patient'],
-                          lambda: prepare_yaib(table, out, channels, **own))
+    channels, out, yaib = table_words(table, channels, out, starts, columns)
+    if yaib:
+        lines = [f'reading {table}, a folder of YAIB, into {out}: each stay counts as a patient']
+        return _make(out, overwrite, say, lines, lambda: prepare_yaib(table, out, channels, **own))
     return _make(out, overwrite, say, [f'reading {table} into {out}'],
                  lambda: prepare_table(table, channels, out, starts=starts, **own, **columns))
-
-# %% ../nbs/28_prepare.ipynb #619d3625
-def _table_words(table, channels, out, starts, columns):
-    "(channels, out, whether it is a folder of YAIB) of the words of a person; raises InputError for what is missing."
-    yaib = is_yaib(table)
-    if yaib and out is None: channels, out = None, channels
-    if out is None or not yaib and channels is None:
-        raise InputError('OUT is missing: mmsn-prepare table FOLDER OUT' if yaib else
-                         'CHANNELS or OUT is missing: mmsn-prepare table TABLE CHANNELS OUT; '
-                         f'mmsn-prepare table {table} --draft channels.csv drafts a table of channels from the data')
-    if Path(table).is_dir() and not yaib:
-        raise InputError(f'{table} is a folder without dyn.parquet: give a table, or a folder of YAIB (dyn, sta, outc)')
-    if yaib and (starts or columns != {f.name: f.default for f in fields(Columns)}):
-        raise InputError(f'{table} is a folder of YAIB, whose columns and starts are known: leave out --starts and the names')
-    if channels is not None and not Path(channels).is_file() and Path(table).exists():
-        raise InputError(f'no table of channels at {channels}: mmsn-prepare table {table} --draft {channels} drafts one from '
-                         'the data')
-    return channels, out, yaib
 
 # %% ../nbs/28_prepare.ipynb #a4637cc1
 def medfuse(
@@ -317,7 +300,7 @@ def meds(
     seed:int=0,            # of the division of subjects without a split
     memory:str='',         # most memory that DuckDB takes (default an eighth of the machine)
     threads:int=0,         # threads of DuckDB; 0: one a core
-    split:str='',          # CSV files with subject_id,split, separated by commas; without it subject_splits.parquet, or a hash
+    split:str='',          # CSV files with subject_id,split, by commas; without it subject_splits.parquet, or a hash
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "A data set in the Medical Event Data Standard: data/**/*.parquet, metadata/subject_splits.parquet."
@@ -452,7 +435,6 @@ def _reverse(folder, out, task, modality, say):
     summary = write_medfuse(folder, out, task, modality=modality)
     for what, count in summary[['what', 'count']].itertuples(index=False): print(f'  {count:>12,}  {what}')
 
-# %% ../nbs/28_prepare.ipynb #053e6c65
 def _draft(file, words, say):
     "Write a table of channels drafted from the data, and say what to do with it."
     path, named = words['table'], Columns(*(words[f.name] for f in fields(Columns)))
@@ -487,16 +469,16 @@ def parser():
              'CHANNELS and OUT may be left out')
     return p
 
-# %% ../nbs/28_prepare.ipynb #b3307949
+# %% ../nbs/28_prepare.ipynb #662283d1
 def _parsed(argv):
     "The words of the command as a dictionary; argparse's own error for words that are not known."
     p = parser()
     words, rest = p.parse_known_args(argv)
     empty = [n for n in _OPTIONAL.get(words.prepare.__name__, ()) if getattr(words, n) is None]
-    if len(rest) > len(empty) or any(r.startswith('-') for r in rest): p.error(f'unrecognized arguments: {" ".join(rest)}')
+    if len(rest) > len(empty) or any(r.startswith('-') for r in rest):
+        p.error(f'unrecognized arguments: {" ".join(rest)}')
     return vars(words) | dict(zip(empty, rest))
 
-# %% ../nbs/28_prepare.ipynb #662283d1
 @cli
 def main(
     argv=None,   # the words after the command; those of the command line by default

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .formats import Columns, _EMPTY, open_source
+from .tables import _literal
 from .units import conversion
 from ..options import InputError
 
@@ -63,18 +64,20 @@ def draft_channels(
 )->tuple:
     """Write a table of channels drafted from the data: name, unit, low, high, normal, rows. Returns it, and lines that
     say what was left out. Raises InputError, also where `out` is there already."""
-    if Path(out).exists(): raise InputError(f'{out} exists already and is not replaced: choose another name for the draft')
-    if not Path(out).absolute().parent.is_dir(): raise InputError(f'no folder {Path(out).absolute().parent} for the draft')
+    if Path(out).exists(): raise InputError(f'{out} exists already and is not replaced: choose another name for a draft')
+    if not (folder := Path(out).absolute().parent).is_dir(): raise InputError(f'no folder {folder} for the draft')
     with duckdb.connect() as con:
         try: _cells(con, path, columns)
         except duckdb.Error as e: raise InputError(f'{path} is not readable: {str(e).splitlines()[0]}')
         first, ways = _units(con)
-        notes = [f'{v}: {n} rows in {u!r} left out, no factor to {first[v]!r} is known' for v, u, n, w in ways if w is None]
+        notes = [f'{v}: {n} rows in {u!r} left out, no factor to {first[v]!r} is known' for v, u, n, w in ways if not w]
         for v, u, _, way in ways:
-            if way is None: con.execute('delete from cells where variable = ? and unit = ?', [v, u])
-            elif way != (1., 0.): con.execute('update cells set value = value*? + ? where variable = ? and unit = ?', [*way, v, u])
-        found, all_names = con.execute(_STATISTICS).df(), {r[0] for r in con.execute('select distinct variable from cells').fetchall()}
-    notes += [f'{v}: no numbers, left out' for v in sorted(all_names - set(found.variable))]
+            these = f'where variable = {_literal(v)} and unit = {_literal(u)}'
+            if way is None: con.execute(f'delete from cells {these}')
+            elif way != (1., 0.): con.execute(f'update cells set value = value*{way[0]!r} + {way[1]!r} {these}')
+        names = [v for v, in con.execute('select distinct variable from cells order by 1').fetchall()]
+        found = con.execute(_STATISTICS).df()
+    notes += [f'{v}: no numbers, left out' for v in names if v not in set(found.variable)]
     if not len(found): raise InputError(f'{path} holds no numbers to draft channels from')
     return _written(found, first, out), notes
 
@@ -82,8 +85,9 @@ def draft_channels(
 def _written(found, first, out):
     "The draft of the statistics `found`, written to `out`."
     limits = [draft_range(*r) for r in zip(found.low, found.high, found.least)]
-    table = pd.DataFrame(dict(name=found.variable, unit=[first.get(v, '') for v in found.variable], low=[a for a, _ in limits],
-                              high=[b for _, b in limits], normal=[float(f'{x:.4g}') for x in found.normal], rows=found.n))
+    normal = [float(f'{x:.4g}') for x in found.normal]
+    table = pd.DataFrame(dict(name=found.variable, unit=[first.get(v, '') for v in found.variable],
+                              low=[a for a, _ in limits], high=[b for _, b in limits], normal=normal, rows=found.n))
     table['normal'] = table.normal.clip(table.low, table.high)
     try:
         with open(out, 'x', encoding='utf-8', newline='') as f: table.to_csv(f, index=False)

