@@ -355,7 +355,7 @@ def meds(folder, time, subject=(1, 1, 2), labels=(1, 2), value=(True, False)):
 
 def test_meds(place, capsys):
     stamps = pd.Series(pd.to_datetime(['2020-07-01 10:00', '2020-07-01 11:30', '2020-07-01 10:00']))
-    words = ['meds', '.', 'codes.csv', 'out', '--labels', 'died', '--overwrite']
+    words = ['meds', '.', 'codes.csv', 'out', '--labels', 'died', '--hours', '0', '--overwrite']
     for time in (stamps, stamps.dt.tz_localize('UTC').dt.tz_convert('Asia/Tokyo'), stamps.dt.strftime('%Y-%m-%d %I:%M:%S %p'), stamps.dt.strftime('%Y-%m-%dT%H:%M:%SZ')):
         meds(place, time)
         main(words)

@@ -30,7 +30,7 @@ def check_bytes(
     for magic, what in _MAGIC:
         if first.startswith(magic): raise InputError(f'{path} is not a CSV file in UTF-8 but {what}')
     if b'\0' in first:
-        text = 'UTF-16: save it as CSV in UTF-8' if first[1::2].count(0) + first[::2].count(0) > len(first)//3 else 'binary'
+        text = 'UTF-16: save it as CSV in UTF-8' if first.count(0) > len(first)//3 else 'binary'
         raise InputError(f'{path} is not a CSV file in UTF-8 but {text}')
     if re.match(rb'\s*<(!DOCTYPE|html|\?xml)', first, re.I):
         raise InputError(f'{path} is not a CSV file but a web page: download the table again')
@@ -51,14 +51,16 @@ def opened(
     except UnicodeDecodeError as e:
         raise InputError(f'{path} is not UTF-8 (byte 0x{e.object[e.start]:02x}): save it as CSV in UTF-8')
     except (OSError, EOFError, csv.Error, zlib.error) as e:
-        raise InputError(f'{path} is not a readable table, download it again: {(str(e) or "it ends early").splitlines()[0]}')
+        raise InputError(f'{path} is not a readable table, download it again: '
+                         f'{(str(e) or "it ends early").splitlines()[0]}')
 
 # %% ../../nbs/14b_data.csvfile.ipynb #47855260
 _SEPARATORS = {';': 'semicolons', '\t': 'tabs', '|': 'bars'}
 
 def _check_separator(names, path):
     "Raise InputError where the header has more of another separator than of commas."
-    if re.match(r'sep=', names[0]): raise InputError(f'{path} begins with {names[0]!r}: remove this line, and use commas')
+    if re.match(r'sep=', names[0]):
+        raise InputError(f'{path} begins with {names[0]!r}: remove this line, and use commas')
     for sign, what in _SEPARATORS.items():
         if sum(n.count(sign) for n in names) > len(names) - 1:
             raise InputError(f'{path} is separated by {what}, not commas: save it with commas '
@@ -96,12 +98,13 @@ def unnamed(
 ):
     "Say that a column without a name is left out: row numbers, or empty. Raises InputError for anything else."
     values = [None if v is None or v != v or not str(v).strip() else str(v).strip() for v in values]
-    if not any(v is not None for v in values): return note(f'column {number + 1} of {path} has no name and is empty: left out')
+    if not any(v is not None for v in values):
+        return note(f'column {number + 1} of {path} has no name and is empty: left out')
     if number == 0 and values == [str(i) for i in range(len(values))]:
         return note(f'the first column of {path} has no name and counts the rows: left out')
     row = next(i for i, v in enumerate(values) if v is not None)
-    raise InputError(f'column {number + 1} of {path} has no name but holds {values[row]!r} (row {row + 1}): '
-                     f'name it, or remove it')
+    place = f' (row {row + 1})'*(len(values) > 1)
+    raise InputError(f'column {number + 1} of {path} has no name but holds {values[row]!r}{place}: name it, or remove it')
 
 # %% ../../nbs/14b_data.csvfile.ipynb #c3abda2c
 def check_rows(
@@ -113,7 +116,8 @@ def check_rows(
         rows = csv.reader(f)
         for row in rows:
             if row and len(row) != len(names):
-                raise InputError(f'{path}, line {rows.line_num} has {len(row)} cells where the header has {len(names)}: '
+                raise InputError(f'{path}, line {rows.line_num} has {len(row)} cells where the header has '
+                                 f'{len(names)}: '
                                  + ('is there a comma too many, or an open quote?' if len(row) > len(names)
                                     else 'is the row cut, or an empty cell missing?'))
 
@@ -131,4 +135,5 @@ def sql_names(
 # %% ../../nbs/14b_data.csvfile.ipynb #45cef91b
 def visible(paths)->list:
     "`paths` without the files that macOS leaves beside others (`._name`, `.DS_Store`, `__MACOSX`)."
-    return [p for p in paths if not (Path(p).name.startswith('._') or Path(p).name == '.DS_Store' or '__MACOSX' in Path(p).parts)]
+    def note(p): return Path(p).name.startswith('._') or Path(p).name == '.DS_Store' or '__MACOSX' in Path(p).parts
+    return [p for p in paths if not note(p)]

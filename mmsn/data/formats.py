@@ -130,7 +130,7 @@ def open_source(
     con.execute(f'create or replace view source as {rows}')
     return Source(path, wide, columns.stay in names, not wide and columns.unit in names, bool(hours), unknown)
 
-# %% ../../nbs/23b_data.formats.ipynb #494d4b3d
+# %% ../../nbs/23b_data.formats.ipynb #17018e37
 def _wide(con, path, columns, names, known, keys, table):
     "SQL of the long form of a wide table, and (name, cells) of the columns that are no channels."
     others = [n for n in names if n and n not in (columns.subject, columns.stay, columns.time)]
@@ -151,7 +151,7 @@ def _wide(con, path, columns, names, known, keys, table):
         where lower(trim(value)) not in {_EMPTY}"""
     return rows, tuple(zip(rest, cells))
 
-# %% ../../nbs/23b_data.formats.ipynb #55d29c03
+# %% ../../nbs/23b_data.formats.ipynb #c7199339
 def factors(
     counts:list,     # (variable, unit or None, rows) of the table
     channels:list,   # of Channel
@@ -173,7 +173,7 @@ def factors(
         told += _said(of[name], units, changed, empty)
     return pd.DataFrame(made, columns=['variable', 'unit', 'scale', 'shift']), [('units', *t) for t in told]
 
-# %% ../../nbs/23b_data.formats.ipynb #327b2600
+# %% ../../nbs/23b_data.formats.ipynb #30db813e
 def _target(channel, units, path):
     "The unit in which a channel is to be: its own, or the only one of the data."
     if channel.unit.strip(): return channel.unit

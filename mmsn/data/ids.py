@@ -47,7 +47,8 @@ def plain_ids(
     lower = made.drop_duplicates().str.lower()
     if lower.duplicated().any():
         pair = made.drop_duplicates()[lower == lower[lower.duplicated()].iloc[0]].tolist()
-        raise InputError(f'{where} holds the ids {pair[0]!r} and {pair[1]!r}, which differ in case only: write them alike '
+        raise InputError(f'{where} holds the ids {pair[0]!r} and {pair[1]!r}, which differ in case only: write them '
+                         f'alike '
                          f'if they are one')
     return text.map(dict(zip(distinct, made))).astype(object).where(text.notna(), None).to_numpy(object)
 
@@ -91,5 +92,6 @@ def check_overlap(
     where:str,    # and the second
 ):
     "Raise InputError where fewer than half of the smaller of two sets of ids are in the larger."
-    sides = sorted(((pd.Series(list(i), dtype='string').dropna().unique(), n) for i, n in ((ids, rows), (others, where))), key=lambda s: len(s[0]))
-    check_meeting(sides[0][0], sides[1][0], sides[0][1], sides[1][1])
+    named = ((pd.Series(list(i), dtype='string').dropna().unique(), n) for i, n in ((ids, rows), (others, where)))
+    (few, small), (many, large) = sorted(named, key=lambda s: len(s[0]))
+    check_meeting(few, many, small, large)

@@ -17,8 +17,8 @@ import pandas as pd
 from .formats import Columns, check_ends, factors, open_source
 from .ids import check_meeting, check_overlap, plain_ids
 from .splits import divide, split_counts
-from .tables import (_file_error, _need, given_split, header, label_columns, numbers, read_text, reader, register,
-                              split_of, subject_numbers)
+from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers, read_text,
+                              reader, split_of, subject_numbers)
 from .times import find_format, time_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
@@ -63,8 +63,10 @@ def _cell(column): return f"""nullif(trim("{column}"::varchar), '')"""
 def _check_values(con, path, columns):
     "Raise InputError where a value has a decimal comma."
     if not con.execute('select count(*) > count(value) from cells').fetchone()[0]: return
-    said = con.execute("select value::varchar from source where regexp_full_match(trim(value::varchar), '[+-]?\\d+,\\d+') limit 1").fetchone()
-    if said: raise InputError(f'column {columns.value!r} of {path} holds {said[0]!r}: write numbers with a decimal point')
+    said = con.execute("select value::varchar from source where regexp_full_match(trim(value::varchar), "
+                       "'[+-]?\\d+,\\d+') limit 1").fetchone()
+    if said:
+        raise InputError(f'column {columns.value!r} of {path} holds {said[0]!r}: write numbers with a decimal point')
 
 # %% ../../nbs/24_data.long.ipynb #0d0a87d2
 def load_long(
@@ -77,8 +79,10 @@ def load_long(
     """Make `long` (subject, stay_id, moment, variable, value, unit): `moment` in hours, or in seconds since 1970 where
     the column holds dates; returns how it is read, and the `Source`."""
     source = open_source(con, path, columns, known)
-    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('stay_id')} as stay_id, time as t,
-        {_cell('variable')} as variable, try_cast({_cell('value')} as double) as value, {_cell('unit')} as unit from source""")
+    check_unnamed(con, path)
+    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('stay_id')} as stay_id,
+        time as t, {_cell('variable')} as variable, try_cast({_cell('value')} as double) as value,
+        {_cell('unit')} as unit from source""")
     if not con.execute('select count(*) from cells').fetchone()[0]: raise InputError(f'{path} holds no rows')
     _check_values(con, path, columns)
     f = find_format(con, 'cells', 't', f'column {columns.time!r} of {path}', 'hours' if source.durations else unit)
@@ -87,18 +91,24 @@ def load_long(
     return f, source
 
 # %% ../../nbs/24_data.long.ipynb #5820a74b
+def _ids_of(labelled, key):
+    "The subjects or stays that labels name."
+    if labelled is None: return []
+    if labelled.index.name == key: return labelled.index
+    return labelled.attrs.get('subjects', {}).values() if key == 'subject_id' else []
+
 def _one_form(con, labelled, starts, where):
     "Bring the ids of `long`, and of `given` if there are starts, to one form; returns it, for those of the labels too."
     plain = {}
     for column, key in (('subject', 'subject_id'), ('stay_id', 'stay_id')):
         tables = ['long', 'given'] if starts else ['long']
-        ids = {i for t in tables for i, in con.execute(f'select distinct {column} from {t} where {column} is not null').fetchall()}
-        if labelled is not None: ids |= set(labelled.index if labelled.index.name == key else labelled.attrs.get('subjects', {}).values() if key == 'subject_id' else ())
+        found = [i for t in tables for i, in con.execute(f'select distinct {column} from {t}').fetchall()]
+        ids = {i for i in [*found, *_ids_of(labelled, key)] if i is not None}
         ids = sorted(ids)
         plain[key] = dict(zip(ids, plain_ids(ids, f'the {key} of {where}, its starts and labels,')))
         other = pd.DataFrame([(a, b) for a, b in plain[key].items() if a != b], columns=['a', 'b'])
         if not len(other): continue
-        register(con, 'other', other)
+        con.register('other', other)
         for t in tables: con.execute(f'update {t} set {column} = b from other where {t}.{column} = other.a')
         con.unregister('other')
     return plain
@@ -135,11 +145,12 @@ _KINDS = dict(elapsed='hours', local='dates without a time zone', utc='dates wit
 def _moment_of(con, t, what, times, where):
     "SQL of parts and moment of a column of `read`, which must be of the kind of the times of the long table."
     if not con.execute(f'select count({t}) from read').fetchone()[0]: return 'null', 'null::double'
-    unit = times.unit if times.form == 'number' else 'clock' if times.form == 'clock' else 'auto'
-    if con.execute(f"select count(*) from read where {t} is not null and try_cast({t} as double) is null").fetchone()[0] and unit != 'clock': unit = 'auto'
+    words = con.execute(f'select count(*) from read where {t} is not null and try_cast({t} as double) is null').fetchone()[0]
+    unit = 'clock' if times.form == 'clock' else times.unit if times.form == 'number' and not words else 'auto'
     f = find_format(con, 'read', t, what, unit, times.form if times.form in ('dmy', 'mdy') else '')
     if f.kind != times.kind:
-        raise InputError(f'{what} holds {_KINDS[f.kind]}, the times of {where} are {_KINDS[times.kind]}: write both in one way')
+        raise InputError(f'{what} holds {_KINDS[f.kind]}, the times of {where} are {_KINDS[times.kind]}: write both '
+                         f'in one way')
     return f.parts(t), f.moment(t, 'g' + t[1])
 
 # %% ../../nbs/24_data.long.ipynb #635bb760
@@ -153,10 +164,12 @@ def _read_starts(con, path, times, columns, where):
     text |= {c: time_text(path, c)[0] if c in names else 'null::varchar' for c in ('start', 'end')}
     con.execute(f"""create table read as select {text['subject_id']} as subject, {text['stay_id']} as stay_id,
               {text['start']} as t0, {text['end']} as t1 from {reader(Path(path), names)}""")
-    begin, stop = (_moment_of(con, t, f'column {c!r} of {path}', times, where) for t, c in (('t0', 'start'), ('t1', 'end')))
+    what = f'column {{!r}} of {path}'
+    begin, stop = (_moment_of(con, t, what.format(c), times, where) for t, c in (('t0', 'start'), ('t1', 'end')))
     con.execute(f"""create table given as select row, subject, stay_id, {begin[1]} as begin, {stop[1]} as stop from
         (select *, rowid + 1 as row, {begin[0]} as g0, {stop[0]} as g1 from read)""")
-    for wrong, say in (('subject is null', 'names no subject'), ('begin is null', "has no 'start'"), ('stop < begin', 'ends before it starts')):
+    for wrong, say in (('subject is null', 'names no subject'), ('begin is null', "has no 'start'"),
+                       ('stop < begin', 'ends before it starts')):
         row = con.execute(f'select min(row) from given where {wrong}').fetchone()[0]
         if row is not None: raise InputError(f'row {row} of {path} {say}')
 
@@ -167,11 +180,11 @@ def _check_starts(con, path, where):
         twice = con.execute(f'select max(row) from given where {these} group by {key} '
                             'having count(*) > 1 limit 1').fetchone()
         if twice: raise InputError(f'row {twice[0]} of {path} is a stay that is there already')
-    long, given = ([s for s, in con.execute(f'select distinct subject from {t} where subject is not null order by 1').fetchall()]
-                   for t in ('long', 'given'))
+    ids = 'select distinct subject from {} where subject is not null order by 1'
+    long, given = ([s for s, in con.execute(ids.format(t)).fetchall()] for t in ('long', 'given'))
     check_overlap(long, given, f'the measurements in {where}', path)
 
-# %% ../../nbs/24_data.long.ipynb #4f35230f
+# %% ../../nbs/24_data.long.ipynb #c43eba11
 def _first(con, sql):
     "The first row of a query, or None."
     rows = con.execute(sql).fetchall()
@@ -210,18 +223,18 @@ _UNKNOWN = """select variable, count(*) from long where variable is null or vari
     group by 1 order by 2 desc, 1 limit 10"""
 _DROPPED = 'select reason, count(*) from events where reason is not null group by 1 order by 1'
 
-# %% ../../nbs/24_data.long.ipynb #bd664781
+# %% ../../nbs/24_data.long.ipynb #956a31fc
 def _convert(con, path, channels):
     "Bring the values of `long` to the units of their channels; returns rows (part, what, count). Raises InputError."
     counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by all')
     table, told = factors(counts.fetchall(), channels, path)
     if len(table):
-        register(con, 'factors', table)
+        con.register('factors', table)
         con.execute("""update long set value = value*scale + shift from factors
             where long.variable = factors.variable and long.unit = factors.unit""")
     return told
 
-# %% ../../nbs/24_data.long.ipynb #6d43ac0a
+# %% ../../nbs/24_data.long.ipynb #928ccfde
 def read_long(
     path,            # CSV or parquet: subject_id, time, variable, value, perhaps stay_id, unit; or a column a variable
     channels:list,   # of Channel
@@ -237,7 +250,8 @@ def read_long(
         try:
             times, source = load_long(con, path, columns, [c.name for c in channels], time_unit)
             plain = load_starts(con, starts, times, columns, source.stays, labelled, path)
-        except duckdb.Error as e: raise _file_error(e) or InputError(f'{path} or the table of starts is not a readable table') from None
+        except duckdb.Error as e:
+            raise _file_error(e) or InputError(f'{path} or the table of starts is not a readable table') from None
         if source.stays: _check_stays(con, path, starts)
         told = _convert(con, path, channels) if source.units else []
         stays, events, rows = _matched(con, path, channels, source, 1. if times.kind == 'elapsed' else 3600., told)
@@ -248,9 +262,11 @@ def read_long(
 # %% ../../nbs/24_data.long.ipynb #4da56bbc
 def _matched(con, path, channels, source, unit, told):
     "What `read_long` returns, of the tables `long` and `stays`."
-    register(con, 'known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
+    con.register('known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
     join, nameless = (_BY_NAME, 'long.stay_id is null') if source.stays else (_BY_TIME, 'false')
     con.execute(f'create table events as {_REASONS.format(unit=unit, join=join, nameless=nameless)}')
+    if not con.execute('select count(channel) from events').fetchone()[0]:
+        raise InputError(f'no row of {path} is a measurement of a channel, such as {channels[0].name!r}')
     rows = [('events', 'rows', con.execute('select count(*) from events').fetchone()[0])]
     rows += [('events', f'dropped: {r}', n) for r, n in con.execute(_DROPPED).fetchall()]
     rows += [('unknown variables', v or '(empty)', n) for v, n in con.execute(_UNKNOWN).fetchall()]
@@ -264,7 +280,8 @@ def _matched(con, path, channels, source, unit, told):
 def _shown(x, times):
     "A moment as a person reads it."
     if x is None: return 'never'
-    return f'{x:,.6g} h' if times.kind == 'elapsed' else f'{pd.Timestamp(round(x*1e6), unit="us"):%Y-%m-%d %H:%M}' + ' UTC'*(times.kind == 'utc')
+    if times.kind == 'elapsed': return f'{x:,.6g} h'
+    return f'{pd.Timestamp(round(x*1e6), unit="us"):%Y-%m-%d %H:%M}' + ' UTC'*(times.kind == 'utc')
 
 def _times_read(con, times):
     "The row (part, what, count) that says how times were read."
@@ -279,16 +296,21 @@ def _check_times(con, path, times, unit, outside):
     "Raise InputError where too many measurements lie outside their stays, or where hours are too many to be hours."
     where = f"""from events where (reason is null or reason in {_OUTSIDE})
         and subject in (select subject from stays)"""
-    out, n, lo, hi = con.execute(f"select count(*) filter (reason is not null or hours < 0), count(*), min(moment), max(moment) {where}").fetchone()
+    out, n, lo, hi = con.execute(f"select count(*) filter (reason is not null or hours < 0), count(*), min(moment), "
+                                 f"max(moment) {where}").fetchone()
     first, last = con.execute('select min(zero), max(coalesce(stop, zero)) from stays').fetchone()
     if out > outside*n:
-        raise InputError(f'{out} of {n} measurements of {path} lie outside their stays: they are from {_shown(lo, times)} to {_shown(hi, times)}, '
-                         f'the stays from {_shown(first, times)} to {_shown(last, times)}; is it the same unit (--time-unit), zone and '
+        raise InputError(f'{out} of {n} measurements of {path} lie outside their stays: they are from '
+                         f'{_shown(lo, times)} to {_shown(hi, times)}, '
+                         f'the stays from {_shown(first, times)} to {_shown(last, times)}; is it the same unit '
+                         f'(--time-unit), zone and '
                          f'year? (--outside 1 allows it)')
     if unit != 'auto' or times.form != 'number' or times.kind != 'elapsed': return
-    longest, = con.execute('select median(h) from (select max(hours) as h from events where reason is null group by stay)').fetchone()
+    longest, = con.execute('select median(h) from (select max(hours) as h from events where reason is null group by '
+                           'stay)').fetchone()
     if longest and longest > 1000:
-        raise InputError(f'times of {path} go from {lo:,.6g} to {hi:,.6g}: as hours, half of the stays were longer than {longest/24:,.0f} days; '
+        raise InputError(f'times of {path} go from {lo:,.6g} to {hi:,.6g}: as hours, half of the stays were longer '
+                         f'than {longest/24:,.0f} days; '
                          f'say what they are (--time-unit minutes, or --time-unit hours if they are)')
 
 # %% ../../nbs/24_data.long.ipynb #9cb16bae
@@ -347,7 +369,7 @@ def _divided(stays, known, split, column):
     unused = [('samples', 'with a split in the labels, not used', given)]*bool(given)
     return unused + [('samples', *row) for row in split_counts(stays.subject, split, column)]
 
-# %% ../../nbs/24_data.long.ipynb #c7acf9b1
+# %% ../../nbs/24_data.long.ipynb #bfe00b27
 def _with_labelled(
     stays,           # of `read_long`
     known,           # of `read_labels`
@@ -394,11 +416,13 @@ def _said_of(columns, split):
 def _with_plain_ids(known, stays, where):
     "`known` by the one form of its ids, and how many of its rows are of no stay; raises InputError where most are."
     plain, key = stays.attrs['plain'], known.index.name
-    subjects = {plain['stay_id'].get(s, s): plain['subject_id'].get(p, p) for s, p in known.attrs.get('subjects', {}).items()}
+    form = lambda k, i: plain[k].get(i, i)
+    subjects = {form('stay_id', s): form('subject_id', p) for s, p in known.attrs.get('subjects', {}).items()}
     known = known.set_axis(known.index.map(lambda i: plain[key].get(i, i)).astype(object).rename(key))
     if subjects: known.attrs['subjects'] = subjects
     if key == 'stay_id' and not stays.stay_id.notna().all(): return known, 0               # said by `_with_labels`
-    return known, check_meeting(known.index, stays.subject if key == 'subject_id' else stays.stay_id, 'the labels', f'the stays of {where}')
+    ids = stays.subject if key == 'subject_id' else stays.stay_id
+    return known, check_meeting(known.index, ids, 'the labels', f'the stays of {where}')
 
 # %% ../../nbs/24_data.long.ipynb #bd4de984
 def _check_series(samples, modality, counts, path, events, hours):
@@ -407,11 +431,19 @@ def _check_series(samples, modality, counts, path, events, hours):
     n, late = counts.events.sum(), counts.early.sum() + counts.late.sum()
     if not n: raise InputError(f'no row of {path} is a measurement of a channel, such as {counts.index[0]!r}')
     if late*2 > n:
-        raise InputError(f'no measurement of {path} lies in the first {hours:g} hours of its stay: they go from {events.hours.min():,.6g} to '
+        raise InputError(f'no measurement of {path} lies in the first {hours:g} hours of its stay: they go from '
+                         f'{events.hours.min():,.6g} to '
                          f'{events.hours.max():,.6g} hours; say --time-unit, or --hours 0 for whole stays')
-    raise InputError(f'no measurement of {path} is a number between the low and high of its channel: is the unit another?')
+    raise InputError(f'no measurement of {path} is a number between the low and high of its channel: is the unit '
+                     f'another?')
 
-# %% ../../nbs/24_data.long.ipynb #a122f5c3
+# %% ../../nbs/24_data.long.ipynb #ee87f972
+def _ends(stays, events, hours, timestep):
+    "(N,) hours of each stay: to its end, or its last measurement, and `hours` at the most."
+    last = events.groupby('stay').hours.max().reindex(stays.index)
+    return stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                    # hour 0 needs a row
+
+# %% ../../nbs/24_data.long.ipynb #f9ac4ad7
 def prepare_table(
     table,               # CSV or parquet: subject_id, time (hours or dates), variable, value; or a column a variable
     channels,            # CSV: name, unit, low, high, normal; or a list of Channel
@@ -437,14 +469,14 @@ def prepare_table(
     named = Columns(**columns)
     known, kinds = _known(labels, named), channels if isinstance(channels, list) else read_channels(channels)
     provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name, hours=hours,
-                      timestep=timestep, seed=seed, **_said_of(named, split))
+                      timestep=timestep, seed=seed, **_said_of(named, split),
+                      **({} if time_unit == 'auto' else dict(time_unit=time_unit)))
     with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=provenance) as writer:
         stays, events, rows = read_long(table, kinds, starts, named, known, time_unit, outside)
         known, lost = _with_plain_ids(known, stays, table)
         found, left, events = len(stays), 0, events.assign(hours=events.hours + shift)
         if starts is None: stays, left = _with_labelled(stays, known, named.subject == named.stay, table)
-        last = events.groupby('stay').hours.max().reindex(stays.index)
-        end = stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                 # hour 0 needs a row
+        end = _ends(stays, events, hours, timestep)
         samples = _with_labels(stays, known, seed, table, split, named.subject)
         first, length, counts = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
         samples = samples.assign(**{f'{modality}_start': first, f'{modality}_length': length})

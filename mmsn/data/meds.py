@@ -83,17 +83,22 @@ def _shards(folder, what):
 
 # %% ../../nbs/27_data.meds.ipynb #1aefb0bd
 def _typed(con, source, column, kind, given, path, i):
-    "(source, SQL) of a column as `kind`, of whatever type it is in the files; raises InputError where it cannot be read."
+    "(source, SQL) of a column as `kind`, of whatever type it is in the files; InputError where it cannot be read."
     name = f'"{column}"'
     if kind == 'timestamp' and given.startswith('TIMESTAMP WITH'): return source, f'make_timestamp(epoch_us({name}))'
     if kind == 'timestamp' and given == 'VARCHAR': return _times(con, Path('x.csv'), column, source, i, path)
     if kind == 'timestamp' and not given.startswith(('TIMESTAMP', 'DATE')):
         raise InputError(f'column {column!r} of {path} and the like should hold timestamps, not {given}')
-    sql = {'bigint': f"try_cast(nullif(trim({name}::varchar), '') as bigint)", 'boolean': f'({label_sql(f"{name}::varchar")})'}.get(kind, f'try_cast({name} as {kind})')
+    sql = f'try_cast({name} as {kind})'
+    if kind == 'bigint': sql = f"try_cast(nullif(trim({name}::varchar), '') as bigint)"
+    if kind == 'boolean': sql = f'({label_sql(f"{name}::varchar")})'
     if (kind, given) in (('bigint', 'BIGINT'), ('boolean', 'BOOLEAN')): return source, name
     wrong = dict(bigint=f'{sql} is null or {sql} <> try_cast({name} as double)', boolean=f'isnan({sql})').get(kind)
-    bad = wrong and con.execute(f"select {name}::varchar from {source} where {name} is not null and ({wrong}) limit 1").fetchone()
-    if bad: raise InputError(f'column {column!r} of {path} and the like holds {bad[0]!r}: it should be {dict(bigint="whole numbers", boolean="true or false")[kind]}')
+    bad = wrong and con.execute(f"select {name}::varchar from {source} where {name} is not null and ({wrong}) limit "
+                                f"1").fetchone()
+    if bad:
+        raise InputError(f'column {column!r} of {path} and the like holds {bad[0]!r}: it should be '
+                         f'{dict(bigint="whole numbers", boolean="true or false")[kind]}')
     return source, f'case {sql} when 1 then true when 0 then false end' if kind == 'boolean' else sql
 
 # %% ../../nbs/27_data.meds.ipynb #2c7b1a74
@@ -250,7 +255,8 @@ def meds_splits(con, subject_id, seed:int)->tuple:
                          f'{", ".join(_MEDS_SPLITS)}')
     twice = table.subject_id[table.subject_id.duplicated()]
     if len(twice): raise InputError(f'subject_splits.parquet puts subject {twice.iloc[0]} into two splits')
-    if len(table): check_meeting(pd.Series(subject_id).astype(str).unique(), table.subject_id.astype(str), 'the samples', 'subject_splits.parquet')
+    who = pd.Series(subject_id).astype(str).unique()
+    if len(table): check_meeting(who, table.subject_id.astype(str), 'the samples', 'subject_splits.parquet')
     listed = pd.Series(subject_id).map(table.set_index('subject_id').split).map(_MEDS_SPLITS)
     unlisted = pd.Series(subject_id)[listed.isna()].nunique()
     return listed.where(listed.notna(), pd.Series(split_of(subject_id,
@@ -283,7 +289,8 @@ def _windows(con, labels, start, end, hours):
         raise InputError('an end event belongs to start events without labels: with labels prediction_time is the end')
     names = load_labels(con, labels) if labels else []
     if labels:
-        asked, there = (run(con, f'select distinct subject_id::varchar as s from {t} where subject_id is not null order by 1').df().s for t in ('asked', 'meds'))
+        asked, there = (run(con, f'select distinct subject_id::varchar as s from {t} where subject_id is not null '
+                                 f'order by 1').df().s for t in ('asked', 'meds'))
         check_meeting(asked, there, 'the labels', 'the events')
     rows = label_windows(con, start, hours) if labels else start_windows(con, start, end, hours)
     if not con.execute('select count(*) from windows').fetchone()[0]:

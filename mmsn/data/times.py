@@ -12,17 +12,18 @@ import datetime, re, zoneinfo
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fastcore.basics import patch
 
 from ..options import InputError
 
 # %% ../../nbs/14d_data.times.ipynb #dd612380
 _ZONE = r'(?:\s*(Z|z|[+-]\d{1,2}:?(?:\d{2})?|[A-Za-z][A-Za-z0-9_/+:-]*)(?:\[[^\]]*\])?)?'
-_CLOCK = r'(?:(?:[Tt:]|,?\s+)(\d{1,2})(?::(\d{2})(?::(\d{2})(?:[.,](\d+))?)?)?(?:\s*([AaPp])\.?[Mm]\.?)?' + _ZONE + ')?$'
-_DENSE = r'(?:[Tt ]?(\d{2}):?(\d{2})(?::?(\d{2})(?:[.,](\d+))?)?(?:\s*([AaPp])\.?[Mm]\.?)?' + _ZONE + ')?$'
+_NOON = r'(?:\s*([AaPp])\.?[Mm]\b\.?)?'
+_CLOCK = r'(?:(?:[Tt:]|,?\s+)(\d{1,2})(?::(\d{2})(?::(\d{2})(?:[.,](\d+))?)?)?' + _NOON + _ZONE + ')?$'
+_DENSE = r'(?:[Tt ]?(\d{2}):?(\d{2})(?::?(\d{2})(?:[.,](\d+))?)?' + _NOON + _ZONE + ')?$'
 _REST = ['h', 'mi', 's', 'f', 'ap', 'z']
 _PATTERNS = {'ymd': (r'^(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})' + _CLOCK, ['y', 'mo', 'd']),
              'compact': (r'^(\d{4})(\d{2})(\d{2})' + _DENSE, ['y', 'mo', 'd']),
@@ -39,11 +40,13 @@ _YEAR2 = r'^\d{1,2}[-/.]\d{1,2}[-/.]\d{2}(\D.*)?$'
 _FAST = ' or '.join(f"{{t}} like '____-__-__{sep}__:__:__'" for sep in (' ', 'T'))
 _FAST_UTC = ' or '.join(f"{{t}} like '____-__-__{sep}__:__:__Z'" for sep in (' ', 'T'))
 
+_FORMS = {'ymd': 'ymd', 'slash': 'dmy', 'compact': 'compact', 'month': 'month', 'month first': 'month first'}
+
 def _form_sql(t):
     "SQL for the form of a cell."
-    tests = [('number', _NUMBER), ('ymd', _PATTERNS['ymd'][0]), ('slash', _PATTERNS['dmy'][0]), ('compact', _PATTERNS['compact'][0]),
-             ('month', _PATTERNS['month'][0]), ('month first', _PATTERNS['month first'][0]), ('clock', _SPAN), ('delta', _DELTA), ('year2', _YEAR2)]
-    rest = ' '.join(f"when regexp_matches({t}, '{pattern}') then '{form}'" for form, pattern in tests)
+    forms = [('number', _NUMBER), *((f, _PATTERNS[k][0]) for f, k in _FORMS.items()), ('clock', _SPAN), ('delta', _DELTA),
+             ('year2', _YEAR2)]
+    rest = ' '.join(f"when regexp_matches({t}, '{pattern}') then '{form}'" for form, pattern in forms)
     return f"case when {t} is null then 'none' when {_FAST.format(t=t)} then 'ymd' {rest} else 'bad' end"
 
 # %% ../../nbs/14d_data.times.ipynb #4182c999
@@ -58,23 +61,29 @@ def time_text(
     name = '"' + column.replace('"', '""') + '"'
     kind = pq.read_schema(path).field(column).type if Path(path).suffix == '.parquet' else pa.string()
     if pa.types.is_duration(kind): return f'({name}::bigint/{3600*_TICKS[kind.unit]})::varchar', 'hours'
-    if pa.types.is_timestamp(kind) and kind.tz is not None: return f"make_timestamp(epoch_us({name}))::varchar || 'Z'", ''
-    if pa.types.is_fixed_size_binary(kind): return f'(epoch({name})/3600)::varchar', 'hours'     # Parquet's own INTERVAL
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        return f"make_timestamp(epoch_us({name}))::varchar || 'Z'", ''
+    if pa.types.is_fixed_size_binary(kind):
+        return f'(epoch({name})/3600)::varchar', 'hours'     # Parquet's own INTERVAL
     text = f'trim({name}::varchar, {_BLANK})'
     return f'case when length({text}) > 4 then {text} when lower({text}) not in {_MISSING} then {text} end', ''
 
 # %% ../../nbs/14d_data.times.ipynb #318c465e
-_OFFSETS = dict(EST=-5, EDT=-4, CST=-6, CDT=-5, MST=-7, MDT=-6, PST=-8, PDT=-7, WET=0, WEST=1, CET=1, CEST=2, EET=2, EEST=3)
+_OFFSETS = dict(EST=-5, EDT=-4, CST=-6, CDT=-5, MST=-7, MDT=-6, PST=-8, PDT=-7,
+                WET=0, WEST=1, CET=1, CEST=2, EET=2, EEST=3)
 _MONTHS = ('jan feb mar apr may jun jul aug sep oct nov dec january february march april may june july august '
            'september october november december').split() + ['']*8 + ['sept']
 
 def _zone_sql(z):
     "SQL for the microseconds that a zone is ahead of UTC; NULL for a word that is not known."
     z = f"regexp_replace(upper({z}), '^(UTC|GMT)([+-])', '\\2')"
-    hours, minutes = (f"coalesce(try_cast(nullif(regexp_extract({z}, '^[+-](\\d{{1,2}}?):?(\\d{{2}})?$', {i}), '') as bigint), 0)" for i in (1, 2))
+    hours, minutes = (f"coalesce(try_cast(nullif(regexp_extract({z}, '^[+-](\\d{{1,2}}?):?(\\d{{2}})?$', {i}), '') "
+                      f"as bigint), 0)" for i in (1, 2))
     words = ' '.join(f"when '{w}' then {h*3600}" for w, h in _OFFSETS.items())
-    return (f"1000000*(case when {z} in ('', 'Z', 'UTC', 'GMT') then 0 when regexp_matches({z}, '^[+-]\\d') then case when {hours} < 15 and {minutes} < 60 "
-            f"then case when {z}[1] = '-' then -1 else 1 end*({hours}*3600 + {minutes}*60) end else case {z} {words} end end)")
+    return (f"1000000*(case when {z} in ('', 'Z', 'UTC', 'GMT') then 0 when regexp_matches({z}, '^[+-]\\d') then "
+            f"case when {hours} < 15 and {minutes} < 60 "
+            f"then case when {z}[1] = '-' then -1 else 1 end*({hours}*3600 + {minutes}*60) end else case {z} "
+            f"{words} end end)")
 
 # %% ../../nbs/14d_data.times.ipynb #9e08ff3a
 def _whole(part): return f"coalesce(try_cast(nullif({part}, '') as bigint), 0)"
@@ -86,7 +95,8 @@ def _micros_sql(g):
     day = f"epoch_us(try_cast({g}.y || '-' || {month} || '-' || {g}.d as date))"
     h, mi, s = (_whole(f'{g}.{part}') for part in ('h', 'mi', 's'))
     fraction = f"coalesce(try_cast(left(rpad(nullif({g}.f, ''), 6, '0'), 6) as bigint), 0)"
-    hour = f"case when {g}.ap = '' then {h} when {h} between 1 and 12 then {h} % 12 + case when lower({g}.ap) = 'p' then 12 else 0 end end"
+    noon = f"{h} % 12 + case when lower({g}.ap) = 'p' then 12 else 0 end"
+    hour = f"case when {g}.ap = '' then {h} when {h} between 1 and 12 then {noon} end"
     clock = f'((({hour})*60 + {mi})*60 + {s})*1000000 + {fraction}'
     right = f'{mi} < 60 and {s} < 60 and {clock} <= 86400000000'
     return f'case when {right} then {day} + {clock} - {_zone_sql(f"{g}.z")} end'
@@ -107,34 +117,40 @@ class TimeFormat:
         "SQL for the struct of the parts of the text `t`, which `moment` needs."
         if self.form not in _PATTERNS: return 'null'
         pattern, names = _PATTERNS[self.form]
-        if self.form == 'compact': t = f"regexp_replace({t}, '\\.0*$', '')"                  # what a float column made of it
+        if self.form == 'compact': t = f"regexp_replace({t}, '\\.0*$', '')"           # what a float column made of it
         struct = f"regexp_extract({t}, '{pattern}', {[*names, *_REST]})"
-        return f'case when not ({_FAST.format(t=t)} or {_FAST_UTC.format(t=t)}) then {struct} end' if self.form == 'ymd' else struct
+        if self.form != 'ymd': return struct
+        return f'case when not ({_FAST.format(t=t)} or {_FAST_UTC.format(t=t)}) then {struct} end'
 
-    def stamp(self, t:str, g:str)->str:
-        "SQL for the TIMESTAMP (UTC where there are zones) of the text `t` with parts `g`; NULL for what is no time."
-        if self.form == 'number': return f'make_timestamp(round(({self.moment(t, g)})*1000000)::bigint)'
-        slow = f'make_timestamp({_micros_sql(g)})'
-        if self.form != 'ymd': return slow
-        return (f"case when {_FAST.format(t=t)} then try_cast(nullif({t}, '') as timestamp) "
-                f'when {_FAST_UTC.format(t=t)} then try_cast({t}[:19] as timestamp) else {slow} end')
+# %% ../../nbs/14d_data.times.ipynb #483e34a0
+@patch
+def moment(self:TimeFormat, t:str, g:str)->str:
+    "SQL for hours ('elapsed') or seconds since 1970 of the text `t` with parts `g`; NULL for what is no time."
+    number = f'try_cast({t} as double)'
+    if self.form == 'number':
+        if self.unit in _UNIX: return f'{number}/{_UNIX[self.unit]}'
+        return {'hours': number, 'days': f'{number}*24'}.get(self.unit, f'{number}/{_UNITS[self.unit]}')
+    if self.form in ('clock', 'delta'): return _span_sql(self.form, t)
+    slow = f"case when {t} like '@%' then try_cast({t}[2:] as bigint)/1000000 else ({_micros_sql(g)})/1000000 end"
+    if self.form != 'ymd': return slow
+    return (f"case when {_FAST.format(t=t)} then epoch(try_cast(nullif({t}, '') as timestamp)) "
+            f'when {_FAST_UTC.format(t=t)} then epoch(try_cast({t}[:19] as timestamp)) else {slow} end')
 
-    def moment(self, t:str, g:str)->str:
-        "SQL for hours ('elapsed') or seconds since 1970 of the text `t` with parts `g`; NULL for what is no time."
-        number = f'try_cast({t} as double)'
-        if self.form == 'number':
-            if self.unit in _UNIX: return f'{number}/{_UNIX[self.unit]}'
-            return number if self.unit == 'hours' else f'{number}*24' if self.unit == 'days' else f'{number}/{_UNITS[self.unit]}'
-        if self.form in ('clock', 'delta'): return _span_sql(self.form, t)
-        slow = f"case when {t} like '@%' then try_cast({t}[2:] as bigint)/1000000 else ({_micros_sql(g)})/1000000 end"
-        if self.form != 'ymd': return slow
-        return (f"case when {_FAST.format(t=t)} then epoch(try_cast(nullif({t}, '') as timestamp)) "
-                f'when {_FAST_UTC.format(t=t)} then epoch(try_cast({t}[:19] as timestamp)) else {slow} end')
+# %% ../../nbs/14d_data.times.ipynb #e0939348
+@patch
+def stamp(self:TimeFormat, t:str, g:str)->str:
+    "SQL for the TIMESTAMP (UTC where there are zones) of the text `t` with parts `g`; NULL for what is no time."
+    if self.form == 'number': return f'make_timestamp(round(({self.moment(t, g)})*1000000)::bigint)'
+    slow = f'make_timestamp({_micros_sql(g)})'
+    if self.form != 'ymd': return slow
+    return (f"case when {_FAST.format(t=t)} then try_cast(nullif({t}, '') as timestamp) "
+            f'when {_FAST_UTC.format(t=t)} then try_cast({t}[:19] as timestamp) else {slow} end')
 
 # %% ../../nbs/14d_data.times.ipynb #260dcc1b
 def _span_sql(form, t):
     "SQL for the hours of a clock (36:15:00) or a time span as pandas writes it (1 days 12:15:00)."
-    part = lambda i: f"coalesce(try_cast(nullif(regexp_extract({t}, '{_SPAN if form == 'clock' else _DELTA}', {i}), '') as double), 0)"
+    pattern = _SPAN if form == 'clock' else _DELTA
+    part = lambda i: f"coalesce(try_cast(nullif(regexp_extract({t}, '{pattern}', {i}), '') as double), 0)"
     if form == 'clock': return f'case when {part(2)} < 60 and {part(3)} < 60 then {part(1)} + {part(2)}/60 + {part(3)}/3600 end'
     sign = lambda i: f"case regexp_extract({t}, '{_DELTA}', {i}) when '-' then -1 else 1 end"
     return f'{sign(1)}*{part(2)}*24 + {sign(3)}*({part(4)} + {part(5)}/60 + {part(6)}/3600)'
@@ -175,13 +191,17 @@ def _localise(con, table, column, f, places, what):
     "Rewrite the cells of `table` with the zones `places` as '@' and microseconds of UTC."
     g = f.parts(column)
     for zone in places:
-        if _known(zone) is None: raise InputError(f'{what} has the time zone {zone!r}, which is not known: write an offset such as +02:00')
-        found = con.execute(f"select t, {_micros_sql('b')} from (select t, struct_pack(y := g.y, mo := g.mo, d := g.d, h := g.h, mi := g.mi, s := g.s, "
-                            f"f := g.f, ap := g.ap, z := '') as b from (select distinct {column} as t, {g} as g from {table}) where g.z = ?)", [zone]).fetchall()
+        if _known(zone) is None:
+            raise InputError(f'{what} has the time zone {zone!r}, which is not known: write an offset such as +02:00')
+        found = con.execute(f"select t, {_micros_sql('b')} from (select t, struct_pack(y := g.y, mo := g.mo, d := "
+                            f"g.d, h := g.h, mi := g.mi, s := g.s, "
+                            f"f := g.f, ap := g.ap, z := '') as b from (select distinct {column} as t, {g} as g "
+                            f"from {table}) where g.z = ?)", [zone]).fetchall()
         made = pd.DataFrame([r for r in found if r[1] is not None], columns=['t', 'micros'])
         local = pd.to_datetime(made.micros, unit='us').dt.tz_localize(_known(zone), ambiguous='NaT', nonexistent='NaT')
         if local.isna().any():
-            raise InputError(f'{what} holds {made.t[local.isna()].iloc[0]!r}, an hour that the clocks there showed twice or '
+            raise InputError(f'{what} holds {made.t[local.isna()].iloc[0]!r}, an hour that the clocks there showed '
+                             f'twice or '
                              f'not at all: write an offset such as +02:00')
         made['micros'] = local.dt.tz_convert('UTC').dt.tz_localize(None).astype('datetime64[us]').astype('int64')
         con.register('zoned', made.astype(dict(t=object)))
@@ -192,27 +212,31 @@ def _localise(con, table, column, f, places, what):
 def _zones(con, table, column, f, what, places=True):
     "`f` with its kind: 'utc' where all cells have a zone, 'local' where none has."
     g, known = f.parts(column), ('', 'Z', 'UTC', 'GMT', *_OFFSETS)
-    found = con.execute(f"select coalesce(g.z, case when t like '%Z' then 'Z' else '' end), min(t) from (select {column} as t, {g} as g from {table} "
+    found = con.execute(f"select coalesce(g.z, case when t like '%Z' then 'Z' else '' end), min(t) from (select "
+                        f"{column} as t, {g} as g from {table} "
                         f'where {column} is not null) group by 1').fetchall()
     zones = dict(found)
     if len(zones) > 1 and '' in zones:
         other = next(t for z, t in zones.items() if z)
-        raise InputError(f'{what} holds times with a zone ({other!r}) and times without ({zones[""]!r}): write all in one way')
+        raise InputError(f'{what} holds times with a zone ({other!r}) and times without ({zones[""]!r}): write all '
+                         f'in one way')
     words = [z for z in zones if z.upper() not in known and not re.match('(UTC|GMT)?[+-]', z.upper())]
-    if words and not places: raise InputError(f'{what} has the time zone {words[0]!r}: write UTC, or an offset such as +02:00')
+    if words and not places:
+        raise InputError(f'{what} has the time zone {words[0]!r}: write UTC, or an offset such as +02:00')
     _localise(con, table, column, f, words, what)
     return TimeFormat(f.form, 'local' if '' in zones else 'utc')
 
 # %% ../../nbs/14d_data.times.ipynb #fd8a312f
 def _forms(con, table, column, what):
     "{form: (cells, an example)} of a column; raises InputError for what is no time."
-    found = con.execute(f"""select form, count(*), min_by(t, row), min(row) + 1 from (select {column} as t, rowid as row, {_form_sql(column)} as form
-        from {table}) where form <> 'none' group by 1""").fetchall()
+    found = con.execute(f"""select form, count(*), min_by(t, row), min(row) + 1
+        from (select {column} as t, rowid as row, {_form_sql(column)} as form from {table}) where form <> 'none' group by 1""").fetchall()
     forms = {form: (n, t, row) for form, n, t, row in found}
     if not forms: raise InputError(f'{what} holds no times: it is empty')
     for bad, why in (('bad', 'is no time'), ('year2', 'has a year of two digits')):
         if bad in forms:
-            raise InputError(f'{what} holds {forms[bad][1]!r} (row {forms[bad][2]}), which {why}: write hours since the '
+            raise InputError(f'{what} holds {forms[bad][1]!r} (row {forms[bad][2]}), which {why}: write hours since '
+                             f'the '
                              f'start, or YYYY-MM-DD HH:MM:SS')
     if len(forms) > 1:
         (_, a, r), (_, b, s), *_ = sorted(forms.values(), key=lambda v: -v[0])
@@ -228,11 +252,12 @@ def _text_format(con, table, column, what, form, example, unit, order):
                              f'--time-unit clock if they are hours and minutes since the start')
         return TimeFormat('clock', 'elapsed')
     if form == 'delta': return TimeFormat('delta', 'elapsed')
-    if unit != 'auto': raise InputError(f'{what} holds dates such as {example!r}, not numbers of {unit}: leave out --time-unit')
+    if unit != 'auto':
+        raise InputError(f'{what} holds dates such as {example!r}, not numbers of {unit}: leave out --time-unit')
     if form == 'slash':
         if callable(order): order = order()
-        first, second = (f"max(try_cast(regexp_extract({column}, '{_PATTERNS['dmy'][0]}', {i}) as int))" for i in (1, 2))
-        form = _order(*con.execute(f'select {first}, {second} from {table}').fetchone(), example, what, order)
+        number = lambda i: f"max(try_cast(regexp_extract({column}, '{_PATTERNS['dmy'][0]}', {i}) as int))"
+        form = _order(*con.execute(f'select {number(1)}, {number(2)} from {table}').fetchone(), example, what, order)
     return TimeFormat(form, 'local')
 
 # %% ../../nbs/14d_data.times.ipynb #cd1e7b64
@@ -251,12 +276,12 @@ def find_format(
     if unit not in TIME_UNITS: raise InputError(f'the time unit should be one of {", ".join(TIME_UNITS)}, not {unit!r}')
     (form, (_, example, _)), = _forms(con, table, column, what).items()
     if form == 'number':
-        lo, hi, odd = con.execute(f"""select min(x), max(x), count(*) filter (not regexp_matches({column}, '{_DATE}')) from
-            (select {column}, try_cast({column} as double) as x from {table} where {column} is not null)""").fetchone()
+        lo, hi, odd = con.execute(f"""select min(x), max(x), count(*) filter (not regexp_matches({column}, '{_DATE}'))
+            from (select {column}, try_cast({column} as double) as x from {table} where {column} is not null)""").fetchone()
         f = _number_format(lo, hi, not odd, what, unit)
     else: f = _text_format(con, table, column, what, form, example, unit, order)
     if f.form in _PATTERNS: f = _zones(con, table, column, f, what, places)
-    bad = con.execute(f"""select t, row + 1 from (select {column} as t, rowid as row, {f.parts(column)} as g from {table} where {column} is not null)
-        where {f.moment('t', 'g')} is null or not isfinite({f.moment('t', 'g')}) order by row limit 1""").fetchone()
+    bad = con.execute(f"""select t, row + 1
+        from (select {column} as t, rowid as row, {f.parts(column)} as g from {table} where {column} is not null) where {f.moment('t', 'g')} is null or not isfinite({f.moment('t', 'g')}) order by row limit 1""").fetchone()
     if bad: raise InputError(f'{what} holds {bad[0]!r} (row {bad[1]}), which is no time')
     return f

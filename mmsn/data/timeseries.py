@@ -190,13 +190,16 @@ def check_size(
     timestep:float,  # hours a row
 ):
     "Raise InputError where a stay has more than a million rows, or the grid more than twenty thousand million cells."
-    if not timestep > 0 or not np.isfinite(timestep): raise InputError(f'timestep should be a positive number of hours, not {timestep:g}')
+    if not timestep > 0 or not np.isfinite(timestep):
+        raise InputError(f'timestep should be a positive number of hours, not {timestep:g}')
     rows = np.asarray(lengths, float)/timestep
     if len(rows) and rows.max() > LONGEST:
-        raise InputError(f'a stay of {np.max(lengths):,.6g} hours at {timestep:g} hours a row has {rows.max():,.0f} rows, more than {LONGEST:,}: '
+        raise InputError(f'a stay of {np.max(lengths):,.6g} hours at {timestep:g} hours a row has {rows.max():,.0f} '
+                         f'rows, more than {LONGEST:,}: '
                          f'choose fewer hours or a larger timestep, or look for a wrong time')
     if (cells := (rows + 1).sum()*columns) > LARGEST:
-        raise InputError(f'{len(rows):,} stays of up to {np.max(lengths):,.6g} hours at {timestep:g} hours a row are {cells:,.0f} cells, more than '
+        raise InputError(f'{len(rows):,} stays of up to {np.max(lengths):,.6g} hours at {timestep:g} hours a row '
+                         f'are {cells:,.0f} cells, more than '
                          f'{LARGEST:,}: choose fewer hours or a larger timestep')
 
 # %% ../../nbs/13_data.timeseries.ipynb #2c764ffc
@@ -243,7 +246,8 @@ def _blocks(lengths, columns, timestep, stays=5000, cells=2**27):
     end = np.cumsum((np.asarray(lengths, float)/timestep + 1)*columns)
     a = 0
     while a < len(end):
-        b = min(a + stays, max(int(np.searchsorted(end, cells + (end[a - 1] if a else 0), side='right')), a + 1), len(end))
+        most = int(np.searchsorted(end, cells + (end[a - 1] if a else 0), side='right'))
+        b = min(a + stays, max(most, a + 1), len(end))
         yield a, b
         a = b
 

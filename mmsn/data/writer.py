@@ -133,7 +133,9 @@ def check_labels(
     "Raise InputError for a label under a name that the table of samples needs for itself, or that is there twice."
     labels = list(labels)
     for n in labels:
-        if n in own: raise InputError(f'a label cannot be called {n!r}, which is a column of every cohort: rename it, or leave it out')
+        if n in own:
+            raise InputError(f'a label cannot be called {n!r}, which is a column of every cohort: rename it, or '
+                             f'leave it out')
         if labels.count(n) > 1: raise InputError(f'two labels have the name {n!r}')
 
 # %% ../../nbs/11_data.writer.ipynb #58eaf75c

@@ -22,8 +22,10 @@ from ...options import InputError
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #29d72697
 _DATE = r"regexp_extract(trim(StudyDate), '^(\d{4})[-/.]?(\d{2})[-/.]?(\d{2})(?:\.0*| 00:00:00.*)?$', ['y', 'm', 'd'])"
 _CLOCK = r"regexp_extract(trim(StudyTime), '^(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\.\d*)?$', ['h', 'm', 's'])"
-_TAKEN = """try_strptime(day.y || day.m || day.d || case when clock.h <> '' then lpad(clock.h, 2, '0') || clock.m || rpad(clock.s, 2, '0')
+_TAKEN = """try_strptime(day.y || day.m || day.d || case
+    when clock.h <> '' then lpad(clock.h, 2, '0') || clock.m || rpad(clock.s, 2, '0')
     when seconds between 0 and 240000 then lpad(floor(seconds)::bigint::varchar, 6, '0') end, '%Y%m%d%H%M%S')"""
+_PARTS = f"(select *, {_DATE} as day, {_CLOCK} as clock, try_cast(nullif(StudyTime, '') as double) as seconds from metadata)"
 _POSITION = 'PatientOrientationCodeSequence_CodeMeaning'
 _METADATA = 'mimic-cxr-2.0.0-metadata'
 
@@ -41,7 +43,7 @@ def load_images(
         nullif(upper(trim(ViewPosition)), '') as view,
         {_POSITION if known else 'null::varchar'} as position,
         {_TAKEN} as taken
-        from (select *, {_DATE} as day, {_CLOCK} as clock, try_cast(nullif(StudyTime, '') as double) as seconds from metadata) where subject_id is not null and study_id is not null and dicom_id is not null''')
+        from {_PARTS} where subject_id is not null and study_id is not null and dicom_id is not null''')
     twice = con.execute('select dicom_id from images group by 1 having count(*) > 1 order by 1 limit 1').fetchall()
     if twice:
         raise InputError(f'{find_table(mimic_cxr, _METADATA)} holds image {twice[0][0]} twice with different facts: '
@@ -55,10 +57,12 @@ def load_images(
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #5f762ab0
 def _check_dates(con, path):
     "Raise InputError where most dates and times of the metadata cannot be read."
-    n, bad, date, time = run(con, f"""select count(*), count(*) filter (t is null), any_value(StudyDate) filter (t is null), any_value(StudyTime) filter (t is null)
-        from (select *, {_TAKEN} as t from (select *, {_DATE} as day, {_CLOCK} as clock, try_cast(nullif(StudyTime, '') as double) as seconds from metadata
-        where trim(StudyDate) <> '' and trim(StudyTime) <> ''))""").fetchone()
-    if bad*2 > n: raise InputError(f'{path}: {bad} of {n} images have a StudyDate and StudyTime such as {date!r} and {time!r}, which should be YYYYMMDD and HHMMSS')
+    first = lambda column: f'any_value({column}) filter (t is null)'
+    n, bad, date, time = run(con, f"""select count(*), count(*) filter (t is null), {first('StudyDate')}, {first('StudyTime')}
+        from (select *, {_TAKEN} as t from {_PARTS} where trim(StudyDate) <> '' and trim(StudyTime) <> '')""").fetchone()
+    if bad*2 > n:
+        raise InputError(f'{path}: {bad} of {n} images have a StudyDate and StudyTime such as {date!r} and '
+                         f'{time!r}, which should be YYYYMMDD and HHMMSS')
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #3fe88837
 def _check_views(con, views):
@@ -155,7 +159,8 @@ def _label_rows(con, mimic_cxr, name, uncertain):
     odd = ' or '.join(f'isnan("{c}")' for c in CHEXPERT)
     strange = run(con, f'select study_id from labels where {odd} limit 1').fetchall()
     if strange:
-        raise InputError(f'{find_table(mimic_cxr, name)}, study {strange[0][0]}: a label should be 1, 0, -1 or empty (true, false, yes, no)')
+        raise InputError(f'{find_table(mimic_cxr, name)}, study {strange[0][0]}: a label should be 1, 0, -1 or '
+                         f'empty (true, false, yes, no)')
     one = ', '.join(f'(case when max("{c}") = 1 then 1 when min("{c}") = -1 then {_UNCERTAIN[uncertain]} else 0 '
                     f'end)::float as "{c}"'
                     for c in CHEXPERT)
