@@ -34,7 +34,7 @@ def harmless(text):
     assert not [k for k, _ in page.attributes if k.startswith('on')]
     for k, v in page.attributes:
         if k in ('href', 'src', 'srcset', 'action', 'data', 'xlink:href', 'formaction', 'poster'): assert re.match(r'#|data:(image/|,)', v or ''), (k, v)
-    assert 'evil.example' not in ' '.join(v or '' for k, v in page.attributes if k not in ('alt', 'id'))
+    assert 'evil.example' not in ' '.join(v or '' for k, v in page.attributes if k not in ('alt', 'id') and not (v or '').startswith('#'))
     return page
 
 
