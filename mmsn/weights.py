@@ -42,7 +42,7 @@ def _safetensors(path):
 _HOLDERS = ('target_encoder', 'teacher', 'student', 'state_dict', 'model_state_dict', 'model', 'encoder', 'backbone',
             'network', 'net', 'module')
 _PREFIXES = {*_HOLDERS, 'target', 'momentum_encoder', '_orig_mod', 'vit', '_forward_module'}
-_HEADS = re.compile(r'(fc|head|heads|classifier|projection_head|projector|predictor|prototypes)(\.|$)')
+_HEADS = re.compile(r'(fc|head|heads|classifier|projection_head|projector|predictor|prototypes)(\.|$)|decoder|mask_token$')
 _STEMS = 'patch_embed.proj.weight', 'embeddings.patch_embeddings.projection.weight', 'patch_embed.convs.0.weight'
 
 def _inside(whole, path):
