@@ -71,7 +71,10 @@ class Teller:
     def __init__(self): self.start = time.perf_counter()
     def __call__(self, text): print(f'[{time.perf_counter() - self.start:6.1f} s] {text}', flush=True)
 
-# %% ../nbs/28_prepare.ipynb #9b65a5d0
+# %% ../nbs/28_prepare.ipynb #5144d7d4
+_LEFT = {'summary.csv': 'this summary', 'rejected.csv': 'images that could not be used', 'noted.csv': 'images that are used, but odd',
+         'duplicates.csv': 'images whose pixels are in another split too'}
+
 def finish(
     say:Teller,   # that told the stages
     summary,      # DataFrame: part, what, count
@@ -83,7 +86,7 @@ def finish(
         print(part)
         for what, count in zip(rows.what, rows['count']): print(f'  {count:>12,}  {what}')
     print(f'\n{Cohort.open(out)}')
-    for file, what in (('summary.csv', 'this summary'), ('rejected.csv', 'images that could not be used')):
+    for file, what in _LEFT.items():
         path = Path(out)/file
         if path.is_file() and len(path.read_text(encoding='utf-8').splitlines()) > 1: print(f'{path}: {what}')
     say(f'cohort written to {out}: name it with data.cohort={out} in mmsn-train')
@@ -160,36 +163,42 @@ def physionet2012(
                  lambda: prepare_physionet2012(source, out, ('vitals', 'labs') if vitals_labs else ('ehr',), seed,
                                                split))
 
-# %% ../nbs/28_prepare.ipynb #ec5a8784
+# %% ../nbs/28_prepare.ipynb #845eebdb
 def nih(
     source,                # folder with the tables and images/
     out,                   # folder of the cohort; new, or empty
     size:int=128,          # side of the stored images in pixels
     seed:int=0,            # of the division into train, val and test by subject
     workers:int=2,         # processes that decode images
+    most_bad:float=.01,    # share of images that may be unusable; they are dropped and listed
+    most_shared:float=.01,  # share of images whose very pixels another split may hold too
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "NIH ChestX-ray14."
     return _make(out, overwrite, say, [f'reading {source}, images to {size} x {size} pixels, into {out}'],
-                 lambda: prepare_nih(source, out, size, seed, workers))
+                 lambda: prepare_nih(source, out, size, seed, workers, most_bad=most_bad, most_shared=most_shared,
+                                     say=say))
 
-# %% ../nbs/28_prepare.ipynb #8760f3e1
+# %% ../nbs/28_prepare.ipynb #904c898a
 def iu(
     source,                # folder with the tables and images/
     out,                   # folder of the cohort; new, or empty
     size:int=128,          # side of the stored images in pixels
     seed:int=0,            # of the division into train, val and test by report
     workers:int=2,         # processes that decode images
+    most_bad:float=.01,    # share of images that may be unusable; they are dropped and listed
+    most_shared:float=.01,  # share of images whose very pixels another split may hold too
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "Indiana University chest X-rays, frontal (for internal tests: CC BY-NC-ND)."
     return _make(out, overwrite, say, [f'reading {source}, images to {size} x {size} pixels, into {out}'],
-                 lambda: prepare_iu(source, out, size, seed, workers))
+                 lambda: prepare_iu(source, out, size, seed, workers, most_bad=most_bad, most_shared=most_shared,
+                                    say=say))
 
-# %% ../nbs/28_prepare.ipynb #ed861972
+# %% ../nbs/28_prepare.ipynb #68792940
 def images(
     csv,                   # a row an image
-    folder,                # of the images
+    folder,                # of the images: JPEG, PNG, TIFF, BMP, WebP, GIF, JPEG 2000, PGM, DICOM (pip install mmsn[dicom])
     out,                   # folder of the cohort; new, or empty
     size:int=224,          # side of the stored images in pixels
     id:str='image',        # column of the file name, relative to FOLDER, with or without ending
@@ -202,12 +211,14 @@ def images(
     modality:str='cxr',    # name of the image modality
     seed:int=0,            # of the division into train, val and test by subject
     workers:int=2,         # processes that decode images
+    most_bad:float=.01,    # share of images that may be unusable; they are dropped and listed
+    most_shared:float=.01,  # share of images whose very pixels another split may hold too
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "Any folder of images with a CSV that has a row an image."
     lines = [] if subject else ['no --subject: every image counts as a patient of its own']
     options = dict(subject_column=subject, split_column=split, labels=labels, facts=facts, fit=fit, modality=modality,
-                   name=name, seed=seed, workers=workers)
+                   name=name, seed=seed, workers=workers, most_bad=most_bad, most_shared=most_shared, say=say)
     lines.append(f'reading {csv}, images of {folder} to {size} x {size} pixels, into {out}')
     return _make(out, overwrite, say, lines, lambda: prepare_images(csv, folder, out, size, id, **options))
 
