@@ -461,6 +461,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mmsn.data.mimic.xrays._pair_counts': ( 'data.mimic.xrays.html#_pair_counts',
                                                                                'mmsn/data/mimic/xrays.py'),
                                        'mmsn.data.mimic.xrays._sections': ('data.mimic.xrays.html#_sections', 'mmsn/data/mimic/xrays.py'),
+                                       'mmsn.data.mimic.xrays._with_ending': ( 'data.mimic.xrays.html#_with_ending',
+                                                                               'mmsn/data/mimic/xrays.py'),
                                        'mmsn.data.mimic.xrays.all_images': ('data.mimic.xrays.html#all_images', 'mmsn/data/mimic/xrays.py'),
                                        'mmsn.data.mimic.xrays.findings': ('data.mimic.xrays.html#findings', 'mmsn/data/mimic/xrays.py'),
                                        'mmsn.data.mimic.xrays.image_paths': ( 'data.mimic.xrays.html#image_paths',
