@@ -182,7 +182,7 @@ def _image_samples(table, where, images, id_column, subject_column, split_column
     image = [inside(images, i).relative_to(images).as_posix() if os.path.isabs(i) else i for i in table[id_column]]
     return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split, image=image))
 
-# %% ../../nbs/25_data.folders.ipynb #217fbd46
+# %% ../../nbs/25_data.folders.ipynb #5d3520ac
 def image_cohort(
     table,                # DataFrame of text, one row an image
     where,                # what to call it in messages
@@ -207,13 +207,13 @@ def image_cohort(
     """The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises
     InputError."""
     _check_images(table, where, images, size, id_column, subject_column)
-    _check_names(labels, facts, modality, where, most_bad=most_bad, most_shared=most_shared)
     notes = _mac_notes(table[id_column], images)
     table = table[~notes]
     paths = image_names(list(table[id_column]), images)
     _check_twice(list(table[id_column]), paths, where, id_column)
     samples = _image_samples(table, where, images, id_column, subject_column, split_column, seed)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
+    _check_names(labels, facts, modality, where, most_bad=most_bad, most_shared=most_shared)
     provenance = dict(provenance or {}, size=size, fit=fit, seed=seed)
     with CohortWriter(out, name, list(labels), provenance=provenance) as writer:
         with kept_blocks(out, writer, len(table), say) as work:

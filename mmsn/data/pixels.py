@@ -72,7 +72,7 @@ def _single_page(image, path):
     image.seek(full[0] if full else 0)
     return ''
 
-# %% ../../nbs/13b_data.pixels.ipynb #be7765d1
+# %% ../../nbs/13b_data.pixels.ipynb #fbf1f71f
 def _open(path, source=None):
     "Pillow's image at `path` (or in `source`), header read and checked, and what is odd about it; raises BadImage."
     try:
@@ -80,6 +80,7 @@ def _open(path, source=None):
             warnings.simplefilter('ignore')                        # of tags that nobody needs
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             image = Image.open(source or path, formats=FORMATS)
+            if image.format == 'TIFF': image.filename = ''         # Pillow maps a turned one into memory the wrong way round
             note = _single_page(image, path)
     except (UnidentifiedImageError, BadImage): raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning): raise BadImage(path, 'too large')
@@ -163,11 +164,11 @@ def _rawmode(image):
     args = image.tile[0].args
     return args if isinstance(args, str) else str(args[0]) if args else ''
 
-# %% ../../nbs/13b_data.pixels.ipynb #c53b6a3d
+# %% ../../nbs/13b_data.pixels.ipynb #dc626152
 def _bands16(path, image, source=None):
     "(H, W, bands) uint16 of an image of more than eight bits a colour, and its mode; None for any other."
     raw = _rawmode(image)
-    if image.format == 'PPM' and image.mode == 'RGB' and (image.tile[0].args or [0])[-1] not in (0, 255, raw):
+    if image.format == 'PPM' and image.mode == 'RGB' and isinstance(image.tile[0].args, tuple) and image.tile[0].args[-1] > 255:
         raise BadImage(path, '16-bit colour of PPM: save it as PNG or TIFF')
     if image.format == 'JPEG2000' and image.mode in ('RGB', 'RGBA', 'LA') and _jp2_depth(path) > 8:
         raise BadImage(path, '16-bit colour of JPEG 2000: save it as PNG or TIFF')
@@ -237,23 +238,23 @@ def _key_fixed(image):
         image.info['transparency'] = key*255//(2**raw - 1)
     return image
 
-# %% ../../nbs/13b_data.pixels.ipynb #f4d6d39d
+# %% ../../nbs/13b_data.pixels.ipynb #b1ae5f9a
 def _grey8(image, path):
-    "A decoded image of eight bits a band as mode 'L', transparent parts black, and what is odd about it."
+    "A decoded image of eight bits a band as mode 'L', transparent parts black; raises BadImage where all of it is."
     if image.mode == 'LAB':
         image = ImageCms.profileToProfile(image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'), outputMode='RGB')
-    if image.mode == 'L' and _tag(image, 339, 1) == 2: return Image.fromarray(np.asarray(image) ^ 128), ''
+    if image.mode == 'L' and _tag(image, 339, 1) == 2: return Image.fromarray(np.asarray(image) ^ 128)
     grey = image if image.mode == 'L' else image.convert('RGB').convert('L') if image.mode in ('PA', 'La', 'RGBa') else image.convert('L')
-    if not image.has_transparency_data: return grey, ''
+    if not image.has_transparency_data: return grey
     alpha = _key_fixed(image).convert('RGBA').getchannel('A')
     if alpha.getextrema() == (0, 0):
-        if image.format == 'BMP': return grey, ''
+        if image.format == 'BMP': return grey
         raise BadImage(path, 'every pixel is transparent')
-    return (grey if alpha.getextrema() == (255, 255) else ImageChops.multiply(grey, alpha)), ''
+    return grey if alpha.getextrema() == (255, 255) else ImageChops.multiply(grey, alpha)
 
-# %% ../../nbs/13b_data.pixels.ipynb #8e93ad81
+# %% ../../nbs/13b_data.pixels.ipynb #da5bf869
 def _to_grey(image, path, source=None):
-    "The grey of an opened image, not yet turned, the turn it asks for, and what is odd about it."
+    "The grey of an opened image, not yet turned, the turn it asks for, and what is odd about it; `source`: white is at zero."
     deep = _bands16(path, image, source)
     image.load()
     turn, odd = _turn(image)
@@ -263,9 +264,11 @@ def _to_grey(image, path, source=None):
     elif image.mode[0] in 'IF':
         x, key = _numbers(image), image.info.get('transparency')
         if isinstance(key, int): x = np.where(x == key, 0, x)
-    else: return *_grey8(image, path)[:1], turn, odd
-    grey, note = full_range(x)
-    if _tag(image, 262, 1) == 0 and not deep: grey = 255 - grey
+    else:
+        grey = _grey8(image, path)
+        return (ImageChops.invert(grey) if source else grey), turn, odd
+    white = not deep and (source or _tag(image, 262, 1) == 0)
+    grey, note = full_range(-x.astype(np.float64) if white else x)
     return Image.fromarray(grey), turn, ', '.join(filter(None, (odd, note)))
 
 # %% ../../nbs/13b_data.pixels.ipynb #a97a1612
@@ -278,15 +281,15 @@ def flat(grey, odd='')->str:
 _CUT = ('truncated', 'broken', 'unrecognized data stream', 'not enough', 'failed to read', 'decoder error', 'unexpected end',
         'could not create decoder', 'buffer is not large enough', 'read error')
 
-# %% ../../nbs/13b_data.pixels.ipynb #aeb9b768
+# %% ../../nbs/13b_data.pixels.ipynb #f13bc1db
 def decode_picture(path, side=None, head=b'')->tuple:
     "The upright image at `path` in mode 'L', a JPEG reduced but at least 2 `side` each way; its format; what is odd. Raises BadImage."
-    head, source, invert = head or check_file(path), None, False
+    head, source = head or check_file(path), None
     try: image, note = _open(path)
     except UnidentifiedImageError:
         content = _black_is_zero(Path(path).read_bytes()) if head[:2] in (b'II', b'MM') else None
         if content is None: raise BadImage(path, what_it_is(head))
-        source, invert = io.BytesIO(content), True
+        source = io.BytesIO(content)
         try: image, note = _open(path, source)
         except UnidentifiedImageError: raise BadImage(path, what_it_is(head))
     with image, warnings.catch_warnings():
@@ -300,6 +303,5 @@ def decode_picture(path, side=None, head=b'')->tuple:
             cut = isinstance(e, EOFError) or any(word in str(e).lower() for word in _CUT)
             finite = 'pixels that are not finite' if 'not finite' in str(e) else f'cannot be decoded ({type(e).__name__})'
             raise BadImage(path, 'truncated' if cut else finite)
-        if invert: grey = ImageChops.invert(grey)
         note = ', '.join(filter(None, (note, flat(grey, odd))))
         return (grey.transpose(turn) if turn is not None else grey), image.format, note
