@@ -71,8 +71,9 @@ class Teller:
     def __init__(self): self.start = time.perf_counter()
     def __call__(self, text): print(f'[{time.perf_counter() - self.start:6.1f} s] {text}', flush=True)
 
-# %% ../nbs/28_prepare.ipynb #5144d7d4
-_LEFT = {'summary.csv': 'this summary', 'rejected.csv': 'images that could not be used', 'noted.csv': 'images that are used, but odd',
+# %% ../nbs/28_prepare.ipynb #12edcc7d
+_LEFT = {'summary.csv': 'this summary', 'rejected.csv': 'images that could not be used',
+         'noted.csv': 'images that are used, but odd',
          'duplicates.csv': 'images whose pixels are in another split too'}
 
 def finish(
@@ -195,10 +196,10 @@ def iu(
                  lambda: prepare_iu(source, out, size, seed, workers, most_bad=most_bad, most_shared=most_shared,
                                     say=say))
 
-# %% ../nbs/28_prepare.ipynb #68792940
+# %% ../nbs/28_prepare.ipynb #7e7fc738
 def images(
     csv,                   # a row an image
-    folder,                # of the images: JPEG, PNG, TIFF, BMP, WebP, GIF, JPEG 2000, PGM, DICOM (pip install mmsn[dicom])
+    folder,                # of the images (JPEG, PNG, TIFF, WebP, …; DICOM with pip install mmsn[dicom])
     out,                   # folder of the cohort; new, or empty
     size:int=224,          # side of the stored images in pixels
     id:str='image',        # column of the file name, relative to FOLDER, with or without ending

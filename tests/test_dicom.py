@@ -63,8 +63,8 @@ def item(**tags):
     return ds
 
 
-def lut(values, first, bits, vr='US'):
-    ds = item(LUTDescriptor=[len(values), first, bits], LUTData=list(map(int, values)))
+def lut(values, first, bits, vr='US', **tags):
+    ds = item(**tags, LUTDescriptor=[len(values), first, bits], LUTData=list(map(int, values)))
     ds['LUTDescriptor'].VR, ds['LUTData'].VR = vr, 'US'
     return ds
 
@@ -101,7 +101,7 @@ def right():
     table = 4095 - np.arange(4096)
     cases['VOI table'] = dicom(4095 - DEEP, **TWELVE, VOILUTSequence=Sequence([lut(table, 0, 12)])), np.rint(DEEP/4095*255).astype(np.uint8), 0
     cases['VOI table of signed numbers'] = dicom(SIGNED, BitsStored=12, HighBit=11, VOILUTSequence=Sequence([lut(np.arange(4096), -2000, 12, 'SS')])), np.rint(DEEP/4095*255).astype(np.uint8), 0
-    cases['modality table'] = dicom(4095 - DEEP, **TWELVE, ModalityLUTSequence=Sequence([item(**{k: lut(table, 0, 16)[k].value for k in ('LUTDescriptor', 'LUTData')}, ModalityLUTType='US')])), STRETCHED, 0
+    cases['modality table'] = dicom(4095 - DEEP, **TWELVE, ModalityLUTSequence=Sequence([lut(table, 0, 16, ModalityLUTType='US')])), STRETCHED, 0
     # bits that belong to nobody, and padding
     cases['old overlay in the high bits'] = dicom(DEEP | (((X % 3) == 0)*0x8000).astype(np.uint16), **TWELVE), STRETCHED, 0
     cases['noise in the high bits of signed numbers'] = dicom(((SIGNED.view(np.uint16) & 0xFFF) | (((X % 3) == 0)*0x4000).astype(np.uint16)).view(np.int16), **TWELVE), STRETCHED, 0
@@ -112,7 +112,7 @@ def right():
     away = 4095 - DEEP; away[:, :4] = 65535
     cases['padding beyond, MONOCHROME1'] = dicom(away, **MONO1, PixelPaddingValue=65535), inner, 1
     low = SIGNED.copy(); low[:, :4] = -2048
-    padded = dicom(low, PixelPaddingValue=63488)               # written as unsigned, as some do
+    padded = dicom(low, PixelPaddingValue=-2048)
     cases['signed padding'] = padded, inner, 0
     ranged = DEEP + 100; ranged[:, :4] = 7
     cases['a range of padding'] = dicom(ranged, PixelPaddingValue=0, PixelPaddingRangeLimit=50), inner, 0
@@ -165,20 +165,6 @@ def test_right(tmp_path, name):
     assert load_image(path, **size).shape == (48, 48)
 
 
-WRONG = {
-    'frames': (lambda: dicom(np.stack([DEEP]*2), Rows=H, Columns=W, SamplesPerPixel=1, PlanarConfiguration=None, PhotometricInterpretation='MONOCHROME2', NumberOfFrames=2), 'several frames'),
-    'no pixels': (lambda: dicom(DEEP, PixelData=None) if False else without(), 'DICOM without pixels'),
-    'cut': (lambda: dicom(DEEP)[:-500], 'truncated'),
-    'bomb': (lambda: dicom(DEEP, Rows=60_000, Columns=60_000), 'too large'),
-    'JPEG lossless': (lambda: dicom(DEEP, JPEGLosslessSV1, b'\xff\xd8\xff\xd9'), 'DICOM as JPEG Lossless, Non-Hierarchical, First-Order Prediction: pip install pylibjpeg pylibjpeg-libjpeg'),
-    'JPEG-LS': (lambda: dicom(DEEP, JPEGLSLossless, b'\xff\xd8\xff\xd9'), 'DICOM as JPEG-LS Lossless Image Compression: pip install pyjpegls'),
-    'damaged JPEG': (lambda: dicom(EIGHT, JPEGBaseline8Bit, b'\xff\xd8\xff\xd9'), None),
-    'NaN': (lambda: dicom(PICTURE, BitsAllocated=32, BitsStored=None, HighBit=None, PixelRepresentation=None, FloatPixelData=np.full((H, W), np.nan, '<f4').tobytes()), 'pixels that are not finite'),
-    'deflated bomb': (lambda: deflated_bomb(), 'too large'),
-    'garbage behind the letters': (lambda: b'\0'*128 + b'DICM' + bytes(range(256))*4, None),
-    'nothing behind the letters': (lambda: b'\0'*128 + b'DICM', None)}
-
-
 def without():
     ds = pydicom.dcmread(io.BytesIO(dicom(DEEP)))
     del ds.PixelData
@@ -192,6 +178,20 @@ def deflated_bomb():
     z = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     parts = [z.compress(bytes(2**24)) for _ in range(65)]
     return head[:start] + b''.join(parts) + z.flush()
+
+
+WRONG = {
+    'frames': (lambda: dicom(np.stack([DEEP]*2), Rows=H, Columns=W, SamplesPerPixel=1, PlanarConfiguration=None, PhotometricInterpretation='MONOCHROME2', NumberOfFrames=2), 'several frames'),
+    'no pixels': (without, 'DICOM without pixels'),
+    'cut': (lambda: dicom(DEEP)[:-500], 'truncated'),
+    'bomb': (lambda: dicom(DEEP, Rows=60_000, Columns=60_000), 'too large'),
+    'JPEG lossless': (lambda: dicom(DEEP, JPEGLosslessSV1, b'\xff\xd8\xff\xd9'), 'DICOM as JPEG Lossless, Non-Hierarchical, First-Order Prediction: pip install pylibjpeg pylibjpeg-libjpeg'),
+    'JPEG-LS': (lambda: dicom(DEEP, JPEGLSLossless, b'\xff\xd8\xff\xd9'), 'DICOM as JPEG-LS Lossless Image Compression: pip install pyjpegls'),
+    'damaged JPEG': (lambda: dicom(EIGHT, JPEGBaseline8Bit, b'\xff\xd8\xff\xd9'), None),
+    'NaN': (lambda: dicom(PICTURE, BitsAllocated=32, BitsStored=None, HighBit=None, PixelRepresentation=None, FloatPixelData=np.full((H, W), np.nan, '<f4').tobytes()), 'pixels that are not finite'),
+    'deflated bomb': (deflated_bomb, 'too large'),
+    'garbage behind the letters': (lambda: b'\0'*128 + b'DICM' + bytes(range(256))*4, None),
+    'nothing behind the letters': (lambda: b'\0'*128 + b'DICM', None)}
 
 
 @pytest.mark.parametrize('name', WRONG)

@@ -16,10 +16,11 @@ from PIL import Image
 
 from .pixels import BadImage, full_range, most_pixels
 
-# %% ../../nbs/13c_data.dicom.ipynb #84173355
+# %% ../../nbs/13c_data.dicom.ipynb #368b5fbb
 def is_dicom(head, path='')->bool:
     "Whether a file that begins with the bytes `head` is DICOM, or is called so and nothing else that we know."
-    return head[128:132] == b'DICM' or (Path(path).suffix.lower() in ('.dcm', '.dicom') and head[1:2] == b'\0' and head[0] in (2, 8))
+    old = head[1:2] == b'\0' and head[0] in (2, 8)           # the first group of a header
+    return head[128:132] == b'DICM' or (old and Path(path).suffix.lower() in ('.dcm', '.dicom'))
 
 # %% ../../nbs/13c_data.dicom.ipynb #5bcda546
 def _pydicom(path):
@@ -30,10 +31,9 @@ def _pydicom(path):
         return pydicom
     except ImportError: raise BadImage(path, 'DICOM: pip install mmsn[dicom]')
 
-# %% ../../nbs/13c_data.dicom.ipynb #3d635b80
-_PLUGINS = {'50': 'pillow', '51': 'pylibjpeg pylibjpeg-libjpeg', '57': 'pylibjpeg pylibjpeg-libjpeg', '70': 'pylibjpeg pylibjpeg-libjpeg',
-            '80': 'pyjpegls', '81': 'pyjpegls', '90': 'pylibjpeg pylibjpeg-openjpeg', '91': 'pylibjpeg pylibjpeg-openjpeg',
-            '201': 'pylibjpeg pylibjpeg-openjpeg', '202': 'pylibjpeg pylibjpeg-openjpeg', '203': 'pylibjpeg pylibjpeg-openjpeg'}
+# %% ../../nbs/13c_data.dicom.ipynb #1c56daf4
+_PLUGINS = {'pillow': ('50',), 'pyjpegls': ('80', '81'), 'pylibjpeg pylibjpeg-libjpeg': ('51', '57', '70'),
+            'pylibjpeg pylibjpeg-openjpeg': ('90', '91', '201', '202', '203')}      # syntaxes 1.2.840.10008.1.2.4.…
 
 def _check_codec(syntax, path):
     "Raise BadImage where the pixels are compressed in a way that nothing installed can undo."
@@ -42,7 +42,8 @@ def _check_codec(syntax, path):
     if not syntax.is_compressed or syntax == '1.2.840.10008.1.2.1.99': return
     try: there = get_decoder(syntax).is_available
     except NotImplementedError: raise BadImage(path, f'DICOM as {name}: convert it first')
-    if not there: raise BadImage(path, f'DICOM as {name}: pip install {_PLUGINS.get(number, "a plugin of pydicom")}')
+    plugin = next((p for p, numbers in _PLUGINS.items() if number in numbers), 'a plugin of pydicom')
+    if not there: raise BadImage(path, f'DICOM as {name}: pip install {plugin}')
 
 # %% ../../nbs/13c_data.dicom.ipynb #625acaf1
 _MOST_BYTES = 2**30      # of a file, packed or not
@@ -98,6 +99,17 @@ def _flat(ds):
                         if key in inner and key not in ds: setattr(ds, key, inner[key].value)
     return ds
 
+# %% ../../nbs/13c_data.dicom.ipynb #8c7e64a4
+def _all_bits(ds):
+    "The array of pixels; all bits of a word whose stored ones are not the lowest, which pydicom would cut off."
+    from pydicom.pixels import pixel_array
+    stored, high = ds.get('BitsStored'), ds.get('HighBit')
+    if not stored or high in (None, stored - 1): return np.asarray(pixel_array(ds))
+    ds.BitsStored, ds.HighBit = ds.BitsAllocated, ds.BitsAllocated - 1
+    x = np.asarray(pixel_array(ds))
+    ds.BitsStored, ds.HighBit = stored, high
+    return x
+
 # %% ../../nbs/13c_data.dicom.ipynb #2b899da1
 def _stored(ds, x):
     "The stored numbers without the bits that are none of them, signed where the header says so."
@@ -122,9 +134,10 @@ def _first(value):
     "The first of several values, as a number."
     return float(value[0] if hasattr(value, '__len__') and not isinstance(value, str) else value)
 
-# %% ../../nbs/13c_data.dicom.ipynb #06b09a4b
+# %% ../../nbs/13c_data.dicom.ipynb #615db042
 def _shown(ds, x):
-    "(H, W) 0..1 as the header's lookup table or window shows the numbers `x`, and what is odd; None where it has neither."
+    """(H, W) 0..1 as the header's lookup table or window shows the numbers `x`, and what is odd; None where it has
+    neither."""
     from pydicom.pixels import apply_voi
     if ds.get('VOILUTSequence'):
         item = ds.VOILUTSequence[0]
@@ -177,15 +190,15 @@ def _grey_of_colour(ds, x):
     if int(ds.get('BitsStored') or 8) <= 8: return np.asarray(Image.fromarray(x.astype(np.uint8)).convert('L')), ''
     return full_range((x.astype(np.int64) @ np.array([299, 587, 114]))/1000)
 
-# %% ../../nbs/13c_data.dicom.ipynb #cb8934ac
+# %% ../../nbs/13c_data.dicom.ipynb #a2ac8978
 def read_dicom(path)->tuple:
     "The image of a DICOM file in mode 'L', and what is odd about it; raises BadImage."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             ds = _read(path)
-            from pydicom.pixels import apply_color_lut, pixel_array
-            x = np.asarray(pixel_array(ds))
+            from pydicom.pixels import apply_color_lut
+            x = _all_bits(ds)
             if ds.PhotometricInterpretation == 'PALETTE COLOR':
                 x = apply_color_lut(x, ds)
                 x, ds.BitsStored = (x >> 8).astype(np.uint8) if x.dtype.itemsize > 1 and x.max() > 255 else x, 8
@@ -194,6 +207,7 @@ def read_dicom(path)->tuple:
     except BadImage: raise
     except Exception as e:
         text = str(e)
-        cut = isinstance(e, EOFError) or any(w in text for w in ('expected length', 'less than', 'truncated', 'Unexpected end', 'actual length'))
-        reason = 'pixels that are not finite' if 'not finite' in text else f'DICOM that cannot be decoded ({type(e).__name__})'
+        words = ('expected length', 'less than', 'truncated', 'Unexpected end', 'actual length')
+        cut = isinstance(e, EOFError) or any(w in text for w in words)
+        reason = text if 'not finite' in text else f'DICOM that cannot be decoded ({type(e).__name__})'
         raise BadImage(path, 'truncated' if cut else reason)

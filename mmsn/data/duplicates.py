@@ -16,14 +16,15 @@ import pandas as pd
 
 from ..options import InputError
 
-# %% ../../nbs/13d_data.duplicates.ipynb #f8b9a8aa
+# %% ../../nbs/13d_data.duplicates.ipynb #ce9c47a0
 def fingerprints(
     images,   # (n, H, W) uint8
 )->np.ndarray:
     "(n, 2) uint64: 128 bits of the hash (BLAKE2) of each image's pixels; zeros for an image of one grey."
     found = np.zeros((len(images), 2), np.uint64)
     for i, x in enumerate(images):
-        if x.min() != x.max(): found[i] = np.frombuffer(hashlib.blake2b(x.tobytes(), digest_size=16).digest(), np.uint64)
+        if x.min() == x.max(): continue
+        found[i] = np.frombuffer(hashlib.blake2b(x.tobytes(), digest_size=16).digest(), np.uint64)
     return found
 
 # %% ../../nbs/13d_data.duplicates.ipynb #4d2b845c
@@ -42,7 +43,7 @@ def same_pixels(
     table['across'] = table.groupby('group').split.transform('nunique') > 1
     return table.sort_values(['group', 'row'], ignore_index=True)
 
-# %% ../../nbs/13d_data.duplicates.ipynb #6503ca7e
+# %% ../../nbs/13d_data.duplicates.ipynb #d36d8be6
 def check_shared(
     prints,             # (N, 2) uint64 of `fingerprints`
     split,              # (N,) the split of each image
@@ -51,17 +52,22 @@ def check_shared(
     folder,             # the unpublished one of the cohort
     most:float=.01,     # share of images above which it is an error
 )->list:
-    "Rows (part, what, count) for the summary, none without copies; writes duplicates.csv. Raises InputError above `most`."
+    """Rows (part, what, count) for the summary, none without copies; writes duplicates.csv. Raises InputError above
+    `most`."""
     table, n = same_pixels(prints, split), max(len(prints), 1)
     across, folder = table[table.across], Path(folder)
-    found = across.assign(modality=modality, path=[str(paths[i]) for i in across.row])[['modality', 'group', 'path', 'split']]
+    found = pd.DataFrame(dict(modality=modality, group=across.group, path=[str(paths[i]) for i in across.row],
+                              split=across.split))
     if len(found) > most*n:
         beside = folder.parent.parent/f'{folder.name}.duplicates.csv'
         found.to_csv(beside, index=False)
-        a, b = found.iloc[0], found[(found.group == found.group[found.index[0]]) & (found.split != found.split.iloc[0])].iloc[0]
-        raise InputError(f'{len(found)} of {n} images have the same pixels as an image of another split, more than {most:.0%}, '
-                         f'such as {a.path} ({a.split}) and {b.path} ({b.split}): see {beside}; name the patients, '
+        a = found.iloc[0]
+        b = found[(found.group == a.group) & (found.split != a.split)].iloc[0]
+        raise InputError(f'{len(found)} of {n} images have the same pixels as an image of another split, more than '
+                         f'{most:.0%}, such as {a.path} ({a.split}) and {b.path} ({b.split}): see {beside}; name the patients, '
                          f'remove the copies, or allow them with --most-shared')
-    if len(found): found.to_csv(folder/'duplicates.csv', mode='a', header=not (folder/'duplicates.csv').exists(), index=False)
-    counts = (('with the pixels of another image', len(table)), ('with the pixels of an image of another split', len(found)))
+    listed = folder/'duplicates.csv'
+    if len(found): found.to_csv(listed, mode='a', header=not listed.exists(), index=False)
+    counts = (('with the pixels of another image', len(table)),
+              ('with the pixels of an image of another split', len(found)))
     return [('images', what, k) for what, k in counts if k]

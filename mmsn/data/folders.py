@@ -33,7 +33,7 @@ def _years(text):
     days = parts[1].map(dict(D=1., W=7., M=365.25/12)).astype(float)
     return plain.fillna(short*days/365.25).fillna(years)
 
-# %% ../../nbs/25_data.folders.ipynb #08dcce9f
+# %% ../../nbs/25_data.folders.ipynb #98c8b674
 def _fact_numbers(text, name, where):
     "float64 of a column of text that holds numbers; None where it holds words. Raises InputError for a mixture."
     given = text.notna()
@@ -46,7 +46,8 @@ def _fact_numbers(text, name, where):
     counted = text.str.match(r'[<>~]? ?-?\d+([.,]\d+)?( |%|$)').fillna(False).astype(bool) | plain.notna()
     if counted.any():
         odd = text[given & plain.isna()]
-        raise InputError(f'column {name!r} of {where} holds numbers and {odd.iloc[0]!r} (row {text.index.get_loc(odd.index[0]) + 1}): '
+        row = text.index.get_loc(odd.index[0]) + 1
+        raise InputError(f'column {name!r} of {where} holds numbers and {odd.iloc[0]!r} (row {row}): '
                          f'write a number, or leave the cell empty; words alone are read as categories')
     return None
 
@@ -72,8 +73,8 @@ def fact_table(
     for n in names: _need(table, n, where)
     return pd.concat([_fact(table[n], n, where) for n in names], axis=1)
 
-# %% ../../nbs/25_data.folders.ipynb #9ca707cc
-_MISSING = ('', '.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.jp2', '.pgm', '.dcm', '.dicom')   # endings that a table may leave out
+# %% ../../nbs/25_data.folders.ipynb #f3c74ba7
+_MISSING = ('', '.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.jp2', '.pgm', '.dcm', '.dicom')
 
 def _files_in(folder):
     "Lower-case name -> names of the files in a folder."
@@ -95,10 +96,10 @@ def _fitting(path, names):
         if len(same) == 1 or len(exact) == 1: found[ending] = (exact or same)[0]
     return found
 
-# %% ../../nbs/25_data.folders.ipynb #2ac4d9f4
+# %% ../../nbs/25_data.folders.ipynb #42562927
 def image_names(ids, folder)->list:
     """The file that each id means, relative to `folder`: as it is, or with the ending or in the case that is there; ids
-    without a file as they are. Raises InputError for a path that leaves `folder`, and for an ending that is anyone's guess."""
+    without a file as they are. Raises InputError for a path that leaves `folder`, and where two endings fit."""
     root, listings = Path(folder), {}
     paths = [inside(root, str(i).strip()) for i in ids]
     def fitting(path):
@@ -113,7 +114,7 @@ def image_names(ids, folder)->list:
         if best: paths[i] = paths[i].with_name(found[best[0]])
     return [p.relative_to(root).as_posix() for p in paths]
 
-# %% ../../nbs/25_data.folders.ipynb #694177e5
+# %% ../../nbs/25_data.folders.ipynb #834baec8
 def _mac_notes(ids, folder):
     "(N,) whether an id names a note of macOS (`._…`, `.DS_Store`), not an image."
     def note(i):
@@ -121,19 +122,20 @@ def _mac_notes(ids, folder):
         if name == '.DS_Store': return True
         if not name.startswith('._'): return False
         try:
-            with open(inside(folder, str(i).strip()), 'rb') as f: return what_it_is(f.read(512)).startswith('a note of macOS')
+            with open(inside(folder, str(i).strip()), 'rb') as f: head = f.read(512)
+            return what_it_is(head).startswith('a note of macOS')
         except OSError: return True
     return np.array([note(i) for i in ids], bool)
 
-# %% ../../nbs/25_data.folders.ipynb #3d3e920e
+# %% ../../nbs/25_data.folders.ipynb #0ab93d3d
 def _check_twice(ids, paths, where, column):
     "Raise InputError where two rows mean one file."
     paths = pd.Series(paths)
     twice = np.flatnonzero(paths.duplicated(keep=False))
     if len(twice):
         a, b = twice[0], np.flatnonzero(paths == paths[twice[0]])[1]
-        raise InputError(f'column {column!r} of {where} holds {int(paths.duplicated().sum())} duplicate ids, such as {ids[a]!r} and '
-                         f'{ids[b]!r} (rows {a + 1} and {b + 1}), which are the file {paths[a]}')
+        raise InputError(f'column {column!r} of {where} holds {int(paths.duplicated().sum())} duplicate ids, such as '
+                         f'{ids[a]!r} and {ids[b]!r} (rows {a + 1} and {b + 1}), which are the file {paths[a]}')
 
 # %% ../../nbs/25_data.folders.ipynb #41796b6b
 _WORTH_KEEPING = 1000      # images; of fewer the decoded blocks go when a preparation is refused
@@ -148,7 +150,7 @@ def _others_work(note, out):
     name = Path(left['folder']).name
     if name.startswith(f'.{out.name}-'): shutil.rmtree(out.parent/name, ignore_errors=True)
 
-# %% ../../nbs/25_data.folders.ipynb #270449f1
+# %% ../../nbs/25_data.folders.ipynb #73e54182
 @contextmanager
 def kept_blocks(out, writer, n:int, say=None):
     "The folder for decoded blocks of the cohort `out` of `n` images; it goes when the block below is done."
@@ -157,7 +159,8 @@ def kept_blocks(out, writer, n:int, say=None):
     note = work/'writing'
     _others_work(note, out)
     work.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(dict(pid=os.getpid(), born=_born(os.getpid()), folder=Path(writer.tmp.name).name)), encoding='utf-8')
+    mine = dict(pid=os.getpid(), born=_born(os.getpid()), folder=Path(writer.tmp.name).name)
+    note.write_text(json.dumps(mine), encoding='utf-8')
     try: yield work
     except BaseException as e:
         note.unlink(missing_ok=True)
@@ -182,7 +185,7 @@ def _image_samples(table, where, images, id_column, subject_column, split_column
     image = [inside(images, i).relative_to(images).as_posix() if os.path.isabs(i) else i for i in table[id_column]]
     return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split, image=image))
 
-# %% ../../nbs/25_data.folders.ipynb #5d3520ac
+# %% ../../nbs/25_data.folders.ipynb #b7c6e87d
 def image_cohort(
     table,                # DataFrame of text, one row an image
     where,                # what to call it in messages
@@ -219,7 +222,8 @@ def image_cohort(
         with kept_blocks(out, writer, len(table), say) as work:
             stored = store_images(paths, size, writer.add_images(modality, size, size), root=images, fit=fit,
                                   workers=workers, most_bad=most_bad, resume=work)
-            return _image_summary(writer, samples, y, tabular, stored, paths, modality, int(notes.sum()), most_shared, say)
+            return _image_summary(writer, samples, y, tabular, stored, paths, modality, int(notes.sum()),
+                                  most_shared, say)
 
 # %% ../../nbs/25_data.folders.ipynb #20c30633
 def _image_summary(writer, samples, y, tabular, stored, paths, modality, skipped, most_shared, say):
@@ -249,25 +253,27 @@ def _check_images(table, where, images, size, id_column, subject_column=None):
     if not Path(images).is_dir(): raise InputError(f'no folder of images at {images}')
     if not 8 <= size <= 4096: raise InputError(f'size should be 8 to 4096 pixels, not {size}')
 
-# %% ../../nbs/25_data.folders.ipynb #6cc849e6
+# %% ../../nbs/25_data.folders.ipynb #cda959b1
 def _check_names(labels, facts, modality, where, **shares):
     "Raise InputError for names that a cohort's table uses itself, and for shares that are none."
     own = {'sample_id', 'subject_id', 'split', 'image', f'{modality}_index', 'demographics_index'}
     for label in labels:
-        if label in own: raise InputError(f'the label {label!r} of {where} has the name of a column that every cohort has: rename it')
+        if label in own:
+            raise InputError(f'the label {label!r} of {where} has the name of a column that every cohort has: rename it')
         if list(labels).count(label) > 1: raise InputError(f'the label {label!r} is named twice')
-    if len(facts) and modality == 'demographics': raise InputError("the modality of images cannot be called 'demographics' beside facts")
+    if len(facts) and modality == 'demographics':
+        raise InputError("the modality of images cannot be called 'demographics' beside facts")
     for what, share in shares.items():
         if not 0 <= share <= 1: raise InputError(f'{what} should be a share from 0 to 1, not {share:g}')
 
-# %% ../../nbs/25_data.folders.ipynb #1fa4b778
+# %% ../../nbs/25_data.folders.ipynb #f827f768
 def prepare_images(
     csv,                  # CSV with a row an image
     images,               # folder of the images
     out,                  # the cohort folder to make
     size:int=224,         # side of the stored images in pixels
     id_column:str='image',  # column with the file name
-    **options,            # the others of `image_cohort`: subject_column, split_column, labels, facts, fit, modality, name, seed, workers, most_bad, most_shared, say
+    **options,            # the others of `image_cohort`: subject_column, split_column, labels, facts, fit, modality, …
 )->pd.DataFrame:
     "Turn a folder of images with a CSV into a cohort; returns the summary (part, what, count). Raises InputError."
     options.setdefault('provenance', dict(command='prepare_images', source=Path(csv).name))
@@ -280,7 +286,7 @@ _NIH_NAMES = {'Image Index': 'image', 'Finding Labels': 'finding_labels', 'Patie
               'Patient Age': 'age',
               'Patient Gender': 'sex', 'Patient Sex': 'sex', 'View Position': 'view'}
 
-# %% ../../nbs/25_data.folders.ipynb #477bd815
+# %% ../../nbs/25_data.folders.ipynb #2a3892db
 def read_nih(source)->tuple:
     "(table of text, its path, folder of images) of either layout; raises InputError."
     source = Path(source)
@@ -290,7 +296,8 @@ def read_nih(source)->tuple:
     for c in ('image', 'finding_labels', 'patient_id', 'age', 'sex', 'view'): _need(table, c, path)
     found = [set(t.split('|')) for t in table.finding_labels.fillna('')]
     for label in (*NIH_LABELS, 'No Finding'): table[label] = ['1' if label in f else '0' for f in found]
-    age = numbers(table.assign(age=_years(table.age).astype('string').fillna(table.age)), 'age', path)      # '058Y' in an early release
+    years = _years(table.age).astype('string').fillna(table.age)                          # '058Y' in an early release
+    age = numbers(table.assign(age=years), 'age', path)
     table['age'] = age.where(age.between(0, 110)).astype('string')
     if path.name == 'labels.csv': return table, path, source/'images'
     where = {p.name: p.relative_to(source).as_posix() for p in source.glob('images*/**/*.png')

@@ -27,9 +27,10 @@ from .duplicates import fingerprints
 from .pixels import FORMATS, BadImage, check_file, decode_picture, flat, open_image
 from ..options import InputError
 
-# %% ../../nbs/14_data.images.ipynb #84f454dd
+# %% ../../nbs/14_data.images.ipynb #f948bbd0
 def _decode(path, side=None)->tuple:
-    "The upright image at `path` in mode 'L', a JPEG reduced but at least 2 `side` each way; its format; what is odd. Raises BadImage."
+    """The upright image at `path` in mode 'L', a JPEG reduced but at least 2 `side` each way; its format; what is odd.
+    Raises BadImage."""
     head = check_file(path)
     if not is_dicom(head, path): return decode_picture(path, side, head)
     grey, odd = read_dicom(path)
@@ -57,9 +58,10 @@ def load_image(
     _check_fit(fit)
     return _resize(_decode(path, size)[0], size, fit)
 
-# %% ../../nbs/14_data.images.ipynb #d024ce07
-_ENDINGS = dict(JPEG=('.jpg', '.jpeg', '.jpe', '.jfif'), MPO=('.jpg', '.jpeg', '.mpo'), PNG=('.png',), TIFF=('.tif', '.tiff'),
-                BMP=('.bmp', '.dib'), WEBP=('.webp',), GIF=('.gif',), JPEG2000=('.jp2', '.j2k', '.jpx', '.jpf', '.j2c', '.jpc'),
+# %% ../../nbs/14_data.images.ipynb #8c567e61
+_ENDINGS = dict(JPEG=('.jpg', '.jpeg', '.jpe', '.jfif'), MPO=('.jpg', '.jpeg', '.mpo'), PNG=('.png',),
+                TIFF=('.tif', '.tiff'), BMP=('.bmp', '.dib'), WEBP=('.webp',), GIF=('.gif',),
+                JPEG2000=('.jp2', '.j2k', '.jpx', '.jpf', '.j2c', '.jpc'),
                 PPM=('.ppm', '.pgm', '.pbm', '.pnm', '.pfm'))
 
 class ImageCheck(NamedTuple):
@@ -242,7 +244,7 @@ def _prepare_folder(resume):
     Path(resume).mkdir(parents=True, exist_ok=True)
     for part in Path(resume).glob('.*.npz.*'): part.unlink(missing_ok=True)
 
-# %% ../../nbs/14_data.images.ipynb #ba4c3d59
+# %% ../../nbs/14_data.images.ipynb #24cea162
 def store_images(
     paths,                    # of the files, relative to `root` if there is one
     size:int,                 # side in pixels
@@ -276,4 +278,5 @@ def store_images(
             bar.update(len(at))
     _verify(writer, begin + len(paths) - len(bad), size)
     rejected = _listed(bad, 'reason', writer.path.parent/'rejected.csv')
-    return Stored(index, rejected, _listed(odd, 'note', writer.path.parent/'noted.csv' if odd else None), reused, prints)
+    noted = _listed(odd, 'note', writer.path.parent/'noted.csv' if odd else None)
+    return Stored(index, rejected, noted, reused, prints)

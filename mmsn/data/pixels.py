@@ -32,15 +32,16 @@ def most_pixels()->int:
     "Pixels above which an image counts as a decompression bomb."
     return Image.MAX_IMAGE_PIXELS or _MOST_PIXELS
 
-# %% ../../nbs/13b_data.pixels.ipynb #dcf6d951
-_EXPORT = {b'8BPS': 'PSD', b'%!PS': 'EPS', b'%PDF': 'PDF', b'SIMPLE': 'FITS', b'qoif': 'QOI', b'DDS ': 'DDS', b'icns': 'ICNS',
-           b'\0\0\1\0': 'ICO', b'\0\0\2\0': 'CUR', b'\x01\xda': 'SGI', b'\x59\xa6\x6a\x95': 'SUN', b'/* XPM': 'XPM',
+# %% ../../nbs/13b_data.pixels.ipynb #0631df79
+_EXPORT = {b'8BPS': 'PSD', b'%!PS': 'EPS', b'%PDF': 'PDF', b'SIMPLE': 'FITS', b'qoif': 'QOI', b'DDS ': 'DDS',
+           b'icns': 'ICNS', b'\0\0\1\0': 'ICO', b'\0\0\2\0': 'CUR', b'\x01\xda': 'SGI', b'\x59\xa6\x6a\x95': 'SUN', b'/* XPM': 'XPM',
            b'\x93NUMPY': 'NumPy', b'\x89HDF': 'HDF5', b'NRRD': 'NRRD', b'ObjectType': 'MetaImage', b'<svg': 'SVG',
            b'#define': 'XBM', b'\x0a\x05\x01': 'PCX', b'\xd7\xcd\xc6\x9a': 'WMF', b'\xff\x0a': 'JPEG XL',
            b'\0\0\0\x0cJXL ': 'JPEG XL', b'II\xbc': 'JPEG XR', b'II\x1a\0': 'CRW', b'BPG\xfb': 'BPG'}
-_PACKED = {b'PK\3\4': 'zip', b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'7z\xbc\xaf': '7z', b'Rar!': 'rar'}
-_OURS = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG\r\n': 'PNG', b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'II+\0': 'TIFF', b'MM\0+': 'TIFF',
-         b'GIF8': 'GIF', b'\0\0\0\x0cjP': 'JPEG2000', b'\xff\x4f\xff\x51': 'JPEG2000'}
+_PACKED = {b'PK\3\4': 'zip', b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz',
+           b'7z\xbc\xaf': '7z', b'Rar!': 'rar'}
+_OURS = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG\r\n': 'PNG', b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'II+\0': 'TIFF',
+         b'MM\0+': 'TIFF', b'GIF8': 'GIF', b'\0\0\0\x0cjP': 'JPEG2000', b'\xff\x4f\xff\x51': 'JPEG2000'}
 
 # %% ../../nbs/13b_data.pixels.ipynb #3d1f2a66
 def what_it_is(head)->str:
@@ -72,7 +73,7 @@ def _single_page(image, path):
     image.seek(full[0] if full else 0)
     return ''
 
-# %% ../../nbs/13b_data.pixels.ipynb #fbf1f71f
+# %% ../../nbs/13b_data.pixels.ipynb #b92329ab
 def _open(path, source=None):
     "Pillow's image at `path` (or in `source`), header read and checked, and what is odd about it; raises BadImage."
     try:
@@ -80,7 +81,8 @@ def _open(path, source=None):
             warnings.simplefilter('ignore')                        # of tags that nobody needs
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             image = Image.open(source or path, formats=FORMATS)
-            if image.format == 'TIFF': image.filename = ''         # Pillow maps a turned one into memory the wrong way round
+            # or Pillow maps a turned one into memory the wrong way round
+            if image.format == 'TIFF': image.filename = ''
             note = _single_page(image, path)
     except (UnidentifiedImageError, BadImage): raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning): raise BadImage(path, 'too large')
@@ -110,8 +112,9 @@ def open_image(path)->Image.Image:
     try: return _open(path)[0]
     except UnidentifiedImageError: raise BadImage(path, what_it_is(head))
 
-# %% ../../nbs/13b_data.pixels.ipynb #5e5b338f
-_TURNS = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270', 7: 'TRANSVERSE', 8: 'ROTATE_90'}
+# %% ../../nbs/13b_data.pixels.ipynb #ba28212a
+_TURNS = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270',
+          7: 'TRANSVERSE', 8: 'ROTATE_90'}
 
 def _turn(image):
     "The transposition that a decoded image asks for, or None; and what is odd about its EXIF."
@@ -164,11 +167,12 @@ def _rawmode(image):
     args = image.tile[0].args
     return args if isinstance(args, str) else str(args[0]) if args else ''
 
-# %% ../../nbs/13b_data.pixels.ipynb #dc626152
+# %% ../../nbs/13b_data.pixels.ipynb #e3921770
 def _bands16(path, image, source=None):
     "(H, W, bands) uint16 of an image of more than eight bits a colour, and its mode; None for any other."
     raw = _rawmode(image)
-    if image.format == 'PPM' and image.mode == 'RGB' and isinstance(image.tile[0].args, tuple) and image.tile[0].args[-1] > 255:
+    last = image.tile[0].args[-1] if image.tile and isinstance(image.tile[0].args, tuple) else None
+    if image.format == 'PPM' and image.mode == 'RGB' and last and last > 255:
         raise BadImage(path, '16-bit colour of PPM: save it as PNG or TIFF')
     if image.format == 'JPEG2000' and image.mode in ('RGB', 'RGBA', 'LA') and _jp2_depth(path) > 8:
         raise BadImage(path, '16-bit colour of JPEG 2000: save it as PNG or TIFF')
@@ -188,14 +192,15 @@ def _jp2_depth(path):
     at = head.find(b'\xff\x4f\xff\x51')
     return (head[at + 42] & 127) + 1 if 0 <= at < len(head) - 42 else 16
 
-# %% ../../nbs/13b_data.pixels.ipynb #a674a3ce
+# %% ../../nbs/13b_data.pixels.ipynb #8eff0c48
 def _grey16(bands, mode, info):
     "Luminance of sixteen-bit bands, transparent parts black, as float64; None where all of it is transparent."
     x = bands.astype(np.int64)
     if mode == 'CMYK': x = (65535 - x[..., :3])*(65535 - x[..., 3:])//65535
     grey = x[..., 0].astype(float) if mode == 'LA' else (x[..., :3] @ np.array([299, 587, 114]))/1000
     alpha = bands[..., -1] if mode in ('LA', 'RGBA', 'RGBa') else None
-    if mode == 'RGB' and isinstance(info.get('transparency'), tuple): alpha = (bands != info['transparency']).any(2)*65535
+    key = info.get('transparency')
+    if mode == 'RGB' and isinstance(key, tuple): alpha = (bands != key).any(2)*65535
     if alpha is None or alpha.min() == 65535: return grey
     if not alpha.any(): return None
     return grey if mode == 'RGBa' else grey*alpha/65535
@@ -206,12 +211,12 @@ def _tag(image, tag, default=None):
     value = getattr(image, 'tag_v2', {}).get(tag, default)
     return value[0] if isinstance(value, tuple) and value else value
 
-# %% ../../nbs/13b_data.pixels.ipynb #fe000619
+# %% ../../nbs/13b_data.pixels.ipynb #9b9d8825
 def _numbers(image):
     "Pixels of a decoded image of more than eight bits, wrapped ones put right, as an array of numbers."
     x = np.asarray(image)
-    if image.mode == 'I' and _tag(image, 258) == 32 and _tag(image, 339, 1) == 1: return x.astype(np.int32).view(np.uint32)
-    return x
+    wrapped = image.mode == 'I' and _tag(image, 258) == 32 and _tag(image, 339, 1) == 1
+    return x.astype(np.int32).view(np.uint32) if wrapped else x
 
 # %% ../../nbs/13b_data.pixels.ipynb #3ef01adb
 def _black_is_zero(content):
@@ -238,13 +243,15 @@ def _key_fixed(image):
         image.info['transparency'] = key*255//(2**raw - 1)
     return image
 
-# %% ../../nbs/13b_data.pixels.ipynb #b1ae5f9a
+# %% ../../nbs/13b_data.pixels.ipynb #bbcc0a68
 def _grey8(image, path):
     "A decoded image of eight bits a band as mode 'L', transparent parts black; raises BadImage where all of it is."
     if image.mode == 'LAB':
-        image = ImageCms.profileToProfile(image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'), outputMode='RGB')
+        lab, srgb = (ImageCms.createProfile(space) for space in ('LAB', 'sRGB'))
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode='RGB')
     if image.mode == 'L' and _tag(image, 339, 1) == 2: return Image.fromarray(np.asarray(image) ^ 128)
-    grey = image if image.mode == 'L' else image.convert('RGB').convert('L') if image.mode in ('PA', 'La', 'RGBa') else image.convert('L')
+    if image.mode in ('PA', 'La', 'RGBa'): grey = image.convert('RGB').convert('L')
+    else: grey = image if image.mode == 'L' else image.convert('L')
     if not image.has_transparency_data: return grey
     alpha = _key_fixed(image).convert('RGBA').getchannel('A')
     if alpha.getextrema() == (0, 0):
@@ -252,9 +259,10 @@ def _grey8(image, path):
         raise BadImage(path, 'every pixel is transparent')
     return grey if alpha.getextrema() == (255, 255) else ImageChops.multiply(grey, alpha)
 
-# %% ../../nbs/13b_data.pixels.ipynb #da5bf869
+# %% ../../nbs/13b_data.pixels.ipynb #5f6041b8
 def _to_grey(image, path, source=None):
-    "The grey of an opened image, not yet turned, the turn it asks for, and what is odd about it; `source`: white is at zero."
+    """The grey of an opened image, not yet turned, the turn it asks for, and what is odd about it; `source`: white is
+    at zero."""
     deep = _bands16(path, image, source)
     image.load()
     turn, odd = _turn(image)
@@ -277,13 +285,14 @@ def flat(grey, odd='')->str:
     low, high = grey.getextrema()
     return ', '.join(filter(None, (odd, 'one grey everywhere' if low == high else '')))
 
-# %% ../../nbs/13b_data.pixels.ipynb #3bb14a70
-_CUT = ('truncated', 'broken', 'unrecognized data stream', 'not enough', 'failed to read', 'decoder error', 'unexpected end',
-        'could not create decoder', 'buffer is not large enough', 'read error')
+# %% ../../nbs/13b_data.pixels.ipynb #b6959b83
+_CUT = ('truncated', 'broken', 'unrecognized data stream', 'not enough', 'failed to read', 'decoder error',
+        'unexpected end', 'could not create decoder', 'buffer is not large enough', 'read error')
 
-# %% ../../nbs/13b_data.pixels.ipynb #f13bc1db
+# %% ../../nbs/13b_data.pixels.ipynb #810d8443
 def decode_picture(path, side=None, head=b'')->tuple:
-    "The upright image at `path` in mode 'L', a JPEG reduced but at least 2 `side` each way; its format; what is odd. Raises BadImage."
+    """The upright image at `path` in mode 'L', a JPEG reduced but at least 2 `side` each way; its format; what is odd.
+    Raises BadImage."""
     head, source = head or check_file(path), None
     try: image, note = _open(path)
     except UnidentifiedImageError:
@@ -301,7 +310,7 @@ def decode_picture(path, side=None, head=b'')->tuple:
         except BadImage: raise
         except Exception as e:
             cut = isinstance(e, EOFError) or any(word in str(e).lower() for word in _CUT)
-            finite = 'pixels that are not finite' if 'not finite' in str(e) else f'cannot be decoded ({type(e).__name__})'
-            raise BadImage(path, 'truncated' if cut else finite)
+            other = str(e) if 'not finite' in str(e) else f'cannot be decoded ({type(e).__name__})'
+            raise BadImage(path, 'truncated' if cut else other)
         note = ', '.join(filter(None, (note, flat(grey, odd))))
         return (grey.transpose(turn) if turn is not None else grey), image.format, note

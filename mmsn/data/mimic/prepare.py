@@ -455,7 +455,7 @@ def xray_cohort(job:Preparation, writer)->tuple:
 # columns that a cohort has elsewhere, or does not need
 _INNER = ('stay', 'age', 'male', 'intime', 'read', 'view', 'position')
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #e503adf8
+# %% ../../../nbs/22e_data.mimic.prepare.ipynb #5f35fab5
 def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     "Split, reports and labels; closes the cohort; returns the summary (part, what, count)."
     o = job.o
@@ -464,7 +464,8 @@ def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     job.count('samples', split_counts(rows.subject_id, o.split, official))
     if 'cxr_index' in rows:
         shown = rows[rows.cxr_index >= 0].drop_duplicates('cxr_index')
-        job.rows += check_shared(job.pixels[shown.cxr_index], shown.split, shown.dicom_id.to_numpy(), 'cxr', writer.part, most=1)
+        job.rows += check_shared(job.pixels[shown.cxr_index], shown.split, shown.dicom_id.to_numpy(), 'cxr',
+                                 writer.part, most=1)
     if o.reports:
         reports = load_reports(o.reports, rows[rows.cxr_index >= 0].drop_duplicates('study_id'))
         reports.to_parquet(writer.part/'reports.parquet', index=False)
