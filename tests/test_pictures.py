@@ -274,6 +274,49 @@ def test_wrong(tmp_path, name):
     if name.startswith('cut'): assert 'truncated' in found or 'damaged' in found or 'cannot be' in found, found
 
 
+@pytest.mark.parametrize('name', list(RIGHT)[::2])
+def test_cut_short(tmp_path, name):
+    "A file that was cut off anywhere is refused, or is still the whole picture; the error stream stays empty."
+    content = RIGHT[name][0]
+    (tmp_path/'a').write_bytes(content)
+    whole = np.asarray(decode_picture(tmp_path/'a')[0])
+    for n in (len(content)//3, len(content)*4//5, len(content) - 60, len(content) - 1):
+        (tmp_path/'a').write_bytes(content[:n])
+        if check_image(tmp_path/'a').reason: continue
+        x = np.asarray(decode_picture(tmp_path/'a')[0])
+        assert x.shape == whole.shape and (x == whole).all(), n
+
+
+def test_damaged(tmp_path, capfd):
+    "600 files with a few wrong bytes: read or refused with a reason, nothing else, and nothing is printed."
+    from mmsn.data.pixels import BadImage
+    r, read = np.random.default_rng(0), 0
+    for i in range(600):
+        content = bytearray(RIGHT[list(RIGHT)[r.integers(len(RIGHT))]][0])
+        for _ in range(r.integers(1, 6)): content[r.integers(len(content) if i % 2 else min(len(content), 400))] = r.integers(256)
+        (tmp_path/'a').write_bytes(content)
+        try: read += decode_picture(tmp_path/'a')[0].mode == 'L'
+        except BadImage as e: assert e.reason and '\n' not in e.reason
+    assert 0 < read < 600 and capfd.readouterr().err == ''
+
+
+def test_phone(tmp_path):
+    "A JPEG with a preview behind it is the picture, and noted."
+    Image.fromarray(RGB).save(tmp_path/'a.jpg', 'MPO', save_all=True, append_images=[Image.fromarray(255 - RGB)], quality=98)
+    x, kind, note = decode_picture(tmp_path/'a.jpg')
+    assert np.abs(np.asarray(x).astype(int) - PICTURE).max() < 6 and note == 'the first of several frames'
+    assert check_image(tmp_path/'a.jpg').note == note
+
+
+@pytest.mark.parametrize('kind', ['TGA', 'SGI', 'IM', 'PCX', 'DDS', 'ICNS', 'XBM', 'SPIDER', 'MSP', 'EPS', 'AVIF', 'QOI'])
+def test_other_formats_are_named(tmp_path, kind):
+    image = Image.new('1', (32, 32), 1) if kind in ('XBM', 'MSP') else Image.fromarray(np.arange(1024).reshape(32, 32).astype(np.float32)) if kind == 'SPIDER' else Image.new('RGB', (32, 32), (9, 8, 7))
+    path = tmp_path/f'a.{dict(SPIDER="spider").get(kind, kind.lower())}'
+    try: image.save(path, kind)
+    except (KeyError, OSError): pytest.skip(f'Pillow cannot write {kind} here')
+    assert check_image(path).reason == f'{kind}: save it as PNG'
+
+
 def test_cases_of_others():
     "The pictures of tests/files/cases: each is ref.png, in its own range where it has more than eight bits."
     truth = np.asarray(Image.open(CASES/'ref.png'))

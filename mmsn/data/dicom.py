@@ -7,14 +7,14 @@ Hospitals keep images as DICOM: pixels of 10 to 16 bits, signed or not, and a he
 # %% auto #0
 __all__ = ['is_dicom', 'window', 'read_dicom']
 
-# %% ../../nbs/13c_data.dicom.ipynb #913f0864
+# %% ../../nbs/13c_data.dicom.ipynb #1e189fa7
 import warnings, zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .pixels import BadImage, full_range, most_pixels
+from .pixels import BadImage, full_range, luminance, most_pixels
 
 # %% ../../nbs/13c_data.dicom.ipynb #368b5fbb
 def is_dicom(head, path='')->bool:
@@ -184,11 +184,11 @@ def _grey_of_numbers(ds, stored):
     grey[padded] = 0
     return grey, odd
 
-# %% ../../nbs/13c_data.dicom.ipynb #d46515d8
+# %% ../../nbs/13c_data.dicom.ipynb #91fa1ce1
 def _grey_of_colour(ds, x):
     "(H, W) uint8 luminance of RGB, and what is odd."
     if int(ds.get('BitsStored') or 8) <= 8: return np.asarray(Image.fromarray(x.astype(np.uint8)).convert('L')), ''
-    return full_range((x.astype(np.int64) @ np.array([299, 587, 114]))/1000)
+    return full_range(luminance(x))
 
 # %% ../../nbs/13c_data.dicom.ipynb #a2ac8978
 def read_dicom(path)->tuple:

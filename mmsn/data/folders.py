@@ -8,8 +8,8 @@ Your own images come as a folder and a CSV with a row an image. This module turn
 __all__ = ['NIH_LABELS', 'fact_table', 'image_names', 'kept_blocks', 'image_cohort', 'prepare_images', 'read_nih', 'prepare_nih',
            'prepare_iu']
 
-# %% ../../nbs/25_data.folders.ipynb #8f381811
-import json, os, re, shutil
+# %% ../../nbs/25_data.folders.ipynb #ca84ff4e
+import json, os, platform, re, shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,20 +137,21 @@ def _check_twice(ids, paths, where, column):
         raise InputError(f'column {column!r} of {where} holds {int(paths.duplicated().sum())} duplicate ids, such as '
                          f'{ids[a]!r} and {ids[b]!r} (rows {a + 1} and {b + 1}), which are the file {paths[a]}')
 
-# %% ../../nbs/25_data.folders.ipynb #41796b6b
+# %% ../../nbs/25_data.folders.ipynb #29d450c6
 _WORTH_KEEPING = 1000      # images; of fewer the decoded blocks go when a preparation is refused
 
 def _others_work(note, out):
     "Remove what a killed preparation of `out` left half-written; raises InputError where it is still at work."
     try: left = json.loads(note.read_text(encoding='utf-8'))
     except (OSError, ValueError): return
+    if left.get('host') != platform.node(): return                  # another machine's affair
     born = _born(left['pid'])
     if left['pid'] != os.getpid() and born is not None and abs(born - left['born']) < 1000:
         raise InputError(f'process {left["pid"]} is at work on {out}: wait for it to end, or choose another folder')
     name = Path(left['folder']).name
     if name.startswith(f'.{out.name}-'): shutil.rmtree(out.parent/name, ignore_errors=True)
 
-# %% ../../nbs/25_data.folders.ipynb #73e54182
+# %% ../../nbs/25_data.folders.ipynb #5acd65bc
 @contextmanager
 def kept_blocks(out, writer, n:int, say=None):
     "The folder for decoded blocks of the cohort `out` of `n` images; it goes when the block below is done."
@@ -159,7 +160,7 @@ def kept_blocks(out, writer, n:int, say=None):
     note = work/'writing'
     _others_work(note, out)
     work.mkdir(parents=True, exist_ok=True)
-    mine = dict(pid=os.getpid(), born=_born(os.getpid()), folder=Path(writer.tmp.name).name)
+    mine = dict(host=platform.node(), pid=os.getpid(), born=_born(os.getpid()), folder=Path(writer.tmp.name).name)
     note.write_text(json.dumps(mine), encoding='utf-8')
     try: yield work
     except BaseException as e:
