@@ -195,7 +195,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mmsn.data.images._process_block': ('data.images.html#_process_block', 'mmsn/data/images.py'),
                                   'mmsn.data.images._resize': ('data.images.html#_resize', 'mmsn/data/images.py'),
                                   'mmsn.data.images._results': ('data.images.html#_results', 'mmsn/data/images.py'),
-                                  'mmsn.data.images._roots': ('data.images.html#_roots', 'mmsn/data/images.py'),
                                   'mmsn.data.images._too_many': ('data.images.html#_too_many', 'mmsn/data/images.py'),
                                   'mmsn.data.images._verify': ('data.images.html#_verify', 'mmsn/data/images.py'),
                                   'mmsn.data.images.check_image': ('data.images.html#check_image', 'mmsn/data/images.py'),

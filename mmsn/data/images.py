@@ -7,13 +7,12 @@ Folders of medical images hold files that are empty, cut off by a broken downloa
 # %% auto #0
 __all__ = ['load_image', 'ImageCheck', 'check_image', 'inside', 'DecodedChunk', 'Stored', 'store_images']
 
-# %% ../../nbs/14_data.images.ipynb #13333e28
+# %% ../../nbs/14_data.images.ipynb #cbf06231
 import hashlib, json, multiprocessing, os, re, signal, sys, threading, types, warnings, zipfile
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,10 +82,7 @@ def check_image(path)->ImageCheck:
     try: return ImageCheck('', _note(path, *_decode(path)[1:]))
     except BadImage as e: return ImageCheck(e.reason, '')
 
-# %% ../../nbs/14_data.images.ipynb #9c224ff7
-@lru_cache(4)
-def _roots(root): return Path(os.path.abspath(root)), Path(os.path.realpath(root))
-
+# %% ../../nbs/14_data.images.ipynb #ad6c970a
 def inside(
     root,  # folder that holds the images
     path,  # in it, relative to it or absolute
@@ -95,7 +91,7 @@ def inside(
     text = str(path).replace('\\', '/')
     parts = Path(text)
     if parts.is_absolute() and '..' not in parts.parts:
-        for base in _roots(str(root)):
+        for base in (Path(absolute(root)) for absolute in (os.path.abspath, os.path.realpath)):
             if parts.is_relative_to(base) and parts != base: return Path(root)/parts.relative_to(base)
     if parts.is_absolute() or '..' in parts.parts or parts.drive or re.match('[A-Za-z]:/', text):
         raise InputError(f'the path {str(path)!r} leaves the folder of images: refused')
