@@ -516,6 +516,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mmsn.data.pixels._to_grey': ('data.pixels.html#_to_grey', 'mmsn/data/pixels.py'),
                                   'mmsn.data.pixels._trouble': ('data.pixels.html#_trouble', 'mmsn/data/pixels.py'),
                                   'mmsn.data.pixels._turn': ('data.pixels.html#_turn', 'mmsn/data/pixels.py'),
+                                  'mmsn.data.pixels._unmarked': ('data.pixels.html#_unmarked', 'mmsn/data/pixels.py'),
                                   'mmsn.data.pixels.check_file': ('data.pixels.html#check_file', 'mmsn/data/pixels.py'),
                                   'mmsn.data.pixels.decode_picture': ('data.pixels.html#decode_picture', 'mmsn/data/pixels.py'),
                                   'mmsn.data.pixels.ends': ('data.pixels.html#ends', 'mmsn/data/pixels.py'),

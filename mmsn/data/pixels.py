@@ -162,11 +162,20 @@ def _turn(image):
     except Exception: return None, 'its EXIF cannot be read'
     return (Image.Transpose[name] if name else None), ''
 
-# %% ../../nbs/13b_data.pixels.ipynb #6dce238e
+# %% ../../nbs/13b_data.pixels.ipynb #da770235
 _TAIL = 2      # percent of pixels at either end that are not the body
+
+def _unmarked(x, value):
+    "The values `x` without those that are `value`, where they are few and further from the others than these are wide."
+    rest = x[x != value]
+    if not .9*x.size <= rest.size < x.size: return x
+    low, high = float(rest.min()), float(rest.max())
+    gap = max(low - float(value), float(value) - high)
+    return rest if gap > high - low and len(np.unique(rest)) >= 32 else x
 
 def ends(x)->tuple:
     "(low, high): the smallest and the largest of the values `x` that are no outliers."
+    for end in ('max', 'min', 'max'): x = _unmarked(x, getattr(x, end)())
     low, high = float(x.min()), float(x.max())
     a, b = (float(np.percentile(x, q, method=m)) for q, m in ((_TAIL, 'higher'), (100 - _TAIL, 'lower')))
     width = b - a
@@ -207,7 +216,7 @@ def _rawmode(image):
     args = image.tile[0].args
     return args if isinstance(args, str) else str(args[0]) if args else ''
 
-# %% ../../nbs/13b_data.pixels.ipynb #e3921770
+# %% ../../nbs/13b_data.pixels.ipynb #7c438e48
 def _bands16(path, image, source=None):
     "(H, W, bands) uint16 of an image of more than eight bits a colour, and its mode; None for any other."
     raw = _rawmode(image)
@@ -216,9 +225,11 @@ def _bands16(path, image, source=None):
         raise BadImage(path, '16-bit colour of PPM: save it as PNG or TIFF')
     if image.format == 'JPEG2000' and image.mode in ('RGB', 'RGBA', 'LA') and _jp2_depth(path) > 8:
         raise BadImage(path, '16-bit colour of JPEG 2000: save it as PNG or TIFF')
+    if image.mode[0] not in 'IF' and image.format == 'TIFF' and _tag(image, 284, 1) == 2:
+        if _tag(image, 258, 8) > 8: raise BadImage(path, '16-bit colour in separate planes: save it as PNG')
+        if image.tile[0].codec_name == 'raw' and len(image.tile) % max(int(_tag(image, 277, 1)), 1):
+            raise BadImage(path, 'TIFF whose planes are not complete')
     if image.mode[0] in 'IF' or len(raw) < 4 or raw[-4:] not in _OTHER: return None
-    if image.format == 'TIFF' and image.tag_v2.get(284, 1) == 2 and len(image.tile) > 1:
-        raise BadImage(path, '16-bit colour in separate planes: save it as PNG')
     if raw.startswith('LA;'):
         x = _reread(path, source, 'RGBA')
         return x[..., ::2]*256 + x[..., 1::2], 'LA'
