@@ -27,6 +27,6 @@ setup(
         dicom=['pydicom>=3'],
     ),
     packages=find_packages(include=['mmsn', 'mmsn.*']),
-    package_data={'mmsn': ['presets/*.yaml', 'accelerate_configs/*.yaml']},
+    package_data={'mmsn': ['presets/*.yaml', 'accelerate_configs/*.yaml', 'data/mimic/icd.csv.gz']},
     entry_points=dict(console_scripts=lines('console_scripts'), nbdev=['mmsn=mmsn._modidx:d']),
 )

@@ -45,7 +45,7 @@ def rc(name:str)->dict:
         'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 8, 'legend.frameon': False, 'axes.spines.top': False,
         'axes.spines.right': False, 'lines.linewidth': 1.6, 'lines.markersize': 4, 'figure.dpi': 72,
         'xtick.major.size': 2.5, 'ytick.major.size': 2.5, 'figure.constrained_layout.use': True,
-        'svg.fonttype': 'none', 'svg.hashsalt': 'mmsn', 'image.cmap': 'gray'}
+        'svg.fonttype': 'none', 'svg.hashsalt': 'mmsn', 'image.cmap': 'gray', 'text.parse_math': False}
 
 # %% ../nbs/02_show.ipynb #e3a31b56
 @contextmanager

@@ -133,33 +133,73 @@ def _safetensors(path):
     except (OSError, SafetensorError) as e:
         raise InputError(f'{path} is no safetensors file, or is damaged ({" ".join(str(e).split())[:80]})')
 
+# %% ../nbs/54_sources.ipynb #afa95008
+_HOLDERS = ('target_encoder', 'teacher', 'student', 'state_dict', 'model_state_dict', 'model', 'encoder', 'backbone', 'network',
+            'net', 'module')
+_PREFIXES = {*_HOLDERS, 'target', 'momentum_encoder', '_orig_mod', 'vit', '_forward_module'}
+_HEADS = re.compile(r'(fc|head|heads|classifier|projection_head|projector|predictor|prototypes)(\.|$)')
+_STEMS = 'patch_embed.proj.weight', 'embeddings.patch_embeddings.projection.weight', 'patch_embed.convs.0.weight'
+
+def _inside(whole, path):
+    "(names and tensors of a file's networks, prototypes or None): inside the dictionaries that training puts around them."
+    prototypes = None
+    for _ in range(len(_HOLDERS)):                     # a dictionary may hold itself
+        if not isinstance(whole, dict): break
+        if isinstance(whole.get('prototypes'), torch.Tensor): prototypes = whole['prototypes']
+        name = next((n for n in _HOLDERS if isinstance(whole.get(n), dict)), None)
+        if name is None: break
+        whole = whole[name]
+    if not isinstance(whole, dict) or not any(isinstance(v, torch.Tensor) for v in whole.values()):
+        keys = ', '.join(map(str, list(whole)[:5])) if isinstance(whole, dict) else type(whole).__name__
+        raise InputError(f'{path} has no target_encoder, teacher, model or state_dict with tensors, only {keys or "nothing"}')
+    return {str(k): v for k, v in whole.items()}, prototypes
+
+# %% ../nbs/54_sources.ipynb #ca670892
+def _one_network(state, path):
+    "The encoder among `state`, by its names without prefix and without its head; raises InputError naming an unknown prefix."
+    found = {k.removesuffix(s) for k in state for s in _STEMS if k == s or k.endswith(f'.{s}')}
+    if not found: return {k: v for k, v in state.items() if not _HEADS.match(k)}     # what it lacks is said later
+    known = [p for p in found if set(p.split('.')[:-1]) <= _PREFIXES]
+    if not known:
+        raise InputError(f'{path}: the names of its network begin with {min(found)!r}, which is none of '
+                         f'{", ".join(sorted(_PREFIXES))}: rename them')
+    rank = lambda p: next((i for i, n in enumerate(('target', 'momentum', 'teacher')) if n in p), 4 if 'student' in p else 3)
+    best = sorted(p for p in known if rank(p) == min(map(rank, known)))
+    if len(best) > 1:
+        raise InputError(f'{path} holds several networks, {" and ".join(map(repr, best))}: keep the names of one')
+    inner = {k.removeprefix(best[0]): v for k, v in state.items() if k.startswith(best[0])}
+    return {k: v for k, v in inner.items() if not _HEADS.match(k)}
+
+# %% ../nbs/54_sources.ipynb #b91edae2
+def _plain(value, name, path):
+    "A tensor of a file as float32; raises InputError for one that is not finite numbers, each in its own place."
+    wrong = InputError(f'{path}: {name} should be a tensor of finite numbers')
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta: raise wrong
+    if not value.is_floating_point() or value.numel()*value.element_size() > value.untyped_storage().nbytes(): raise wrong
+    value = value.detach().float()
+    if not value.isfinite().all(): raise wrong
+    return value
+
 # %% ../nbs/54_sources.ipynb #b4604038
 def read_weights(
-    path,  # .safetensors, or .pt, .pth, .pth.tar of the published layout
+    path,  # .safetensors, .pt, .pth, .pth.tar, .ckpt or .bin
 )->tuple:
-    """(tensors of the encoder by name, prototypes (K, D) or None), in float32; never runs what is in the file.
+    """(tensors of the encoder by name, without its head; prototypes (K, D) or None), in float32; never runs what is in the file.
     Raises InputError."""
     path = Path(path)
     if not path.is_file(): raise InputError(f'no weights file at {path}')
-    if path.name.endswith('.safetensors'):
-        encoder = _safetensors(path)
-        prototypes = encoder.pop('prototypes', None)
-    elif path.name.endswith(('.pt', '.pth', '.pth.tar')):
-        whole = _unpickled(path)
-        if not isinstance(whole, dict) or not isinstance(encoder := whole.get('target_encoder'), dict):
-            raise InputError(f'{path} has no target_encoder: published weights are a dictionary of target_encoder '
-                             f'and prototypes')
-        prototypes = whole.get('prototypes')
+    if path.name.endswith('.safetensors'): whole = _safetensors(path)
+    elif path.name.endswith(('.pt', '.pth', '.pth.tar', '.ckpt', '.bin')): whole = _unpickled(path)
     else:
-        raise InputError(f'{path} is no weights file by its name: it should end in .safetensors, .pt, .pth or .pth.tar')
-    encoder = {re.sub(r'^(module\.|target_encoder\.)+', '', str(k)): v for k, v in encoder.items()}
-    for name, v in [*encoder.items(), *([] if prototypes is None else [('prototypes', prototypes)])]:
-        if not isinstance(v, torch.Tensor) or not v.is_floating_point() or not v.isfinite().all():
-            raise InputError(f'{path}: {name} should be a tensor of finite numbers')
+        raise InputError(f'{path} is no weights file by its name: it should end in .safetensors, .pt, .pth, .pth.tar, '
+                         f'.ckpt or .bin')
+    encoder, prototypes = _inside(whole, path)
+    encoder = _one_network(encoder, path)
+    encoder = {k: _plain(v, k, path) for k, v in encoder.items()}
+    prototypes = None if prototypes is None else _plain(prototypes, 'prototypes', path)
     if prototypes is not None and prototypes.ndim != 2:
         raise InputError(f'{path}: prototypes should be a matrix (K, D), not {tuple(prototypes.shape)}')
-    return {k: v.detach().float()
-            for k, v in encoder.items()}, None if prototypes is None else prototypes.detach().float()
+    return encoder, prototypes
 
 # %% ../nbs/54_sources.ipynb #8a6e8446
 def shape_of(
@@ -195,11 +235,10 @@ def _fits(state, config, size, what):
 
 # %% ../nbs/54_sources.ipynb #3c24987a
 def from_published(
-    state:dict,  # `target_encoder` of published weights; names may begin with `module.`
+    state:dict,  # `target_encoder` of published weights; names may begin with a prefix such as `module.`
 )->dict:
     "The state of a `ViT` (of the config that `shape_of` reads): the projection head left out. Raises InputError."
-    state = {re.sub(r'^(module\.)+', '', k): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if not k.startswith('fc.')}
+    state = _one_network(state, 'these weights')
     return _fits(state, *shape_of(state), 'these weights')
 
 # %% ../nbs/54_sources.ipynb #f41857bf

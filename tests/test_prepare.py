@@ -104,14 +104,14 @@ def test_duplicate_ids(place, capsys):
 
 def test_duplicate_and_bad_labels(place, capsys):
     for text, said in (('subject_id,sepsis\n1,1\n1,0\n', 'subject 1 twice'), ('subject_id,sepsis\n1,3\n', "label 'sepsis' of labels.csv"),
-                       ('subject_id,sepsis\n1,yes\n', "'yes' (row 1)"), ('subject_id,sepsis\n,1\n', 'without a subject'), ('', 'not a readable CSV')):
+                       ('subject_id,sepsis\n1,maybe\n', "'maybe' (row 1)"), ('subject_id,sepsis\n,1\n', 'without a subject'), ('', 'is empty')):
         (place/'labels.csv').write_text(text)
         refused(capsys, *TABLE, said=said)
 
 
 def test_times_of_no_kind(place, capsys):
     (place/'long.csv').write_text('subject_id,time,variable,value\n1,later,pulse,80\n')
-    refused(capsys, *TABLE, said="column 'time' of long.csv holds neither hours nor timestamps")
+    refused(capsys, *TABLE, said="column 'time' of long.csv holds 'later' (row 1), which is no time")
 
 
 def test_no_known_variable(place, capsys):

@@ -8,7 +8,7 @@ Your own images come as a folder and a CSV with a row an image. This module turn
 __all__ = ['NIH_LABELS', 'fact_table', 'image_names', 'kept_blocks', 'image_cohort', 'prepare_images', 'read_nih', 'prepare_nih',
            'prepare_iu']
 
-# %% ../../nbs/25_data.folders.ipynb #ca84ff4e
+# %% ../../nbs/25_data.folders.ipynb #c4f962b3
 import json, os, platform, re, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from .cohort import SPLITS
 from .duplicates import check_shared
 from .images import inside, store_images
 from .pixels import what_it_is
+from .splits import divide, split_counts
 from .tables import _born, _need, given_split, label_columns, numbers, read_text, split_of, subject_numbers
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
@@ -178,15 +179,27 @@ def _image_rows(table, stored, skipped=0):
             *(('images', f'dropped: {r}', n) for r, n in rejected.items()),
             *(('images', f'used, but {n}', k) for n, k in noted.items())]
 
-# %% ../../nbs/25_data.folders.ipynb #dab15222
-def _image_samples(table, where, images, id_column, subject_column, split_column, seed):
-    "sample_id, subject_id, split, image: one row an image; no absolute path gets into a cohort."
-    subject = np.arange(len(table)) if subject_column is None else subject_numbers(table[subject_column], where)
-    split = split_of(subject, seed) if split_column is None else given_split(table, split_column, where)
-    image = [inside(images, i).relative_to(images).as_posix() if os.path.isabs(i) else i for i in table[id_column]]
-    return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=split, image=image))
+# %% ../../nbs/25_data.folders.ipynb #3de3b481
+def _image_splits(table, where, who, split, seed):
+    "(splits of the images, rows of the summary): by a column of the table, by lists of subjects, or None: by hash."
+    if split in table: return given_split(table, split, where), []
+    if isinstance(split, str) and split != 'hash' and ',' not in split and not Path(split).is_file():
+        there = ', '.join(map(str, table.columns[:20]))
+        raise InputError(f'{where} has no column {split!r}, and there is no such file: split should be one of its '
+                         f'columns ({there}) or CSV files with {who},split')
+    told = [('images', *row) for row in split_counts(table[who], split, who)]
+    return divide(table[who], split, seed, who, where), told
 
-# %% ../../nbs/25_data.folders.ipynb #b7c6e87d
+# %% ../../nbs/25_data.folders.ipynb #571aaa23
+def _image_samples(table, where, images, id_column, subject_column, split, seed):
+    "(sample_id, subject_id, split, image: one row an image, no absolute path; rows of the summary)."
+    subject = np.arange(len(table)) if subject_column is None else subject_numbers(table[subject_column], where)
+    if split is None: splits, told = split_of(subject, seed), []
+    else: splits, told = _image_splits(table, where, subject_column or id_column, split, seed)
+    image = [inside(images, i).relative_to(images).as_posix() if os.path.isabs(i) else i for i in table[id_column]]
+    return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=splits, image=image)), told
+
+# %% ../../nbs/25_data.folders.ipynb #a1163130
 def image_cohort(
     table,                # DataFrame of text, one row an image
     where,                # what to call it in messages
@@ -195,7 +208,7 @@ def image_cohort(
     size:int,             # side of the stored images in pixels
     id_column:str,        # file name, relative to `images` or absolute, with or without ending
     subject_column=None,  # patient; None: every image is its own
-    split_column=None,    # train, val or test; None: by hash of the subject
+    split_column=None,    # column of train, val or test; or CSV files subject,split; None: by hash of the subject
     labels=(),            # columns of 1, 0, -1 or empty
     facts=(),             # columns for the tabular modality
     fit:str='crop',       # 'crop' or 'squash', as in `load_image`
@@ -207,6 +220,7 @@ def image_cohort(
     most_shared:float=.01,  # share of images whose pixels another split may hold too
     say=None,             # called with a line of text
     provenance:dict=None, # goes to cohort.json
+    told=(),              # rows (part, what, count) for the summary
 )->pd.DataFrame:
     """The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises
     InputError."""
@@ -215,7 +229,7 @@ def image_cohort(
     table = table[~notes]
     paths = image_names(list(table[id_column]), images)
     _check_twice(list(table[id_column]), paths, where, id_column)
-    samples = _image_samples(table, where, images, id_column, subject_column, split_column, seed)
+    samples, listed = _image_samples(table, where, images, id_column, subject_column, split_column, seed)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
     _check_names(labels, facts, modality, where, most_bad=most_bad, most_shared=most_shared)
     provenance = dict(provenance or {}, size=size, fit=fit, seed=seed)
@@ -223,14 +237,15 @@ def image_cohort(
         with kept_blocks(out, writer, len(table), say) as work:
             stored = store_images(paths, size, writer.add_images(modality, size, size), root=images, fit=fit,
                                   workers=workers, most_bad=most_bad, resume=work)
-            return _image_summary(writer, samples, y, tabular, stored, paths, modality, int(notes.sum()),
+            rows = _image_rows(samples, stored, int(notes.sum()))
+            return _image_summary(writer, samples, y, tabular, stored, paths, modality, (told, rows, listed),
                                   most_shared, say)
 
-# %% ../../nbs/25_data.folders.ipynb #20c30633
-def _image_summary(writer, samples, y, tabular, stored, paths, modality, skipped, most_shared, say):
+# %% ../../nbs/25_data.folders.ipynb #a3be6093
+def _image_summary(writer, samples, y, tabular, stored, paths, modality, rows, most_shared, say):
     "Close the cohort of stored images; returns the summary."
     if stored.reused and say: say(f'images: {stored.reused:,} of {len(samples):,} kept from an earlier run')
-    kept, rows = stored.index >= 0, _image_rows(samples, stored, skipped)
+    kept, (before, listed, after) = stored.index >= 0, rows
     shared = check_shared(stored.prints[kept], samples.split.to_numpy()[kept], np.array(paths, object)[kept], modality,
                           writer.part, most_shared)
     samples[f'{modality}_index'] = stored.index
@@ -239,7 +254,7 @@ def _image_summary(writer, samples, y, tabular, stored, paths, modality, skipped
         samples['demographics_index'] = np.arange(len(samples))
     samples = pd.concat([samples, y.reset_index(drop=True)], axis=1)[kept].reset_index(drop=True)
     subjects = ('subjects', 'with an image', samples.subject_id.nunique())
-    return close_with_summary(writer, samples, [*rows, *shared, subjects])
+    return close_with_summary(writer, samples, [*before, *listed, *shared, subjects, *after])
 
 # %% ../../nbs/25_data.folders.ipynb #f6218e51
 def _check_images(table, where, images, size, id_column, subject_column=None):
@@ -313,33 +328,38 @@ def _official_split(table, listed, path, seed):
     rest = np.array(SPLITS)[(split_of(patients, seed, (.875, .125)) == 'val').astype(int)]
     return np.where([Path(i).name in test for i in table.image], 'test', rest)
 
-# %% ../../nbs/25_data.folders.ipynb #b9e4e3e6
+# %% ../../nbs/25_data.folders.ipynb #613593af
 def prepare_nih(
     source,           # folder with labels.csv and images/, or as released
     out,              # the cohort folder to make
     size:int=128,     # side of the stored images in pixels
     seed:int=0,       # of the division by patient
     workers:int=2,    # processes that decode
+    split=None,       # CSV files subject_id,split; None: test_list.txt where it is there, else by hash of the patient
     **options,        # others of `image_cohort`: most_bad, most_shared, say
 )->pd.DataFrame:
     "Turn NIH ChestX-ray14 into a cohort; returns the summary (part, what, count). Raises InputError."
     table, path, images = read_nih(source)
     listed = Path(source)/'test_list.txt'
-    split = 'split' if listed.is_file() else None
-    if split: table[split] = _official_split(table, listed, path, seed)
+    told = []
+    if split is None and listed.is_file():
+        split, table['split'] = 'split', _official_split(table, listed, path, seed)
+        count = int((table.split == 'test').sum())
+        told = [('images', 'test by test_list.txt; the rest by hash of the patient', count)]
     provenance = dict(command='prepare_nih', source='NIH ChestX-ray14, NIH Clinical Center',
                       licence='free with attribution')
     return image_cohort(table, path, images, out, size, 'image', 'patient_id', split, (*NIH_LABELS, 'No Finding'),
                         ('age', 'sex', 'view'), name='nih', seed=seed, workers=workers, provenance=provenance,
-                        **options)
+                        told=told, **options)
 
-# %% ../../nbs/25_data.folders.ipynb #8e7bcb91
+# %% ../../nbs/25_data.folders.ipynb #34bcebc2
 def prepare_iu(
     source,           # folder with images/, images.csv, labels_from_mesh.csv
     out,              # the cohort folder to make
     size:int=128,     # side of the stored images in pixels
     seed:int=0,       # of the division by report
     workers:int=2,    # processes that decode
+    split=None,       # CSV files with uid (or subject_id),split; None: by hash of the report
     **options,        # others of `image_cohort`: most_bad, most_shared, say
 )->pd.DataFrame:
     """Turn the frontal Indiana University radiographs into a cohort; returns the summary (part, what, count).
@@ -353,5 +373,5 @@ def prepare_iu(
     names = [c for c in labels if c not in ('uid', 'MeSH')]
     table = table[table.projection == 'Frontal'].merge(labels, on='uid', how='left').reset_index(drop=True)
     provenance = dict(command='prepare_iu', source='Indiana University chest X-rays', licence='CC BY-NC-ND 4.0')
-    return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', labels=names,
+    return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', split, names,
                         fit='squash', name='iu', seed=seed, workers=workers, provenance=provenance, **options)

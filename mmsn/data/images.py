@@ -7,7 +7,7 @@ Folders of medical images hold files that are empty, cut off by a broken downloa
 # %% auto #0
 __all__ = ['load_image', 'ImageCheck', 'check_image', 'inside', 'DecodedChunk', 'Stored', 'store_images']
 
-# %% ../../nbs/14_data.images.ipynb #cbf06231
+# %% ../../nbs/14_data.images.ipynb #f9a93711
 import hashlib, json, multiprocessing, os, re, signal, sys, threading, types, warnings, zipfile
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +26,7 @@ from .dicom import is_dicom, read_dicom
 from .duplicates import fingerprints
 from .pixels import FORMATS, BadImage, check_file, decode_picture, flat, open_image
 from ..options import InputError
+from ..safe import write_table
 
 # %% ../../nbs/14_data.images.ipynb #f948bbd0
 def _decode(path, side=None)->tuple:
@@ -216,7 +217,7 @@ class Stored(NamedTuple):
 def _listed(rows, what, path=None):
     "`rows` as a table; appended to the CSV at `path`, as several image modalities share one list."
     table = pd.DataFrame(rows, columns=['modality', 'path', what])
-    if path: table.to_csv(path, mode='a', header=not path.exists(), index=False)
+    if path: write_table(table, path, append=True)
     return table
 
 # %% ../../nbs/14_data.images.ipynb #86c4eba8

@@ -14,8 +14,12 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from .tables import (_need, given_split, header, label_columns, numbers, read_text, reader, split_of,
-                              subject_numbers)
+from .formats import Columns, check_ends, factors, open_source
+from .ids import check_meeting, check_overlap, plain_ids
+from .splits import divide, split_counts
+from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers, read_text,
+                              reader, split_of, subject_numbers)
+from .times import find_format, time_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
@@ -55,115 +59,277 @@ def _columns_of(path, *needed):
 # %% ../../nbs/24_data.long.ipynb #fc4966d9
 def _cell(column): return f"""nullif(trim("{column}"::varchar), '')"""
 
+# %% ../../nbs/24_data.long.ipynb #ae05db5c
+def _check_values(con, path, columns):
+    "Raise InputError where a value has a decimal comma."
+    if not con.execute('select count(*) > count(value) from cells').fetchone()[0]: return
+    said = con.execute("select value::varchar from source where regexp_full_match(trim(value::varchar), "
+                       "'[+-]?\\d+,\\d+') limit 1").fetchone()
+    if said:
+        raise InputError(f'column {columns.value!r} of {path} holds {said[0]!r}: write numbers with a decimal point')
+
 # %% ../../nbs/24_data.long.ipynb #0d0a87d2
 def load_long(
-    con,    # DuckDB connection that gets the table
-    path,   # CSV or parquet: subject_id, time, variable, value
-)->bool:
-    """Make `long` (subject, moment, variable, value): `moment` in hours, or in seconds where the column holds
-    timestamps; returns whether it does."""
-    names = _columns_of(path, *_LONG)
-    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('time')} as t,
-        {_cell('variable')} as variable,
-        try_cast({_cell('value')} as double) as value from {reader(Path(path), names)}""")
-    rows, hours, stamps = con.execute('select count(*), count(try_cast(t as double)), count(try_cast(t as '
-                                      'timestamp)) from cells').fetchone()
-    if not rows: raise InputError(f'{path} holds no rows')
-    if not hours + stamps:
-        raise InputError(f"column 'time' of {path} holds neither hours nor timestamps (YYYY-MM-DD HH:MM:SS)")
-    con.execute(f'create table long as select subject, {_moment("t", stamps > hours)} as moment, variable, value '
-                f'from cells')
-    return stamps > hours
+    con,        # DuckDB connection that gets the table
+    path,       # CSV or parquet, long or wide
+    columns:Columns=Columns(),   # what its columns are called
+    known=None, # names of the channels, as in `open_source`
+    unit:str='auto',   # of times that are numbers, of TIME_UNITS
+)->tuple:
+    """Make `long` (subject, stay_id, moment, variable, value, unit): `moment` in hours, or in seconds since 1970 where
+    the column holds dates; returns how it is read, and the `Source`."""
+    source = open_source(con, path, columns, known)
+    check_unnamed(con, path)
+    con.execute(f"""create table cells as select {_cell('subject_id')} as subject, {_cell('stay_id')} as stay_id,
+        time as t, {_cell('variable')} as variable, try_cast({_cell('value')} as double) as value,
+        {_cell('unit')} as unit from source""")
+    if not con.execute('select count(*) from cells').fetchone()[0]: raise InputError(f'{path} holds no rows')
+    _check_values(con, path, columns)
+    f = find_format(con, 'cells', 't', f'column {columns.time!r} of {path}', 'hours' if source.durations else unit)
+    con.execute(f"""create table long as select subject, stay_id, {f.moment('t', 'g')} as moment, variable, value, unit
+        from (select *, {f.parts('t')} as g from cells)""")
+    return f, source
 
-# %% ../../nbs/24_data.long.ipynb #55379fa4
-def _moment(column, stamps):
-    return f'epoch(try_cast({column} as timestamp))' if stamps else f'try_cast({column} as double)'
+# %% ../../nbs/24_data.long.ipynb #5820a74b
+def _ids_of(labelled, key):
+    "The subjects or stays that labels name."
+    if labelled is None: return []
+    if labelled.index.name == key: return labelled.index
+    return labelled.attrs.get('subjects', {}).values() if key == 'subject_id' else []
+
+def _one_form(con, labelled, starts, where):
+    "Bring the ids of `long`, and of `given` if there are starts, to one form; returns it, for those of the labels too."
+    plain = {}
+    for column, key in (('subject', 'subject_id'), ('stay_id', 'stay_id')):
+        tables = ['long', 'given'] if starts else ['long']
+        found = [i for t in tables for i, in con.execute(f'select distinct {column} from {t}').fetchall()]
+        ids = {i for i in [*found, *_ids_of(labelled, key)] if i is not None}
+        ids = sorted(ids)
+        plain[key] = dict(zip(ids, plain_ids(ids, f'the {key} of {where}, its starts and labels,')))
+        other = pd.DataFrame([(a, b) for a, b in plain[key].items() if a != b], columns=['a', 'b'])
+        if not len(other): continue
+        con.register('other', other)
+        for t in tables: con.execute(f'update {t} set {column} = b from other where {t}.{column} = other.a')
+        con.unregister('other')
+    return plain
 
 # %% ../../nbs/24_data.long.ipynb #41fb7dcc
+_NO_STARTS = """select subject, {stay} as stay_id, '-infinity'::double as begin, {zero} as zero, null::double as stop
+    from long where subject is not null and {there} group by 1, 2 order by try_cast(subject as bigint), 1,
+    try_cast({stay} as bigint), 2"""
+
 def load_starts(
     con,            # DuckDB connection with `long`
-    path,           # CSV or parquet: subject_id, start, optionally end and stay_id; None: one stay a subject
-    stamps:bool,    # whether times are timestamps
-):
+    path,           # CSV or parquet: subject_id, start, optionally end, stay_id; None: one stay a subject, or a stay_id
+    times,          # `TimeFormat` of `long`
+    columns:Columns=Columns(),   # what its columns are called, where they are called as in the long table
+    named:bool=False,            # the rows of `long` name their stays
+    labelled=None,               # of `read_labels`: ids that are compared with those of the stays
+    where='',                    # what to call the long table in messages
+)->dict:
     """Make `stays` (stay 0..N-1, subject, stay_id, begin, zero, stop): rows from `begin` on belong to it, `zero` is
-    its hour 0. Raises InputError."""
-    first = """select subject, null::varchar as stay_id, '-infinity'::double as begin, {} as zero, null::double as stop
-        from long where subject is not null group by 1 order by try_cast(subject as bigint), 1"""
-    if path is not None: _read_starts(con, path, stamps)
+    its hour 0. Returns the one form of each id, by column. Raises InputError."""
+    if path is not None: _read_starts(con, path, times, columns, where)
+    plain = _one_form(con, labelled, path is not None, where)
+    if path is not None: _check_starts(con, path, where)
     source = 'select subject, stay_id, begin, begin as zero, stop from given order by row'
-    if path is None: source = first.format('min(moment)' if stamps else '0.')
+    if path is None: source = _NO_STARTS.format(zero='0.' if times.kind == 'elapsed' else 'min(moment)',
+                                                stay='stay_id' if named else 'null::varchar',
+                                                there='stay_id is not null' if named else 'true')
     con.execute(f'create table stays as select (row_number() over () - 1)::int as stay, * from ({source})')
+    return plain
+
+# %% ../../nbs/24_data.long.ipynb #a369aae8
+_KINDS = dict(elapsed='hours', local='dates without a time zone', utc='dates with a time zone')
+
+def _moment_of(con, t, what, times, where):
+    "SQL of parts and moment of a column of `read`, which must be of the kind of the times of the long table."
+    if not con.execute(f'select count({t}) from read').fetchone()[0]: return 'null', 'null::double'
+    words = con.execute(f'select count(*) from read where {t} is not null and try_cast({t} as double) is null').fetchone()[0]
+    unit = 'clock' if times.form == 'clock' else times.unit if times.form == 'number' and not words else 'auto'
+    f = find_format(con, 'read', t, what, unit, times.form if times.form in ('dmy', 'mdy') else '')
+    if f.kind != times.kind:
+        raise InputError(f'{what} holds {_KINDS[f.kind]}, the times of {where} are {_KINDS[times.kind]}: write both '
+                         f'in one way')
+    return f.parts(t), f.moment(t, 'g' + t[1])
 
 # %% ../../nbs/24_data.long.ipynb #635bb760
-def _read_starts(con, path, stamps):
+def _read_starts(con, path, times, columns, where):
     "The table `given` of a table of starts."
-    names = _columns_of(path, 'subject_id', 'start')
-    text = {c: _cell(c) if c in names else 'null::varchar' for c in ('subject_id', 'stay_id', 'start', 'end')}
-    con.execute(f"""create table given as select *, {_moment('t0', stamps)} as begin, {_moment('t1', stamps)} as stop
-        from (select row_number() over () as row, {text['subject_id']} as subject, {text['stay_id']} as stay_id,
-              {text['start']} as t0, {text['end']} as t1 from {reader(Path(path), names)})""")
-    kind = 'a timestamp' if stamps else 'a number of hours'
-    for wrong, say in (('subject is null', 'names no subject'),
-                       ('begin is null or not isfinite(begin)', f"should say a 'start' that is {kind}, as 'time' is"),
-                       ('t1 is not null and stop is null', f"should say an 'end' that is {kind}, or none"),
+    names = _columns_of(path, 'start')
+    check_ends(con, path)
+    own = lambda c: c if c in names else columns.roles.get(c, c)      # the long table's name for it will do
+    _need(pd.DataFrame(columns=names), own('subject_id'), path)
+    text = {c: _cell(own(c)) if own(c) in names else 'null::varchar' for c in ('subject_id', 'stay_id')}
+    text |= {c: time_text(path, c)[0] if c in names else 'null::varchar' for c in ('start', 'end')}
+    con.execute(f"""create table read as select {text['subject_id']} as subject, {text['stay_id']} as stay_id,
+              {text['start']} as t0, {text['end']} as t1 from {reader(Path(path), names)}""")
+    what = f'column {{!r}} of {path}'
+    begin, stop = (_moment_of(con, t, what.format(c), times, where) for t, c in (('t0', 'start'), ('t1', 'end')))
+    con.execute(f"""create table given as select row, subject, stay_id, {begin[1]} as begin, {stop[1]} as stop from
+        (select *, rowid + 1 as row, {begin[0]} as g0, {stop[0]} as g1 from read)""")
+    for wrong, say in (('subject is null', 'names no subject'), ('begin is null', "has no 'start'"),
                        ('stop < begin', 'ends before it starts')):
         row = con.execute(f'select min(row) from given where {wrong}').fetchone()[0]
         if row is not None: raise InputError(f'row {row} of {path} {say}')
+
+# %% ../../nbs/24_data.long.ipynb #a1959557
+def _check_starts(con, path, where):
+    "Raise InputError where a stay is there twice, or where few subjects of starts and measurements are the same."
     for key, these in (('subject, begin', 'true'), ('stay_id', 'stay_id is not null')):
         twice = con.execute(f'select max(row) from given where {these} group by {key} '
                             'having count(*) > 1 limit 1').fetchone()
         if twice: raise InputError(f'row {twice[0]} of {path} is a stay that is there already')
+    ids = 'select distinct subject from {} where subject is not null order by 1'
+    long, given = ([s for s, in con.execute(ids.format(t)).fetchall()] for t in ('long', 'given'))
+    check_overlap(long, given, f'the measurements in {where}', path)
+
+# %% ../../nbs/24_data.long.ipynb #c43eba11
+def _first(con, sql):
+    "The first row of a query, or None."
+    rows = con.execute(sql).fetchall()
+    return rows[0] if rows else None
+
+def _check_stays(con, path, starts):
+    "Raise InputError unless the stays that rows name are each of one subject, and those of the table of starts."
+    if not _first(con, 'select count(stay_id) from long')[0]:
+        raise InputError(f'no row of {path} names its stay: fill the column of stays, or remove it')
+    torn = _first(con, """select stay_id, min(subject), max(subject) from long where stay_id is not null
+        group by 1 having min(subject) <> max(subject) order by 1 limit 1""")
+    if torn: raise InputError(f'{path}: stay {torn[0]} is of subject {torn[1]} in one row and of {torn[2]} in another')
+    if starts is None: return
+    if _first(con, 'select count(*) from stays where stay_id is null')[0]:
+        raise InputError(f'{path} names the stay of each row, so {starts} needs a stay_id in every row')
+    other = _first(con, """select long.stay_id, long.subject, stays.subject from long join stays using (stay_id)
+        where long.subject <> stays.subject order by 1 limit 1""")
+    if other: raise InputError(f'stay {other[0]} is of subject {other[1]} in {path}, but of {other[2]} in {starts}')
+    n, both, known, one, two = _first(con, """select count(distinct long.stay_id), count(distinct stays.stay_id),
+        (select count(*) from stays), any_value(long.stay_id), (select any_value(stay_id) from stays)
+        from long left join stays using (stay_id)""")
+    if both*2 < min(n, known):
+        raise InputError(f'only {both} of {n} stays of {path} are in {starts}: there is {one!r} here, {two!r} there')
 
 # %% ../../nbs/24_data.long.ipynb #48cde66c
-_REASONS = """select stay, (moment - zero)/{unit} as hours, channel, value,
+_REASONS = """select long.subject, moment, stay, (moment - zero)/{unit} as hours, channel, value,
     case when long.subject is null then 'no subject' when moment is null or not isfinite(moment) then 'no time'
          when channel is null then 'unknown variable' when value is null or not isfinite(value) then 'no number'
-         when stay is null then 'in no stay' when moment > stop then 'after the end of its stay' end as reason
-    from long asof left join stays on long.subject = stays.subject and long.moment >= stays.begin
-    left join known using (variable)"""
+         when {nameless} then 'no stay_id' when stay is null then 'in no stay'
+         when moment < begin then 'before the start of its stay'
+         when moment > stop then 'after the end of its stay' end as reason
+    from long {join} left join known using (variable)"""
+_BY_TIME = 'asof left join stays on long.subject = stays.subject and long.moment >= stays.begin'
+_BY_NAME = 'left join stays on long.stay_id = stays.stay_id'
 _UNKNOWN = """select variable, count(*) from long where variable is null or variable not in (select variable from known)
     group by 1 order by 2 desc, 1 limit 10"""
 _DROPPED = 'select reason, count(*) from events where reason is not null group by 1 order by 1'
 
-# %% ../../nbs/24_data.long.ipynb #6d43ac0a
+# %% ../../nbs/24_data.long.ipynb #956a31fc
+def _convert(con, path, channels):
+    "Bring the values of `long` to the units of their channels; returns rows (part, what, count). Raises InputError."
+    counts = con.execute('select variable, unit, count(*) from long where value is not null group by 1, 2 order by all')
+    table, told = factors(counts.fetchall(), channels, path)
+    if len(table):
+        con.register('factors', table)
+        con.execute("""update long set value = value*scale + shift from factors
+            where long.variable = factors.variable and long.unit = factors.unit""")
+    return told
+
+# %% ../../nbs/24_data.long.ipynb #928ccfde
 def read_long(
-    path,            # CSV or parquet: subject_id, time, variable, value
+    path,            # CSV or parquet: subject_id, time, variable, value, perhaps stay_id, unit; or a column a variable
     channels:list,   # of Channel
     starts=None,     # CSV or parquet: subject_id, start, optionally end and stay_id
+    columns:Columns=Columns(),   # what the columns are called
+    labelled=None,   # of `read_labels`: ids that are compared with those of the stays
+    time_unit:str='auto',        # of times that are numbers, of TIME_UNITS
+    outside:float=.5,            # largest share of measurements that may lie outside their stays
 )->tuple:
     """Stays (subject, stay_id, length in hours or NaN), their events (stay, hours, channel, value), rows (part,
     what, count). Raises InputError."""
     with duckdb.connect() as con:
         try:
-            stamps = load_long(con, path)
-            load_starts(con, starts, stamps)
+            times, source = load_long(con, path, columns, [c.name for c in channels], time_unit)
+            plain = load_starts(con, starts, times, columns, source.stays, labelled, path)
         except duckdb.Error as e:
-            raise InputError(f'{path} or the table of starts is not readable: {str(e).splitlines()[0]}')
-        unit = 3600. if stamps else 1.
-        con.register('known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
-        con.execute(f'create table events as {_REASONS.format(unit=unit)}')
-        rows = [('events', 'rows', con.execute('select count(*) from events').fetchone()[0])]
-        rows += [('events', f'dropped: {r}', n) for r, n in con.execute(_DROPPED).fetchall()]
-        rows += [('unknown variables', v or '(empty)', n) for v, n in con.execute(_UNKNOWN).fetchall()]
-        stays = con.execute(f'select subject, stay_id, (stop - zero)/{unit} as length from stays order by stay').df()
-        events = con.execute('select stay, hours, channel::int as channel, value from events where reason is null '
-                             'order by all').df()
-    if not len(events):
+            raise _file_error(e) or InputError(f'{path} or the table of starts is not a readable table') from None
+        if source.stays: _check_stays(con, path, starts)
+        told = _convert(con, path, channels) if source.units else []
+        stays, events, rows = _matched(con, path, channels, source, 1. if times.kind == 'elapsed' else 3600., told)
+        _check_times(con, path, times, time_unit, outside)
+        stays.attrs['plain'] = plain
+        return stays, events, [_times_read(con, times), *rows]
+
+# %% ../../nbs/24_data.long.ipynb #4da56bbc
+def _matched(con, path, channels, source, unit, told):
+    "What `read_long` returns, of the tables `long` and `stays`."
+    con.register('known', pd.DataFrame(dict(variable=[c.name for c in channels], channel=np.arange(len(channels)))))
+    join, nameless = (_BY_NAME, 'long.stay_id is null') if source.stays else (_BY_TIME, 'false')
+    con.execute(f'create table events as {_REASONS.format(unit=unit, join=join, nameless=nameless)}')
+    if not con.execute('select count(channel) from events').fetchone()[0]:
         raise InputError(f'no row of {path} is a measurement of a channel, such as {channels[0].name!r}')
-    return stays, events, rows
+    rows = [('events', 'rows', con.execute('select count(*) from events').fetchone()[0])]
+    rows += [('events', f'dropped: {r}', n) for r, n in con.execute(_DROPPED).fetchall()]
+    rows += [('unknown variables', v or '(empty)', n) for v, n in con.execute(_UNKNOWN).fetchall()]
+    rows += [('unknown variables', f'column {v}', n) for v, n in source.unknown]
+    stays = con.execute(f'select subject, stay_id, (stop - zero)/{unit} as length from stays order by stay').df()
+    events = con.execute('select stay, hours, channel::int as channel, value from events where reason is null '
+                         'order by all').df()
+    return stays, events, rows + told
+
+# %% ../../nbs/24_data.long.ipynb #0e5a2213
+def _shown(x, times):
+    "A moment as a person reads it."
+    if x is None: return 'never'
+    if times.kind == 'elapsed': return f'{x:,.6g} h'
+    return f'{pd.Timestamp(round(x*1e6), unit="us"):%Y-%m-%d %H:%M}' + ' UTC'*(times.kind == 'utc')
+
+def _times_read(con, times):
+    "The row (part, what, count) that says how times were read."
+    lo, hi, n = con.execute('select min(moment), max(moment), count(moment) from long').fetchone()
+    as_what = times.unit if times.form == 'number' else _KINDS[times.kind]
+    return 'times', f'read as {as_what}: {_shown(lo, times)} to {_shown(hi, times)}', n
+
+# %% ../../nbs/24_data.long.ipynb #76419eb5
+_OUTSIDE = "('in no stay', 'before the start of its stay', 'after the end of its stay')"
+
+def _check_times(con, path, times, unit, outside):
+    "Raise InputError where too many measurements lie outside their stays, or where hours are too many to be hours."
+    where = f"""from events where (reason is null or reason in {_OUTSIDE})
+        and subject in (select subject from stays)"""
+    out, n, lo, hi = con.execute(f"select count(*) filter (reason is not null or hours < 0), count(*), min(moment), "
+                                 f"max(moment) {where}").fetchone()
+    first, last = con.execute('select min(zero), max(coalesce(stop, zero)) from stays').fetchone()
+    if out > outside*n:
+        raise InputError(f'{out} of {n} measurements of {path} lie outside their stays: they are from '
+                         f'{_shown(lo, times)} to {_shown(hi, times)}, '
+                         f'the stays from {_shown(first, times)} to {_shown(last, times)}; is it the same unit '
+                         f'(--time-unit), zone and '
+                         f'year? (--outside 1 allows it)')
+    if unit != 'auto' or times.form != 'number' or times.kind != 'elapsed': return
+    longest, = con.execute('select median(h) from (select max(hours) as h from events where reason is null group by '
+                           'stay)').fetchone()
+    if longest and longest > 1000:
+        raise InputError(f'times of {path} go from {lo:,.6g} to {hi:,.6g}: as hours, half of the stays were longer '
+                         f'than {longest/24:,.0f} days; '
+                         f'say what they are (--time-unit minutes, or --time-unit hours if they are)')
 
 # %% ../../nbs/24_data.long.ipynb #9cb16bae
-def read_labels(path)->pd.DataFrame:
+def read_labels(
+    path,                        # CSV: subject_id or stay_id, a column a label, perhaps split
+    columns:Columns=Columns(),   # what subject and stay are called, where they are called as in the long table
+)->pd.DataFrame:
     """Labels by stay_id if there is such a column, else by subject_id (the index, as text), and `split` where there
-    is one. Raises InputError."""
-    key = 'stay_id' if 'stay_id' in (table := read_text(path)) else 'subject_id'
+    is one; `.attrs['subjects']` is stay_id -> subject_id where both are there. Raises InputError."""
+    key = 'stay_id' if 'stay_id' in (table := columns.renamed(read_text(path))) else 'subject_id'
     _need(table, key, path)
     subject_numbers(table[key], path)                            # refuses empty ids
-    table = table.assign(**{key: table[key].str.strip()}).set_index(key)
+    table = table.assign(**{key: plain_ids(table[key], path)}).set_index(key)
     if table.index.has_duplicates:
         raise InputError(f'{path} holds {key[:-3]} {table.index[table.index.duplicated()][0]} twice')
     made = label_columns(table, [c for c in table if c not in ('split', 'subject_id')], path)
-    return made.assign(split=given_split(table, 'split', path)) if 'split' in table else made
+    if 'split' in table: made = made.assign(split=given_split(table, 'split', path))
+    if 'subject_id' in table: made.attrs['subjects'] = dict(zip(table.index, plain_ids(table.subject_id, path)))
+    return made
 
 # %% ../../nbs/24_data.long.ipynb #1b71f41a
 def _with_labels(
@@ -171,24 +337,116 @@ def _with_labels(
     known,      # of `read_labels`
     seed:int,   # of the division by subject
     where,      # what to call the table in messages
+    split='',   # lists of subjects, as in `divide`; '': the column split of the labels, or a hash
+    column='subject_id',   # what these lists may call a subject
 )->pd.DataFrame:
     "The table of samples: ids, subject, split, labels. Raises InputError for labels of stays without names."
     number, named = subject_numbers(stays.subject, where), stays.stay_id.notna().all()
     if known.index.name == 'stay_id' and not named:
-        raise InputError('the labels name stays, so the table of starts needs a column stay_id')
+        raise InputError('the labels name stays, so the table, or the table of starts, needs a column stay_id')
     alone = len(set(number)) == len(number)
     sample = subject_numbers(stays.stay_id, where) if named else number if alone else np.arange(len(stays))
     y = known.reindex(stays.stay_id if known.index.name == 'stay_id' else stays.subject).reset_index(drop=True)
-    split = pd.Series(split_of(number, seed))
+    if split: y = y.assign(split=divide(stays.subject, split, seed, column, where))
+    divided = pd.Series(split_of(number, seed))
     # a stay without a row follows its subject
-    if 'split' in y: split = y.split.groupby(number).transform('first').fillna(split)
+    if 'split' in y: divided = y.split.groupby(number).transform('first').fillna(divided)
     ids = stays[['subject', 'stay_id'] if named else ['subject']]
-    return pd.concat([pd.DataFrame(dict(sample_id=sample, subject_id=number)), ids, y.assign(split=split)], axis=1)
+    return pd.concat([pd.DataFrame(dict(sample_id=sample, subject_id=number)), ids, y.assign(split=divided)], axis=1)
 
-# %% ../../nbs/24_data.long.ipynb #63396c5a
+# %% ../../nbs/24_data.long.ipynb #4429acc1
+def _stay_rows(n, found, left, lost, starts):
+    "Rows (part, what, count) about stays: of the table, of the labels, left out."
+    rows = [('stays', 'in the table' + ('' if starts is None else ' of starts'), found)]
+    rows.append(('stays', 'with labels only', n - found))
+    if left: rows.append(('stays', 'labelled, left out: no row in the table', left))
+    return rows + [('labels', 'rows of no stay with measurements', lost)]*bool(lost)
+
+def _divided(stays, known, split, column):
+    "Rows (part, what, count) about a division by lists."
+    if not split: return []
+    given = int(known.split.notna().sum()) if 'split' in known else 0
+    unused = [('samples', 'with a split in the labels, not used', given)]*bool(given)
+    return unused + [('samples', *row) for row in split_counts(stays.subject, split, column)]
+
+# %% ../../nbs/24_data.long.ipynb #bfe00b27
+def _with_labelled(
+    stays,           # of `read_long`
+    known,           # of `read_labels`
+    alone:bool,      # each stay is a subject of its own
+    where,           # what to call the table in messages
+)->tuple:
+    "`stays` and those that only the labels know, and how many of these are left out. Raises InputError."
+    key, subjects = known.index.name, known.attrs.get('subjects', {})
+    if not stays.stay_id.notna().all():
+        more = dict(subject=known.index.difference(stays.subject)) if key == 'subject_id' else {}
+        return pd.concat([stays, pd.DataFrame(more)], ignore_index=True), 0
+    if key == 'subject_id': return stays, len(known.index.difference(stays.subject))
+    said = stays.stay_id.map(subjects)
+    other = stays[said.notna() & (said != stays.subject)]
+    if len(other) and not alone:
+        stay = other.iloc[0]
+        raise InputError(f'stay {stay.stay_id} is of subject {stay.subject} in {where}, but of '
+                         f'{subjects[stay.stay_id]} in the labels')
+    extra = known.index.difference(stays.stay_id)
+    more = pd.DataFrame(dict(subject=extra if alone else extra.map(subjects), stay_id=extra))
+    return pd.concat([stays, more[more.subject.notna()]], ignore_index=True), int(more.subject.isna().sum())
+
+# %% ../../nbs/24_data.long.ipynb #da76c713
+def _add_facts(writer, facts, stays, samples):
+    "Add the modality demographics of `facts`, by stay_id or by subject; samples without a row lack it."
+    key = stays.stay_id if stays.stay_id.notna().all() else stays.subject
+    samples['demographics_index'] = facts.index.get_indexer(key)
+    writer.add_tabular('demographics', facts)
+
+# %% ../../nbs/24_data.long.ipynb #1e8fcf82
+def _known(labels, columns):
+    "Labels of a file, of `read_labels`, or none."
+    if labels is None: return pd.DataFrame(index=pd.Index([], name='subject_id'))
+    return labels if isinstance(labels, pd.DataFrame) else read_labels(labels, columns)
+
+def _said_of(columns, split):
+    "What a cohort says about columns of other names, and about lists of subjects."
+    other = {k: v for k, v in columns.roles.items() if k != v}
+    lists = split if isinstance(split, (list, tuple)) else str(split).split(',') if split else []
+    said = dict(columns=other) if other else {}
+    return said | (dict(split=','.join(Path(p.strip()).name for p in map(str, lists))) if lists else {})
+
+# %% ../../nbs/24_data.long.ipynb #02c92be4
+def _with_plain_ids(known, stays, where):
+    "`known` by the one form of its ids, and how many of its rows are of no stay; raises InputError where most are."
+    plain, key = stays.attrs['plain'], known.index.name
+    form = lambda k, i: plain[k].get(i, i)
+    subjects = {form('stay_id', s): form('subject_id', p) for s, p in known.attrs.get('subjects', {}).items()}
+    known = known.set_axis(known.index.map(lambda i: plain[key].get(i, i)).astype(object).rename(key))
+    if subjects: known.attrs['subjects'] = subjects
+    if key == 'stay_id' and not stays.stay_id.notna().all(): return known, 0               # said by `_with_labels`
+    ids = stays.subject if key == 'subject_id' else stays.stay_id
+    return known, check_meeting(known.index, ids, 'the labels', f'the stays of {where}')
+
+# %% ../../nbs/24_data.long.ipynb #bd4de984
+def _check_series(samples, modality, counts, path, events, hours):
+    "Raise InputError where not one stay has a measurement."
+    if (samples[f'{modality}_length'] > 0).any(): return
+    n, late = counts.events.sum(), counts.early.sum() + counts.late.sum()
+    if not n: raise InputError(f'no row of {path} is a measurement of a channel, such as {counts.index[0]!r}')
+    if late*2 > n:
+        raise InputError(f'no measurement of {path} lies in the first {hours:g} hours of its stay: they go from '
+                         f'{events.hours.min():,.6g} to '
+                         f'{events.hours.max():,.6g} hours; say --time-unit, or --hours 0 for whole stays')
+    raise InputError(f'no measurement of {path} is a number between the low and high of its channel: is the unit '
+                     f'another?')
+
+# %% ../../nbs/24_data.long.ipynb #ee87f972
+def _ends(stays, events, hours, timestep):
+    "(N,) hours of each stay: to its end, or its last measurement, and `hours` at the most."
+    last = events.groupby('stay').hours.max().reindex(stays.index)
+    return stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                    # hour 0 needs a row
+
+# %% ../../nbs/24_data.long.ipynb #f9ac4ad7
 def prepare_table(
-    table,               # CSV or parquet: subject_id, time (hours or timestamps), variable, value
-    channels,            # CSV: name, unit, low, high, normal
+    table,               # CSV or parquet: subject_id, time (hours or dates), variable, value; or a column a variable
+    channels,            # CSV: name, unit, low, high, normal; or a list of Channel
     out,                 # the cohort folder to make
     labels=None,         # CSV: subject_id or stay_id, a column a label (1, 0, -1 or empty), optionally split
     hours:float=48,      # hours read of each stay; 0: all
@@ -196,27 +454,33 @@ def prepare_table(
     modality:str='ehr',  # name of the time series
     name:str='table',    # of the cohort
     seed:int=0,          # of the division by subject
-    starts=None,         # CSV or parquet: subject_id, start, perhaps end and stay_id; None: one stay a subject
+    starts=None,         # CSV or parquet: subject_id, start, perhaps end, stay_id; None: one stay a subject, or stay_id
+    split='',            # lists of subjects, as in `mmsn.data.splits.divide`; '': the labels' column split, or a hash
+    facts=None,          # DataFrame of numbers by stay_id, or by subject_id: the modality demographics
+    told=(),             # rows (part, what, count) that go before the others of the summary
+    shift:float=0.,      # hours added to every time, where these are the beginnings of hours
+    time_unit:str='auto',  # of times that are numbers, of `TIME_UNITS`
+    outside:float=.5,    # largest share of measurements that may lie outside their stays
+    **columns,           # fields of `Columns`: subject, stay, time, variable, value, unit
 )->pd.DataFrame:
-    "Turn a long table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
+    "Turn a table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
     if hours < 0 or timestep <= 0:
         raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
-    known = pd.DataFrame(index=pd.Index([], name='subject_id')) if labels is None else read_labels(labels)
-    kinds = read_channels(channels)
-    names = [c for c in known if c != 'split']
-    provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name,
-                      hours=hours, timestep=timestep, seed=seed)
-    with CohortWriter(out, name, names, provenance=provenance) as writer:
-        stays, events, rows = read_long(table, kinds, starts)
-        found = len(stays)
-        if starts is None:
-            stays = pd.concat([stays, pd.DataFrame(dict(subject=known.index.difference(stays.subject)))],
-                              ignore_index=True)
-        last = events.groupby('stay').hours.max().reindex(stays.index)
-        end = stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                 # hour 0 needs a row
-        samples = _with_labels(stays, known, seed, table)
-        samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, kinds,
-                events, end.to_numpy(), timestep)
-        rows = [('stays', 'in the table' if starts is None else 'in the table of starts', found),
-                ('stays', 'with labels only', len(stays) - found), *rows]
-        return close_with_summary(writer, samples, rows, counts)
+    named = Columns(**columns)
+    known, kinds = _known(labels, named), channels if isinstance(channels, list) else read_channels(channels)
+    provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name, hours=hours,
+                      timestep=timestep, seed=seed, **_said_of(named, split),
+                      **({} if time_unit == 'auto' else dict(time_unit=time_unit)))
+    with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=provenance) as writer:
+        stays, events, rows = read_long(table, kinds, starts, named, known, time_unit, outside)
+        known, lost = _with_plain_ids(known, stays, table)
+        found, left, events = len(stays), 0, events.assign(hours=events.hours + shift)
+        if starts is None: stays, left = _with_labelled(stays, known, named.subject == named.stay, table)
+        end = _ends(stays, events, hours, timestep)
+        samples = _with_labels(stays, known, seed, table, split, named.subject)
+        first, length, counts = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
+        samples = samples.assign(**{f'{modality}_start': first, f'{modality}_length': length})
+        _check_series(samples, modality, counts, table, events, hours)
+        if facts is not None: _add_facts(writer, facts, stays, samples)
+        rows = [*told, *_stay_rows(len(stays), found, left, lost, starts), *rows]
+        return close_with_summary(writer, samples, rows + _divided(stays, known, split, named.subject), counts)

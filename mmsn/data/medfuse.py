@@ -23,6 +23,7 @@ from ..config import _nearest
 from .cohort import Cohort, offsets, ranges
 from .mimic.channels import NAMES, category_of, channel_set, score_of
 from .mimic.stays import DECOMPENSATION, MORTALITY, PHENOTYPES, REMAINING, _DAYS
+from .splits import divide, split_counts
 from .tables import label_columns, numbers, read_text
 from .timeseries import grid, layout, n_bins
 from .writer import CohortWriter, close_with_summary
@@ -239,6 +240,7 @@ def prepare_medfuse(
     channels:str='benchmark',   # 'benchmark': 76 columns, without ranges; 'compact': 17 numbers and masks, with ranges
     modality:str='ehr',         # name of the time series
     name:str='medfuse',         # of the cohort
+    split='',                   # lists of subjects instead of the list files' division, as in `mmsn.data.splits.divide`
 )->pd.DataFrame:
     """Turn a folder of the published extraction into a cohort; returns the summary (part, what, count). Raises
     InputError."""
@@ -254,7 +256,9 @@ def prepare_medfuse(
         table = samples.drop(columns=['folder', 'episode']).rename(columns=dict(stay='file', period='period_length'))
         table.insert(0, 'sample_id', _sample_ids(samples, task))
         table[f'{modality}_start'], table[f'{modality}_length'] = offsets(rows)[number], np.where(seen[number] < length, length, 0)
+        if split: table['split'] = divide(table.subject_id, split)
         told = [('stays', 'listed', len(series)), ('stays', 'samples', len(samples)),
+                *(('stays', *row) for row in split_counts(table.subject_id, split or 'hash')),
                 ('events', 'cells of the series', int(counts.events.sum()))]
         told += [('unknown words', f'{c}: {w}', n) for (c, w), n in unknown.most_common(10)]
         return close_with_summary(writer, table, told, counts)

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .tables import connect, header, numbers, read_text, run, split_of
+from .splits import divide, split_counts
+from .csvfile import visible
+from .ids import check_meeting
+from .tables import _literal, _times, connect, header, label_sql, numbers, read_text, run, split_of
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
@@ -74,9 +77,29 @@ def match_codes(
 def _shards(folder, what):
     "The parquet files in `folder` (or the one that it is); raises InputError if there are none."
     folder = Path(folder)
-    found = [folder] if folder.is_file() else sorted(folder.glob('**/*.parquet'))
+    found = [folder] if folder.is_file() else visible(sorted(folder.glob('**/*.parquet')))
     if not found: raise InputError(f'no parquet files in {folder}: {what}')
     return found
+
+# %% ../../nbs/27_data.meds.ipynb #1aefb0bd
+def _typed(con, source, column, kind, given, path, i):
+    "(source, SQL) of a column as `kind`, of whatever type it is in the files; InputError where it cannot be read."
+    name = f'"{column}"'
+    if kind == 'timestamp' and given.startswith('TIMESTAMP WITH'): return source, f'make_timestamp(epoch_us({name}))'
+    if kind == 'timestamp' and given == 'VARCHAR': return _times(con, Path('x.csv'), column, source, i, path)
+    if kind == 'timestamp' and not given.startswith(('TIMESTAMP', 'DATE')):
+        raise InputError(f'column {column!r} of {path} and the like should hold timestamps, not {given}')
+    sql = f'try_cast({name} as {kind})'
+    if kind == 'bigint': sql = f"try_cast(nullif(trim({name}::varchar), '') as bigint)"
+    if kind == 'boolean': sql = f'({label_sql(f"{name}::varchar")})'
+    if (kind, given) in (('bigint', 'BIGINT'), ('boolean', 'BOOLEAN')): return source, name
+    wrong = dict(bigint=f'{sql} is null or {sql} <> try_cast({name} as double)', boolean=f'isnan({sql})').get(kind)
+    bad = wrong and con.execute(f"select {name}::varchar from {source} where {name} is not null and ({wrong}) limit "
+                                f"1").fetchone()
+    if bad:
+        raise InputError(f'column {column!r} of {path} and the like holds {bad[0]!r}: it should be '
+                         f'{dict(bigint="whole numbers", boolean="true or false")[kind]}')
+    return source, f'case {sql} when 1 then true when 0 then false end' if kind == 'boolean' else sql
 
 # %% ../../nbs/27_data.meds.ipynb #2c7b1a74
 def _open(con, view, files, needed, kinds):
@@ -85,10 +108,14 @@ def _open(con, view, files, needed, kinds):
         missing = [c for c in needed if c not in header(f)]
         if missing: raise InputError(f'{f} has no column {missing[0]!r}')
     there = set.intersection(*(set(header(f)) for f in files))
-    columns = ', '.join(f'try_cast("{c}" as {k}) as "{c}"' if c in there else f'null::{k} as "{c}"'
-                        for c, k in kinds.items())
-    listed = ', '.join("'" + str(f).replace("'", "''") + "'" for f in files)
-    con.execute(f'create or replace view {view} as select {columns} from read_parquet([{listed}], union_by_name=true)')
+    source = f"read_parquet([{', '.join(map(_literal, files))}], union_by_name=true)"
+    types = {r[0]: r[1] for r in con.execute(f'describe select * from {source}').fetchall()}
+    columns = []
+    for i, (c, k) in enumerate(kinds.items()):
+        if c not in there: columns.append(f'null::{k} as "{c}"'); continue
+        source, sql = _typed(con, source, c, k, types[c], files[0], i)
+        columns.append(f'{sql} as "{c}"')
+    con.execute(f'create or replace view {view} as select {", ".join(columns)} from {source}')
 
 # %% ../../nbs/27_data.meds.ipynb #e0b8e45c
 def open_meds(
@@ -228,6 +255,8 @@ def meds_splits(con, subject_id, seed:int)->tuple:
                          f'{", ".join(_MEDS_SPLITS)}')
     twice = table.subject_id[table.subject_id.duplicated()]
     if len(twice): raise InputError(f'subject_splits.parquet puts subject {twice.iloc[0]} into two splits')
+    who = pd.Series(subject_id).astype(str).unique()
+    if len(table): check_meeting(who, table.subject_id.astype(str), 'the samples', 'subject_splits.parquet')
     listed = pd.Series(subject_id).map(table.set_index('subject_id').split).map(_MEDS_SPLITS)
     unlisted = pd.Series(subject_id)[listed.isna()].nunique()
     return listed.where(listed.notna(), pd.Series(split_of(subject_id,
@@ -259,19 +288,27 @@ def _windows(con, labels, start, end, hours):
     if end and (labels or not start):
         raise InputError('an end event belongs to start events without labels: with labels prediction_time is the end')
     names = load_labels(con, labels) if labels else []
+    if labels:
+        asked, there = (run(con, f'select distinct subject_id::varchar as s from {t} where subject_id is not null '
+                                 f'order by 1').df().s for t in ('asked', 'meds'))
+        check_meeting(asked, there, 'the labels', 'the events')
     rows = label_windows(con, start, hours) if labels else start_windows(con, start, end, hours)
     if not con.execute('select count(*) from windows').fetchone()[0]:
         raise InputError('no label has an event before its prediction: is it of this data set?')
     return names, [('windows', *r) for r in rows]
 
 # %% ../../nbs/27_data.meds.ipynb #00968754
-def _samples(con, names, seed):
-    "The table of samples of `windows`, and the number of subjects without a split."
+def _samples(con, names, seed, split=''):
+    "The table of samples of `windows`, and rows (part, what, count) about subjects without a split."
     table = con.execute('select * from windows order by sample').df()
-    split, unlisted = meds_splits(con, table.subject_id.to_numpy(), seed)
-    made = pd.DataFrame(dict(sample_id=table['sample'], subject_id=table.subject_id, split=split,
+    who = table.subject_id.to_numpy()
+    if split: splits, rows = divide(who, split, seed), [('subjects', *row) for row in split_counts(who, split)]
+    else:
+        splits, unlisted = meds_splits(con, who, seed)
+        rows = [('subjects', 'without a split: divided by hash', unlisted)]*(unlisted > 0)
+    made = pd.DataFrame(dict(sample_id=table['sample'], subject_id=table.subject_id, split=splits,
                              window_start=table.a, window_end=table.b))
-    return made.assign(**{n: table[f'y{i}'] for i, n in enumerate(names)}), unlisted
+    return made.assign(**{n: table[f'y{i}'] for i, n in enumerate(names)}), rows
 
 # %% ../../nbs/27_data.meds.ipynb #dae11d0d
 def prepare_meds(
@@ -289,6 +326,7 @@ def prepare_meds(
     seed:int=0,            # of the division of subjects without a split
     memory:str='',         # most memory that DuckDB takes, such as 4GB; '': an eighth of the machine's
     threads:int=0,         # CPU threads of DuckDB; 0: all
+    split='',              # lists of subjects instead of subject_splits.parquet, as in `mmsn.data.splits.divide`
 )->pd.DataFrame:
     "Turn a MEDS data set into a cohort; returns the summary (part, what, count). Raises InputError."
     if hours < 0 or timestep <= 0:
@@ -303,7 +341,7 @@ def prepare_meds(
         events = load_mapped(con, table)
         names, rows = _windows(con, labels, start, end, hours)
         events += load_found(con)
-        samples, unlisted = _samples(con, names, seed)
+        samples, divided = _samples(con, names, seed, split)
         length = (samples.window_end - samples.window_start).dt.total_seconds()/3600
         length = length.clip(timestep/2).to_numpy()                                    # hour 0 needs a row
         samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, channels,
@@ -311,6 +349,5 @@ def prepare_meds(
         if len(known := meds_facts(con, facts)):
             writer.add_tabular('demographics', known)
             samples['demographics_index'] = np.arange(len(samples))
-        rows += [('subjects', 'without a split: divided by hash', unlisted)]*(unlisted > 0) + [('events', *e)
-                for e in events]
+        rows += divided + [('events', *e) for e in events]
         return close_with_summary(writer, samples, rows, counts)

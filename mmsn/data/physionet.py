@@ -17,7 +17,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from .mimic.stays import divide, split_counts
+from .splits import divide, split_counts
+from .csvfile import visible
+from .ids import check_overlap
 from .tables import numbers, read_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
@@ -81,12 +83,12 @@ def _members(source):
     "Yield (file name, bytes) of each stay of each set, from its folder or archive."
     for place in _sets(source).values():
         if place.is_dir():
-            yield from ((p.name, p.read_bytes()) for p in sorted(place.glob('*.txt')))
+            yield from ((p.name, p.read_bytes()) for p in visible(sorted(place.glob('*.txt'))))
             continue
         try:
             with tarfile.open(place) as tar:
                 for m in tar:
-                    if m.isfile() and m.name.endswith('.txt'): yield Path(m.name).name, tar.extractfile(m).read()
+                    if m.isfile() and m.name.endswith('.txt') and visible([m.name]): yield Path(m.name).name, tar.extractfile(m).read()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
             raise InputError(f'{place} cannot be read to its end, download it again: {e}')
 
@@ -174,6 +176,7 @@ def outcomes_2012(source, records)->pd.DataFrame:
                       .set_axis(numbers(text, 'RecordID', path).astype('int64')))
         if tables[-1].index.has_duplicates:
             raise InputError(f'{path} holds RecordID {tables[-1].index[tables[-1].index.duplicated()][0]} twice')
+        check_overlap(tables[-1].index.astype(str), pd.Index(records).astype(str), path, f'the stays of {source}')
     table = pd.concat(tables)
     return table.mask(table < 0).reindex(records).reset_index(drop=True)
 
@@ -228,7 +231,7 @@ def prepare_physionet2012(
     out,                     # the cohort folder to make
     modalities=('ehr',),     # ('ehr',) or ('vitals', 'labs')
     seed:int=0,              # of the division by subject
-    split:str='hash',        # of the subject, or CSV files with subject_id,split, separated by commas
+    split:str='hash',        # of the subject, or CSV files with RecordID (or subject_id),split, by commas
 )->pd.DataFrame:
     """Turn the sets of the PhysioNet Challenge 2012 that are there into a cohort; returns the summary (part, what,
     count). Raises InputError."""
@@ -239,14 +242,15 @@ def prepare_physionet2012(
     with CohortWriter(out, 'physionet2012', ['mortality'], {'mortality': 'outcome'}, provenance) as writer:
         events = read_events_2012(source)
         records, facts, fact = facts_2012(events)
-        samples = pd.DataFrame(dict(sample_id=records, subject_id=records, split=divide(records, split, seed),
+        samples = pd.DataFrame(dict(sample_id=records, subject_id=records, split=divide(records, split, seed, 'RecordID'),
                                     demographics_index=np.arange(len(records))))
         events, rows = clean_2012(events[~fact])
+        listed = [('stays', *row) for row in split_counts(records, split, 'RecordID')]
         counts = []
         for name in modalities:
             samples[f'{name}_start'], samples[f'{name}_length'], n = _add_modality(writer, name, events, len(records))
             counts.append(n)
         writer.add_tabular('demographics', facts)
         return close_with_summary(writer, pd.concat([samples, outcomes_2012(source, records)], axis=1),
-                                  [('stays', 'read', len(records)), *split_counts(records, split), *rows],
+                                  [('stays', 'read', len(records)), *listed, *rows],
                                   pd.concat(counts))

@@ -17,12 +17,13 @@ import pandas as pd
 import torch
 
 from ..data.cohort import Cohort
-from .evaluation import _facts, _teller, _write_tables, _write_whole, open_evaluated, seen_subjects
+from .evaluation import asked_task, _facts, _teller, _write_tables, _write_whole, open_evaluated, seen_subjects
 from .features import beside, extract_features, feature_matrix, joint_facts
 from .predictions import compare, ensemble
 from .probes import drawn_predictions, probe_solver
 from .task import Task, make_draws
 from ..options import Evaluate, InputError
+from ..safe import read_table
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400012
 def short_names(
@@ -127,9 +128,9 @@ def evaluate_runs(
     cohort, first = _one_cohort(opened), opened[names[0]]
     e, folder = first.config.evaluate, Path(out or first.folder/'comparison')
     rows = [cohort.rows(None, list(s.model.config.modalities), s.config.data.samples) for s in opened.values()]
-    task = Task.of(cohort, e.labels, np.unique(np.concatenate(rows)))
+    task, lines = asked_task(cohort, e, np.unique(np.concatenate(rows)))
     seen = {n: seen_subjects(s.folder, cohort, task)['notice'] for n, s in opened.items()}
-    notices = [f'{n}: {line}' for n, line in seen.items() if line]
+    notices = lines + [f'{n}: {line}' for n, line in seen.items() if line]
     for line in notices: say(f'WARNING: {line}')
     def write(temporary):
         tables, predictions = comparison_tables(opened, cohort, task, e, say)
@@ -144,6 +145,6 @@ def evaluate_runs(
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400028
 def _printed(folder):
     "The comparison as text: macro AUROC, differences, intervals."
-    t = pd.read_csv(folder/'comparison.csv').query("label == 'macro' and metric == 'auroc'")
+    t = read_table(folder/'comparison.csv').query("label == 'macro' and metric == 'auroc'")
     return t[['input', 'fraction', 'run', 'value', 'difference', 'difference_low', 'difference_high',
               'p']].round(3).to_string(index=False)

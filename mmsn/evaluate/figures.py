@@ -15,6 +15,7 @@ from itertools import product
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogFormatter
 
 from .metrics import Calibration, interval, metrics, reliability_curve, subject_weights
 from ..options import InputError
@@ -76,14 +77,22 @@ def _bands(y, s, subjects, resamples, seed):
     return [interval(np.array(x)) if len(x) else (np.full(101, np.nan),)*2 for x in (rocs, prs)]
 
 # %% ../../nbs/80_evaluate.figures.ipynb #3b7f4d09
+def _both(p, name):
+    "Whether predictions hold both classes of a label."
+    y = p.labels[:, p.names.index(name)]
+    return bool((y == 1).any() and (y == 0).any())
+
 def _labels_shown(predictions, labels, most):
-    "Label names to show: those asked for, or the `most` with the most positives; raises InputError for an unknown one."
+    """Label names to show: those asked for, or the `most` with the most positives that have both classes; raises
+    InputError for an unknown one, and where there is none."""
     p = next(iter(predictions.values()))
-    if labels is None: return [p.names[k] for k in np.argsort(-(p.labels == 1).sum(0), kind='stable')[:most]]
+    if labels is None: labels = [p.names[k] for k in np.argsort(-(p.labels == 1).sum(0), kind='stable')]
     labels = [labels] if isinstance(labels, str) else list(labels)
     if unknown := [n for n in labels if n not in p.names]:
         raise InputError(f'no label {unknown[0]!r} in these predictions: there is {", ".join(p.names)}')
-    return labels
+    shown = [n for n in labels if any(_both(q, n) for q in predictions.values())][:most]
+    if not shown: raise InputError('no label has both classes in these predictions: there is no curve to draw')
+    return shown
 
 # %% ../../nbs/80_evaluate.figures.ipynb #36d24c02
 def _short(text, most=34): return text if len(text) <= most else text[:most - 1].rstrip() + '…'
@@ -119,7 +128,7 @@ def roc_pr_figure(
     fig, axes = plt.subplots(2, len(labels), figsize=(3.1*len(labels), 5.6), squeeze=False)
     for (top, low), name in zip(axes.T, labels):
         for i, (encoder, p) in enumerate(predictions.items()):
-            chance = _curves(top, low, p, name, encoder, colour(encoder, i), resamples, seed)
+            if _both(p, name): chance = _curves(top, low, p, name, encoder, colour(encoder, i), resamples, seed)
         top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink'])
         low.axhline(chance, ls=':', lw=.9, color=STYLES[_chosen.get()]['ink'])
         _axes(top, title=_short(name), xlabel='false alarms', ylabel='recall', aspect='equal')
@@ -155,7 +164,7 @@ def calibration_figure(
                              height_ratios=[3.6, 1])
     for (top, low), name in zip(axes.T, labels):
         for i, (encoder, p) in enumerate(predictions.items()):
-            _reliability(top, low, p, name, encoder, colour(encoder, i), bins, resamples, seed)
+            if _both(p, name): _reliability(top, low, p, name, encoder, colour(encoder, i), bins, resamples, seed)
         top.plot([0, 1], [0, 1], ':', lw=.9, color=STYLES[_chosen.get()]['ink'])
         # a rare label lives in a corner
         edge = min(1, 1.1*max(float(np.nanmax([c.get_xdata(), c.get_ydata()])) for c in top.lines[:-1]) + .1)
@@ -323,6 +332,13 @@ def _training_lines(ax, steps, lines, order):
         ax.plot(steps, values, lw=.7, color=c, alpha=.3)
         ax.plot(steps, smooth, lw=1.4, color=c, label=name or None)
 
+# %% ../../nbs/80_evaluate.figures.ipynb #b910a06e
+def _log_axis(ax):
+    "A logarithmic axis whose numbers are plain text."
+    ax.set_yscale('log')
+    for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        put(LogFormatter(minor_thresholds=(1, .4)))
+
 # %% ../../nbs/80_evaluate.figures.ipynb #6ca030f3
 @_drawn
 def training_figure(
@@ -338,7 +354,7 @@ def training_figure(
         for at in level or ():
             ax.axhline(at, color=STYLES[_chosen.get()]['ink'], lw=.9, ls=':')
             ax.set_ylim(0, max(1.08*at, 1.03*max(v.max() for v in lines.values())))
-        if title == 'gradient norm' and metrics.gradient_norm.max() > 0: ax.set_yscale('log')
+        if title == 'gradient norm' and metrics.gradient_norm.max() > 0: _log_axis(ax)
         _axes(ax, title=title, xlabel='step')
     _legend(fig, axes)
     return fig

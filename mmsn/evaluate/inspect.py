@@ -120,11 +120,13 @@ def representation_points(
     for encoder, name in itertools.product(tables, inputs or sorted(found, key=lambda n: n != 'joint')):
         x = feature_matrix(tables[encoder], name)
         here = np.flatnonzero(~np.isnan(x).any(1))                         # who lacks the modality has no place
+        if len(here) < 5: continue                                         # too few for a map
         rows = here[sample_classes(classes[here], most, seed)]
         for t in _maps(x[rows], classes[rows], ids[rows], methods, seed):
             t.insert(1, 'encoder', encoder); t.insert(2, 'input', name)
             out.append(t)
-    return pd.concat(out, ignore_index=True)
+    columns = ['method', 'encoder', 'input', 'sample_id', 'class', 'x', 'y', 'same', 'chance']
+    return pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=columns)
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #73890d77
 def _map(ax, points, names, title):

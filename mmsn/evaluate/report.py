@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'score_table', 'neat', 'by_encoder', 'picture', 'saved', 'save_styles', 'show', 'predictions_of',
-           'Section', 'recall_note', 'report_notebook', 'page', 'write_report']
+           'can_draw', 'Section', 'recall_note', 'report_notebook', 'page', 'write_report']
 
 # %% ../../nbs/82_evaluate.report.ipynb #ed3b4215
 import base64, html, io, json, os, re
@@ -23,6 +23,7 @@ from nbconvert import HTMLExporter
 
 from .predictions import open_predictions
 from ..options import InputError
+from ..safe import POLICY, clean_html, file_word, plain_text
 from ..show import STYLES, save_figure, style
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200006
@@ -63,7 +64,7 @@ def score_table(
     mark = 'clear' if metric == 'auroc' else f'{metric}_clear'
     if mark in s: best = s.pivot(index=['input', 'encoder'], columns='column', values=mark).loc[order, columns].eq(True)
     return text.style.apply(lambda _: best.map(lambda b: 'font-weight: bold' if b else ''),
-                            axis=None).format(na_rep='').hide(names=True)
+                            axis=None).format(na_rep='').format_index(escape='html').hide(names=True)
 
 # %% ../../nbs/82_evaluate.report.ipynb #76d4b0d6
 def neat(
@@ -71,8 +72,9 @@ def neat(
     digits:int=3,         # after the point
 ):
     "A table for people: so many digits, and nothing where there is nothing."
-    return table.rename_axis(index=[None]*table.index.nlevels,
-                             columns=[None]*table.columns.nlevels).style.format(precision=digits, na_rep='')
+    bare = table.rename_axis(index=[None]*table.index.nlevels, columns=[None]*table.columns.nlevels)
+    made = bare.style.format(precision=digits, na_rep='', escape='html')
+    return made.format_index(escape='html').format_index(escape='html', axis=1)
 
 # %% ../../nbs/82_evaluate.report.ipynb #b598992f
 def by_encoder(
@@ -147,9 +149,10 @@ from IPython.display import Markdown, display
 from mmsn.evaluate.figures import (calibration_figure, comparison_figure, low_shot_figure, recall_figure,
                                    robustness_figure, roc_pr_figure, subgroup_figure, training_figure)
 from mmsn.evaluate.inspect import representation_figure
-from mmsn.evaluate.report import by_encoder, neat, picture, predictions_of, recall_note, saved, score_table, show
+from mmsn.evaluate.report import by_encoder, can_draw, neat, picture, predictions_of, recall_note, saved, score_table, show
+from mmsn.safe import file_word, read_table
 about = json.loads(Path('about.json').read_text())
-read = lambda name: pd.read_csv(f'{name}.csv')
+read = lambda name: read_table(f'{name}.csv')
 first = about['inputs'][0]'''
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200014
@@ -158,9 +161,17 @@ def predictions_of(
     folder='.',      # the report's
 )->dict:
     "Encoder -> `Predictions` of the test patients, with all training labels."
-    paths = sorted((Path(folder)/'predictions').glob(f'{name}.*.parquet'))
+    name, paths = file_word(name), sorted((Path(folder)/'predictions').glob('*.parquet'))
+    paths = [p for p in paths if p.name.startswith(f'{name}.')]
     by_encoder = {p.name.removeprefix(f'{name}.').removesuffix('.parquet'): p for p in paths}
     return {e: open_predictions(by_encoder[e]).at('test') for e in [*ENCODERS, *by_encoder] if e in by_encoder}
+
+# %% ../../nbs/82_evaluate.report.ipynb #e123d32a
+def can_draw(
+    predictions:dict,   # of `predictions_of`
+)->bool:
+    "Whether any label has both classes in any of the predictions."
+    return any(((p.labels == 1).any(0) & (p.labels == 0).any(0)).any() for p in predictions.values())
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200015
 class Section(NamedTuple):
@@ -199,10 +210,13 @@ s = s.assign(labels=[f"{int(n)} of each class" if n else f"{f:.0%}" for f, n in 
 neat(s.pivot_table(index=["input", "encoder"], columns="labels", values="deviation", sort=False))'''),
     Section('labels.csv', '''## Label by label
 
-Linear probes with all training labels. A label that has one class in a split is *undefined* and left out of the
-mean.''', '''
+Linear probes with all training labels. A label that has one class in the training or the test split is *undefined*
+for every encoder and left out of every mean.''', '''
 labels = read("labels")
 neat(by_encoder(labels[labels.metric == "auroc"], "label"))'''),
+    Section('splits.csv', '''How many patients have each label, do not have it, or are not known to, in each split.''', '''
+t = read("splits").melt(["label", "split"], ["positive", "negative", "unknown"])
+neat(t.pivot_table(index="label", columns=["split", "variable"], values="value", sort=False), 0)'''),
     Section('labels.csv',
             '''Average precision (AUPRC): the fraction of positives of a label is what guessing gets.''', '''
 rare = labels[labels.metric == "auprc"]
@@ -216,13 +230,16 @@ _PREDICTED = [
     Section('predictions', '''### ROC and precision against recall
 
 The three commonest labels; bands from resampled subjects.''', '''
-show("roc", roc_pr_figure, predictions_of(first),
-     alt="ROC above, precision against recall below, a column a label")'''),
+curves = predictions_of(first)
+show("roc", roc_pr_figure, curves,
+     alt="ROC above, precision against recall below, a column a label") if can_draw(curves) else None'''),
     Section('predictions', '''### Calibration
 
 In ten groups of equally many patients: how likely a diagnosis was predicted to be, and how often it came. In
 the legend the expected calibration error.''', '''
-show("calibration", calibration_figure, predictions_of(first), alt="Reliability curves, a column a label")'''),
+curves = predictions_of(first)
+show("calibration", calibration_figure, curves,
+     alt="Reliability curves, a column a label") if can_draw(curves) else None'''),
     Section('calibration.csv', '''''', '''
 c = read("calibration")
 c = c[c.label == "macro"].pivot_table(index=["input", "encoder"], columns="metric", values="value", sort=False)
@@ -276,7 +293,8 @@ def recall_note(
     if not {'pretrained', 'random'} <= set(t): return ''
     less = t[t.pretrained < t.random]
     if not len(less): return 'In the median over channels the pretrained features give back no less than those of the random start.'
-    parts = [f'{i} {s} {p:.2f} (random start {r:.2f})' for (i, s), p, r in zip(less.index, less.pretrained, less.random)]
+    rows = zip(less.index, less.pretrained, less.random)
+    parts = [f'{plain_text(i)} {plain_text(s)} {p:.2f} (random start {r:.2f})' for (i, s), p, r in rows]
     return f'**Warning:** pre-training has removed clinical content. Median R²: {", ".join(parts)}.'
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200019
@@ -335,7 +353,7 @@ that what they have in common cancels. *p* is the fraction of resamples on the o
 c = read("comparison")
 for (name, fraction), part in c[c.label == "macro"].groupby(["input", "fraction"], sort=False):
     title = f"{name}, {fraction:.0%} of labels"
-    display(show(f"comparison_{name}_{fraction:g}", comparison_figure, part, title=title,
+    display(show(f"comparison_{file_word(name)}_{fraction:g}", comparison_figure, part, title=title,
                  alt=f"Runs and their differences, {title}"))'''),
     Section('comparison.csv', '''''', '''
 shown = c[(c.label == "macro") & (c.metric == "auroc")].copy()
@@ -372,11 +390,11 @@ def report_notebook(
     if not (folder/'about.json').is_file(): raise InputError(f'{folder} holds no results: run mmsn-evaluate first')
     about = json.loads((folder/'about.json').read_text(encoding='utf-8'))
     md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
-    notices = ''.join(f'\n\n> **{line}**' for line in about.get('notices', ()))
-    cells = [md(f'# {about["name"]}\n\n{about["sentence"]}{notices}'), code(_SETUP)]
+    notices = ''.join(f'\n\n> **{plain_text(line)}**' for line in about.get('notices', ()))
+    cells = [md(f'# {plain_text(about["name"])}\n\n{plain_text(about["sentence"])}{notices}'), code(_SETUP)]
     for needs, text, source in (*_COMPARED, *_LEARNED, *_PREDICTED, *_TESTED, *_SEEN):
         if (folder/needs).exists(): cells += [md(text)]*bool(text) + [code(source.strip())]
-    facts = '\n'.join(f'| {k} | `{v}` |' for k, v in about['facts'].items())
+    facts = '\n'.join(f'| {plain_text(k)} | <code>{plain_text(v)}</code> |' for k, v in about['facts'].items())
     cells += [md(_END.format(facts=facts))]
     cells += [md('The whole config:'),
               code('print(Path("config.yaml").read_text())')] if (folder/'config.yaml').is_file() else []
@@ -415,7 +433,8 @@ code {{ font-size: .85em; overflow-wrap: anywhere; }} pre {{ font-size: .78rem; 
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200030
 _PAGE = '''<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{title}</title>
 <style>{style}</style></head><body>{body}</body></html>
 '''
@@ -426,15 +445,14 @@ def page(
 )->str:
     "One self-contained page of an executed notebook: no code, no scripts, light or dark, for wide screens and narrow."
     body, _ = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True).from_notebook_node(nb)
-    kept = lambda m: m[0] if m[1] == 'style' and 'font-weight: bold' in m[0] else ''
-    body = re.sub(r'<(script|style)\b.*?</\1>', kept, body, flags=re.S)
+    body = clean_html(body)
     body = re.sub(r'(<table\b.*?</table>)', r'<div class="table">\1</div>', body, flags=re.S)
     links = ' '.join(f'<a href="#{i}">{t}</a>' for i, t in re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"',
                                                                       body))
-    title = re.search(r'^# (.*)', nb.cells[0].source)[1]
+    title = html.unescape(re.search(r'^# (.*)', nb.cells[0].source)[1])
     at = body.index('</h1>') + len('</h1>')
     body = f'{body[:at]}<nav>{links}</nav>{body[at:]}'
-    return _PAGE.format(title=html.escape(title), style=_STYLE.format(**STYLES), body=body)
+    return _PAGE.format(title=html.escape(title), policy=POLICY, style=_STYLE.format(**STYLES), body=body)
 
 # %% ../../nbs/82_evaluate.report.ipynb #d7f6326b
 def write_report(

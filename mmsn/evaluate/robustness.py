@@ -23,7 +23,7 @@ from .features import extract_features, feature_matrix
 from .metrics import bootstrap, interval, macro, metrics, subject_weights
 from .pairs import _complete, label_agreement, placements, references
 from .probes import fit_probe
-from .task import Task
+from .task import Task, too_few
 from ..options import InputError
 from ..views.images import blur
 from ..views.random import fold_in, make_key, normal, uniform
@@ -134,6 +134,11 @@ def _clean_probe(X, task, Cs=None):
     train, options = task.at('train', X), {} if Cs is None else dict(Cs=Cs)
     return fit_probe(X[train], task.labels[train], folds=5, subjects=task.subjects[train], **options)
 
+# %% ../../nbs/76_evaluate.robustness.ipynb #5a9ae637
+def _taught(task, X):
+    "The task without the labels that too few of its training patients with features X (N, d) teach."
+    return task.without(too_few(task.labels[task.at('train', X)]))
+
 # %% ../../nbs/76_evaluate.robustness.ipynb #a540aa7d
 def _tables(models, cohort, task, features, cache=None):
     "Clean feature tables by encoder, extracted where not given."
@@ -146,7 +151,7 @@ def _losses(y, scores, subjects, resamples, seed):
     """For a list of scores (n, K), the first of them clean: dictionaries of macro metrics, relative loss of AUROC,
     its interval."""
     found = [{m: float(macro(v[0])) for m, v in metrics(y, s).items()} for s in scores]
-    clean = found[0]['auroc']
+    clean = found[0]['auroc'] or np.nan          # of nothing there is no fraction to lose
     rows = [dict(f, relative_loss=(clean - f['auroc'])/clean, low=np.nan, high=np.nan) for f in found]
     if resamples:
         drawn = [macro(d['auroc']) for d in bootstrap(y, scores, subjects, resamples, seed)]
@@ -233,9 +238,10 @@ def robustness(
                                            for *_, options in steps]
             for name in _inputs_that_see(m.config, what, hit, inputs):
                 if name not in probes: probes[name] = _probes(m, cohort, task, clean, name, seed, cache, probe_masked)
+                asked = _taught(task, feature_matrix(clean, name))
                 here = _evaluable(feature_matrix(tables[0], name), cohort, task.rows[test], hit, what, m.config)
                 for suffix, probe in probes[name].items():
-                    rows = _corrupted_rows(task, tables, name, probe, here, resamples, seed)
+                    rows = _corrupted_rows(asked, tables, name, probe, here, resamples, seed)
                     names = dict(encoder=encoder + suffix, input=name, corruption=what, modality=', '.join(hit))
                     out += [names | dict(severity=s, level=l, **r, rows=int(here.sum()))
                             for (s, l), r in zip([(0., 0.), *(step[:2] for step in steps)], rows)]
@@ -279,11 +285,12 @@ def missing(
         names, alone = list(m.config.modalities), list(modalities or m.config.modalities)
         if len(names) < 2:
             raise InputError(f'{encoder} has one modality only ({names[0]}): nothing else can be missing')
-        probe, test = _clean_probe(feature_matrix(clean, 'joint'), task), task.at('test')
+        X, test = feature_matrix(clean, 'joint'), task.at('test')
+        probe, asked = _clean_probe(X, task), _taught(task, X)
         test = test[np.all([cohort.present(n)[task.rows[test]] for n in names], axis=0)]
         if not len(test): raise InputError(f'no test patient has all of {", ".join(names)}')
         tables = [clean.iloc[test], *_left_alone(m, cohort, task.rows[test], names, alone, cache)]
-        rows = _losses(task.labels[test], [probe.scores(feature_matrix(t, 'joint')) for t in tables],
+        rows = _losses(asked.labels[test], [probe.scores(feature_matrix(t, 'joint')) for t in tables],
                        task.subjects[test], resamples, seed)
         out += [dict(encoder=encoder, input='joint', seen=s, **r, rows=len(test))
                 for s, r in zip([' + '.join(names), *alone], rows)]
@@ -384,7 +391,7 @@ def retrieval(
     if len(rows) <= k:
         raise InputError(f'{len(rows)} patients have both {query} and {gallery}: retrieval at {k} needs more')
     subjects = cohort.samples.subject_id.to_numpy()[rows]
-    labels = None if task is None else cohort.label_matrix(task.names, rows)
+    labels = None if task is None else np.where(np.isnan(task.labels).all(0), np.nan, cohort.label_matrix(task.names, rows))
     for encoder, space, q, g in _with_controls(models, cohort, task, rows, query, gallery, seed, cache):
         row = _retrieval_row(q, g, subjects, labels, k, resamples, seed)
         out.append(dict(encoder=encoder, query=query, gallery=gallery, space=space) | row)

@@ -49,7 +49,7 @@ def _columns(path, columns):
         wanted = known.split('|')
         there = next((c for c in wanted if c in names), None)
         found.append((wanted[0], kind, there))
-        near = _near(wanted[0], names, 0)
+        near = _near(wanted[0], names)
         if there is None:
             rows.append((f'no column {wanted[0]}' + (f'; the nearest is {near}' if near else ''), 'missing'))
     return found, rows

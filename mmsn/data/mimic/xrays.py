@@ -20,8 +20,12 @@ from ..tables import _literal, _near, find_table, header, open_table, run
 from ...options import InputError
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #29d72697
-_TAKEN = """try_strptime(lpad(StudyDate::bigint::varchar, 8, '0') ||
-    lpad(floor(StudyTime)::bigint::varchar, 6, '0'), '%Y%m%d%H%M%S')"""
+_DATE = r"regexp_extract(trim(StudyDate), '^(\d{4})[-/.]?(\d{2})[-/.]?(\d{2})(?:\.0*| 00:00:00.*)?$', ['y', 'm', 'd'])"
+_CLOCK = r"regexp_extract(trim(StudyTime), '^(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\.\d*)?$', ['h', 'm', 's'])"
+_TAKEN = """try_strptime(day.y || day.m || day.d || case
+    when clock.h <> '' then lpad(clock.h, 2, '0') || clock.m || rpad(clock.s, 2, '0')
+    when seconds between 0 and 240000 then lpad(floor(seconds)::bigint::varchar, 6, '0') end, '%Y%m%d%H%M%S')"""
+_PARTS = f"(select *, {_DATE} as day, {_CLOCK} as clock, try_cast(nullif(StudyTime, '') as double) as seconds from metadata)"
 _POSITION = 'PatientOrientationCodeSequence_CodeMeaning'
 _METADATA = 'mimic-cxr-2.0.0-metadata'
 
@@ -33,21 +37,32 @@ def load_images(
     rows (what, count)."""
     known = _POSITION in header(find_table(mimic_cxr, _METADATA))
     open_table(con, mimic_cxr, _METADATA,
-               'subject_id bigint, study_id bigint, dicom_id varchar, ViewPosition varchar, StudyDate double, '
-               'StudyTime double' + f', {_POSITION} varchar'*known, view='metadata')
+               'subject_id bigint, study_id bigint, dicom_id varchar, ViewPosition varchar, StudyDate varchar, '
+               'StudyTime varchar' + f', {_POSITION} varchar'*known, view='metadata')
     run(con, f'''create or replace table images as select distinct subject_id, study_id, dicom_id,
         nullif(upper(trim(ViewPosition)), '') as view,
         {_POSITION if known else 'null::varchar'} as position,
-        case when StudyTime between 0 and 240000 then {_TAKEN} end as taken
-        from metadata where subject_id is not null and study_id is not null and dicom_id is not null''')
+        {_TAKEN} as taken
+        from {_PARTS} where subject_id is not null and study_id is not null and dicom_id is not null''')
     twice = con.execute('select dicom_id from images group by 1 having count(*) > 1 order by 1 limit 1').fetchall()
     if twice:
         raise InputError(f'{find_table(mimic_cxr, _METADATA)} holds image {twice[0][0]} twice with different facts: '
                          f'download it again')
+    _check_dates(con, find_table(mimic_cxr, _METADATA))
     (there,), = run(con, 'select count(*) from metadata').fetchall()
     kept, timeless = con.execute('select count(*), count(*) filter (taken is null) from images').fetchall()[0]
     return [('rows of metadata', there), ('dropped: no number, or there before', there - kept),
             ('without a time', timeless)]
+
+# %% ../../../nbs/22d_data.mimic.xrays.ipynb #5f762ab0
+def _check_dates(con, path):
+    "Raise InputError where most dates and times of the metadata cannot be read."
+    first = lambda column: f'any_value({column}) filter (t is null)'
+    n, bad, date, time = run(con, f"""select count(*), count(*) filter (t is null), {first('StudyDate')}, {first('StudyTime')}
+        from (select *, {_TAKEN} as t from {_PARTS} where trim(StudyDate) <> '' and trim(StudyTime) <> '')""").fetchone()
+    if bad*2 > n:
+        raise InputError(f'{path}: {bad} of {n} images have a StudyDate and StudyTime such as {date!r} and '
+                         f'{time!r}, which should be YYYYMMDD and HHMMSS')
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #3fe88837
 def _check_views(con, views):
@@ -147,12 +162,13 @@ _UNCERTAIN = dict(zeros='0', ones='1', ignore='null')
 
 def _label_rows(con, mimic_cxr, name, uncertain):
     "(studies, 14) labels of one table, indexed by study_id."
-    open_table(con, mimic_cxr, name, 'study_id bigint, ' + ', '.join(f'{_SAME.get(c, c)} double' for c in CHEXPERT),
+    open_table(con, mimic_cxr, name, 'study_id bigint, ' + ', '.join(f'{_SAME.get(c, c)} label' for c in CHEXPERT),
                view='labels')
-    odd = ' or '.join(f'"{c}" not in (-1, 0, 1)' for c in CHEXPERT)
+    odd = ' or '.join(f'isnan("{c}")' for c in CHEXPERT)
     strange = run(con, f'select study_id from labels where {odd} limit 1').fetchall()
     if strange:
-        raise InputError(f'{find_table(mimic_cxr, name)}, study {strange[0][0]}: a label should be 1, 0, -1 or empty')
+        raise InputError(f'{find_table(mimic_cxr, name)}, study {strange[0][0]}: a label should be 1, 0, -1 or '
+                         f'empty (true, false, yes, no)')
     one = ', '.join(f'(case when max("{c}") = 1 then 1 when min("{c}") = -1 then {_UNCERTAIN[uncertain]} else 0 '
                     f'end)::float as "{c}"'
                     for c in CHEXPERT)
