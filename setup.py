@@ -24,6 +24,7 @@ setup(
         trackers=['tensorboard', 'trackio', 'wandb', 'mlflow'],
         vision=['transformers', 'timm'],
         slurm=['submitit'],
+        dicom=['pydicom>=3'],
     ),
     packages=find_packages(include=['mmsn', 'mmsn.*']),
     package_data={'mmsn': ['presets/*.yaml', 'accelerate_configs/*.yaml', 'data/mimic/icd.csv.gz']},

@@ -75,7 +75,11 @@ class Teller:
     def __init__(self): self.start = time.perf_counter()
     def __call__(self, text): print(f'[{time.perf_counter() - self.start:6.1f} s] {text}', flush=True)
 
-# %% ../nbs/28_prepare.ipynb #9b65a5d0
+# %% ../nbs/28_prepare.ipynb #9c1bf128
+_LEFT = {'summary.csv': 'this summary', 'rejected.csv': 'images that could not be used',
+         'noted.csv': 'images that are used, but odd',
+         'duplicates.csv': 'images whose pixels are in another split too'}
+
 def attention(summary)->list:
     "Lines about what is not there: labels without a positive sample, modalities that no sample has."
     none = summary[summary['count'] == 0]
@@ -93,7 +97,7 @@ def finish(
         print(part)
         for what, count in zip(rows.what, rows['count']): print(f'  {count:>12,}  {what}')
     print(f'\n{Cohort.open(out)}')
-    for file, what in (('summary.csv', 'this summary'), ('rejected.csv', 'images that could not be used')):
+    for file, what in _LEFT.items():
         path = Path(out)/file
         if path.is_file() and len(path.read_text(encoding='utf-8').splitlines()) > 1: print(f'{path}: {what}')
     for line in attention(summary): say(f'attention: {line}')
@@ -173,7 +177,7 @@ def physionet2012(
                  lambda: prepare_physionet2012(source, out, ('vitals', 'labs') if vitals_labs else ('ehr',), seed,
                                                split))
 
-# %% ../nbs/28_prepare.ipynb #ec5a8784
+# %% ../nbs/28_prepare.ipynb #ba3a21d3
 def nih(
     source,                # folder with the tables and images/
     out,                   # folder of the cohort; new, or empty
@@ -182,6 +186,8 @@ def nih(
     workers:int=2,         # processes that decode images
     # CSV files with patient_id (or subject_id),split, by commas; without it test_list.txt where it is, or a hash
     split:str=None,
+    most_bad:float=.01,    # share of images that may be unusable; they are dropped and listed
+    most_shared:float=.01,  # share of images whose very pixels another split may hold too
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "NIH ChestX-ray14."
@@ -189,9 +195,10 @@ def nih(
     if split is None and (Path(source)/'test_list.txt').is_file():
         lines.append('test_list.txt says who tests, a hash of the patient divides the rest; --split FILE for others')
     return _make(out, overwrite, say, lines,
-                 lambda: prepare_nih(source, out, size, seed, workers, split))
+                 lambda: prepare_nih(source, out, size, seed, workers, split, most_bad=most_bad,
+                                     most_shared=most_shared, say=say))
 
-# %% ../nbs/28_prepare.ipynb #8760f3e1
+# %% ../nbs/28_prepare.ipynb #ce97f8b9
 def iu(
     source,                # folder with the tables and images/
     out,                   # folder of the cohort; new, or empty
@@ -200,16 +207,19 @@ def iu(
     workers:int=2,         # processes that decode images
     # CSV files with uid (or subject_id),split, separated by commas; without it a hash of the report decides
     split:str=None,
+    most_bad:float=.01,    # share of images that may be unusable; they are dropped and listed
+    most_shared:float=.01,  # share of images whose very pixels another split may hold too
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "Indiana University chest X-rays, frontal (for internal tests: CC BY-NC-ND)."
     return _make(out, overwrite, say, [f'reading {source}, images to {size} x {size} pixels, into {out}'],
-                 lambda: prepare_iu(source, out, size, seed, workers, split))
+                 lambda: prepare_iu(source, out, size, seed, workers, split, most_bad=most_bad,
+                                    most_shared=most_shared, say=say))
 
-# %% ../nbs/28_prepare.ipynb #ed861972
+# %% ../nbs/28_prepare.ipynb #7763f351
 def images(
     csv,                   # a row an image
-    folder,                # of the images
+    folder,                # of the images (JPEG, PNG, TIFF, WebP, …; DICOM with pip install mmsn[dicom])
     out,                   # folder of the cohort; new, or empty
     size:int=224,          # side of the stored images in pixels
     id:str='image',        # column of the file name, relative to FOLDER, with or without ending
@@ -222,12 +232,14 @@ def images(
     modality:str='cxr',    # name of the image modality
     seed:int=0,            # of the division into train, val and test by subject
     workers:int=2,         # processes that decode images
+    most_bad:float=.01,    # share of images that may be unusable; they are dropped and listed
+    most_shared:float=.01,  # share of images whose very pixels another split may hold too
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "Any folder of images with a CSV that has a row an image."
     lines = [] if subject else ['no --subject: every image counts as a patient of its own']
     options = dict(subject_column=subject, split_column=split, labels=labels, facts=facts, fit=fit, modality=modality,
-                   name=name, seed=seed, workers=workers)
+                   name=name, seed=seed, workers=workers, most_bad=most_bad, most_shared=most_shared, say=say)
     lines.append(f'reading {csv}, images of {folder} to {size} x {size} pixels, into {out}')
     return _make(out, overwrite, say, lines, lambda: prepare_images(csv, folder, out, size, id, **options))
 

@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'TABLES', 'CXR_TABLES', 'UNITS', 'MimicOptions', 'read_optio
            'stay_labels', 'image_labels', 'make_rows', 'stay_cohort', 'xray_cohort', 'complete', 'provenance',
            'prepare_mimic']
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #660736f6
+# %% ../../../nbs/22e_data.mimic.prepare.ipynb #b09b384c
 import json, os, shutil, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastcore.basics import patch
 
 from ...config import _nearest, build
 from ..cohort import SPLITS, offsets
+from ..duplicates import check_shared
 from ..images import store_images
 from .channels import channel_set
 from .events import fates, first_event, scan_events, unread, used_rows, write_series
@@ -289,7 +290,7 @@ def read_events(job:Preparation)->Path:
         job.say(f'WARNING: {line}')
     return folder
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #56bd84a5
+# %% ../../../nbs/22e_data.mimic.prepare.ipynb #ed5c56a7
 def decode_images(job:Preparation, writer, images)->pd.DataFrame:
     "Store `images` in the modality cxr; returns those that could be read, with their `cxr_index`."
     o = job.o
@@ -298,6 +299,8 @@ def decode_images(job:Preparation, writer, images)->pd.DataFrame:
                           writer.add_images('cxr', o.image_size, o.image_size), root=job.cxr,
                           workers=o.workers, resume=job.work/'images')
     if stored.reused: job.say(f'images: {stored.reused:,} of {len(images):,} kept from an earlier run')
+    job.pixels = stored.prints[stored.index >= 0]                  # by cxr_index
+    job.count('images', [(f'used, but {note}', n) for note, n in stored.noted.note.value_counts().items()])
     images = images.assign(cxr_index=stored.index)
     good = images[images.cxr_index >= 0].reset_index(drop=True)
     job.count('images', [('dropped: not readable', len(images) - len(good)), ('stored', len(good))])
@@ -468,13 +471,17 @@ def xray_cohort(job:Preparation, writer)->tuple:
 # columns that a cohort has elsewhere, or does not need
 _INNER = ('stay', 'age', 'male', 'intime', 'read', 'view', 'position')
 
-# %% ../../../nbs/22e_data.mimic.prepare.ipynb #202de3ca
+# %% ../../../nbs/22e_data.mimic.prepare.ipynb #4898fcf3
 def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     "Split, reports and labels; closes the cohort; returns the summary (part, what, count)."
     o = job.o
     split = lists_of(official_split(job.con, job.cxr), 'the split of MIMIC-CXR') if o.split == 'cxr' else o.split
     rows = rows.assign(split=divide(rows.subject_id, split, o.seed))
     job.count('samples', split_counts(rows.subject_id, split))
+    if 'cxr_index' in rows:
+        shown = rows[rows.cxr_index >= 0].drop_duplicates('cxr_index')
+        job.rows += check_shared(job.pixels[shown.cxr_index], shown.split, shown.dicom_id.to_numpy(), 'cxr',
+                                 writer.part, most=1)
     if o.reports:
         reports = load_reports(o.reports, rows[rows.cxr_index >= 0].drop_duplicates('study_id'))
         reports.to_parquet(writer.part/'reports.parquet', index=False)

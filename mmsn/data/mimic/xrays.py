@@ -133,15 +133,23 @@ def all_images(
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #18c88c81
 def _folder(subject, study): return f'files/p{str(subject)[:2]}/p{subject}/s{study}'
 
-# %% ../../../nbs/22d_data.mimic.xrays.ipynb #f3715870
+# %% ../../../nbs/22d_data.mimic.xrays.ipynb #6c21522c
+def _with_ending(folder, stems):
+    "Paths of images: `.jpg`, or `.dcm` where that is what the first hundred have (MIMIC-CXR itself)."
+    def there(ending): return any((Path(folder)/f'{s}{ending}').is_file() for s in stems[:100])
+    ending = '.dcm' if not there('.jpg') and there('.dcm') else '.jpg'
+    return [s + ending for s in stems]
+
+# %% ../../../nbs/22d_data.mimic.xrays.ipynb #f95dc615
 def image_paths(
     mimic_cxr,            # the folder
     images:pd.DataFrame,  # subject_id, study_id, dicom_id
 )->list:
     "Path of each image below `mimic_cxr`, in the layout that is there; raises InputError where there is none."
     if (Path(mimic_cxr)/'files').is_dir():
-        return [f'{_folder(s, t)}/{d}.jpg' for s, t, d in zip(images.subject_id, images.study_id, images.dicom_id)]
-    if (Path(mimic_cxr)/'resized').is_dir(): return [f'resized/{d}.jpg' for d in images.dicom_id]
+        stems = [f'{_folder(s, t)}/{d}' for s, t, d in zip(images.subject_id, images.study_id, images.dicom_id)]
+        return _with_ending(mimic_cxr, stems)
+    if (Path(mimic_cxr)/'resized').is_dir(): return _with_ending(mimic_cxr, [f'resized/{d}' for d in images.dicom_id])
     raise InputError(f'no images in {mimic_cxr}: it should hold files/ (as downloaded) or resized/')
 
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #69d28cac
