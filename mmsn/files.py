@@ -6,8 +6,8 @@ A cohort, a run and an encoder are folders that live for years: they are copied 
 
 # %% auto #0
 __all__ = ['sha256', 'sha256_of', 'verify_once', 'read_json', 'seal', 'check_seal', 'is_number', 'is_whole', 'read_tensors',
-           'write_sealed', 'read_columns', 'read_sealed', 'born', 'beside', 'abandoned', 'fsync', 'fsync_files',
-           'sweep', 'swap_in']
+           'not_finite', 'write_sealed', 'read_columns', 'read_sealed', 'born', 'beside', 'abandoned', 'fsync',
+           'fsync_folder', 'sweep', 'swap_in']
 
 # %% ../nbs/03_files.ipynb #6524d87e
 import hashlib, json, os, platform, re, shutil
@@ -141,7 +141,7 @@ def is_whole(
     "Whether `x` is a whole number from `low` to `high`; not a bool."
     return isinstance(x, int) and not isinstance(x, bool) and low <= x <= high
 
-# %% ../nbs/03_files.ipynb #15e488fa
+# %% ../nbs/03_files.ipynb #2809da0b
 def read_tensors(
     path,                          # .safetensors
     remedy:str='copy it again',
@@ -149,13 +149,19 @@ def read_tensors(
     "Name -> tensor; raises InputError for another file."
     from safetensors import SafetensorError           # not at the top: preparing needs no torch
     from safetensors.torch import load_file
-    if Path(path).is_symlink(): raise InputError(f'{path} is a link: refused')
     try: return load_file(path)
     except OSError as e: raise InputError(f'{path} is missing or cannot be read ({e.strerror or e}): {remedy}')
     except (SafetensorError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError) as e:
         reason = " ".join(str(e).split())[:80] or type(e).__name__
         raise InputError(f'{path} is not a safetensors file ({reason}); other formats are refused because they can '
                          f'run code')
+
+# %% ../nbs/03_files.ipynb #c940b0d3
+def not_finite(
+    tensors:dict,  # name -> tensor
+)->str:
+    "The first tensor that holds an infinity or NaN; '' if none does."
+    return next((k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()), '')
 
 # %% ../nbs/03_files.ipynb #7414bb2b
 def _table_hash(
@@ -188,13 +194,13 @@ def write_sealed(
         temporary.replace(path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/03_files.ipynb #cf58e5f2
+# %% ../nbs/03_files.ipynb #cf6de9fa
 _UNREADABLE = OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, MemoryError, OverflowError, RecursionError
 
 def read_columns(
     path,                          # parquet
     remedy:str='make it again',    # end of the message
-    at_once:int=8,                 # columns
+    at_once:int=4,                 # columns
 )->tuple:                          # (DataFrame, metadata of the file)
     "A table, a few columns at a time, so that little memory is needed besides its own. Raises InputError."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -248,14 +254,14 @@ def abandoned(folder:Path)->list:
         if birth is None or abs(birth - int(mark[3])) >= 1000: found.append(left)
     return found
 
-# %% ../nbs/03_files.ipynb #45e73471
+# %% ../nbs/03_files.ipynb #f4cf62cd
 def fsync(path):
     "Flush one file or folder to disk."
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
 
-def fsync_files(folder:Path):
+def fsync_folder(folder:Path):
     "Flush every file of `folder`, and the folder itself, to disk."
     for path in [*folder.rglob('*'), folder]: fsync(path)
 

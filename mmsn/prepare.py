@@ -11,7 +11,7 @@ __all__ = ['free_place', 'replacing', 'Teller', 'finish', 'synthetic', 'mimic', 
            'medfuse', 'meds', 'join', 'parser', 'main']
 
 # %% ../nbs/28_prepare.ipynb #807f3b09
-import argparse, inspect, re, shutil, tempfile, time, typing
+import argparse, inspect, re, tempfile, time, typing
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +30,8 @@ from .data.mimic.prepare import MimicOptions, _CHOICES, TASKS, prepare_mimic
 from .data.physionet import prepare_physionet2012
 from .data.synthetic import LABELS, synthesise
 from .data.synthetic_mimic import write_mimic
+from .data.writer import replacing_cohort
+from .files import sweep
 from .options import InputError
 
 # %% ../nbs/28_prepare.ipynb #1b7f5f99
@@ -50,20 +52,11 @@ def free_place(
 
 # %% ../nbs/28_prepare.ipynb #a4c0a480
 @contextmanager
-def replacing(out, overwrite:bool=False):
-    "Keep an earlier cohort at `out` aside while the block makes a new one; put it back if the block fails."
+def replacing(out, overwrite:bool=False, say=None):
+    "Let the block make a cohort at `out`; an earlier one there stays until the new one is whole."
+    if Path(out).name not in ('', '..'): sweep(Path(out), say or len)
     free_place(out, overwrite)
-    out = Path(out)
-    if not (out/'cohort.json').is_file():
-        yield
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f'.{out.name}-earlier-', dir=out.parent))
-    out.rename(aside/out.name)
-    try: yield
-    except BaseException:
-        (aside/out.name).rename(out)
-        raise
-    finally: shutil.rmtree(aside, ignore_errors=True)
+    with replacing_cohort(out): yield
 
 # %% ../nbs/28_prepare.ipynb #ec948c9f
 class Teller:
@@ -91,7 +84,7 @@ def finish(
 # %% ../nbs/28_prepare.ipynb #79204741
 def _make(out, overwrite, say, lines, read)->Cohort:
     "The cohort that `read`, which returns a summary, writes at `out`; `lines` are said first."
-    with replacing(out, overwrite):
+    with replacing(out, overwrite, say):
         for line in lines if say else (): say(line)
         summary = read()
         if isinstance(say, Teller): finish(say, summary, out)
@@ -394,6 +387,13 @@ def _reverse(folder, out, task, modality, say):
     summary = write_medfuse(folder, out, task, modality=modality)
     for what, count in summary[['what', 'count']].itertuples(index=False): print(f'  {count:>12,}  {what}')
 
+# %% ../nbs/28_prepare.ipynb #383eb59f
+def _verify(cohort, seal, say):
+    "Compare every file of a cohort with its hash, and seal it if asked."
+    opened = Cohort.open(cohort)
+    opened.add_seal() if seal else opened.verify()
+    say(f'{cohort}: {len(opened.meta["files"])} files are what was written{", sealed" if "seal" in opened.meta else ", not sealed (--seal)"}')
+
 # %% ../nbs/28_prepare.ipynb #b606e119
 def parser():
     "The parser of `mmsn-prepare`."
@@ -409,6 +409,13 @@ def parser():
                          (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set'),
                          (join, 'cohorts that were prepared before')):
         _add_source(sub, source, text)
+    for made in sub.choices.values():
+        made.add_argument('--verify', action='store_true',
+                          help='read the finished cohort back and compare every file with its hash')
+    v = sub.add_parser('verify', help='compare a cohort with its hashes', description=_verify.__doc__)
+    v.add_argument('cohort', metavar='COHORT', help='folder of a cohort')
+    v.add_argument('--seal', action='store_true', help='also seal cohort.json of a cohort of an older version')
+    v.set_defaults(prepare=_verify)
     sub.choices['medfuse'].add_argument(
         '--reverse', action='store_true',
         help='the other way: FOLDER is a cohort of the 17 channels, written as such a folder to OUT')
@@ -421,12 +428,14 @@ def main(
 ):
     "Prepare a cohort; exits with code 2 and one line if the input is wrong."
     words, say = vars(parser().parse_args(argv)), Teller()
-    prepare = words.pop('prepare')
+    prepare, verify = words.pop('prepare'), words.pop('verify', False)
+    if prepare is _verify: return _verify(**words, say=say)
     if words.pop('check', False): return _check(words['mimic_iv'], words['mimic_cxr'], say)
     if words.pop('reverse', False): return _reverse(*(words[k] for k in ('folder', 'out', 'task', 'modality')), say)
     if words['out'] is None:
         raise InputError('OUT is missing: give the folder of the cohort, or --check to look at the files only')
     prepare(**words, say=say)
+    if verify: _verify(words['out'], False, say)
 
 # %% ../nbs/28_prepare.ipynb #4f1e1a7a
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in JupyterLab

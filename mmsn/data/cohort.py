@@ -118,6 +118,14 @@ def _position(name, kind):
     "Columns that say where a modality's data lie."
     return [f'{name}_start', f'{name}_length'] if kind == 'timeseries' else [f'{name}_index']
 
+# %% ../../nbs/10_data.cohort.ipynb #b2926801
+def _torn(subject, split):
+    "The subjects that are in more than one split, in the order of their second."
+    of, split = pd.factorize(subject)[0], sum((split == s).to_numpy()*np.int8(i) for i, s in enumerate(SPLITS))
+    first = np.full(of.max(initial=-1) + 1, -1, np.int8)
+    first[of[::-1]] = split[::-1]                       # the first row of a subject comes last, and stays
+    return subject[split != first[of]].drop_duplicates()
+
 # %% ../../nbs/10_data.cohort.ipynb #f7bbbae3
 def check_samples(
     samples,       # the table
@@ -133,13 +141,13 @@ def check_samples(
     holes = [c for c in need if c not in labels and samples[c].isna().any()]
     if holes: raise InputError(f'{where} has empty cells in {holes[0]!r}: only labels may be unknown')
     if samples.empty: raise InputError(f'{where} is empty')
-    double = samples.sample_id[samples.sample_id.duplicated()]
+    ids = np.sort(samples.sample_id) if samples.sample_id.dtype == np.int64 else None     # less memory than a hash table
+    double = samples.sample_id[samples.sample_id.duplicated() if ids is None or (ids[1:] == ids[:-1]).any() else slice(0)]
     if len(double):
         raise InputError(f'{where} holds {len(double)} duplicate sample_id, such as {double.iloc[0]}: ids must be unique')
     strange = samples.split[~samples.split.isin(SPLITS)]
     if len(strange): raise InputError(f'{where} has the split {strange.iloc[0]!r}: use {", ".join(SPLITS)}')
-    pairs = samples[['subject_id', 'split']].drop_duplicates()
-    torn = pairs.subject_id[pairs.subject_id.duplicated()]
+    torn = _torn(samples.subject_id, samples.split)
     if len(torn):
         raise InputError(f'{where} has {len(torn)} subjects in more than one split, such as {torn.iloc[0]}: split by subject')
     for name, (kind, n) in kinds.items():

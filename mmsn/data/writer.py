@@ -32,7 +32,7 @@ import mmsn
 from .cohort import Cohort, FORMAT, SPLITS, _json, _position, _short, check_samples
 from .cohort import offsets, open_array, ranges, sha256
 from .entries import check_meta
-from ..files import beside, fsync_files, seal, swap_in, sweep
+from ..files import beside, fsync_folder, seal, swap_in, sweep
 from ..options import InputError
 
 # %% ../../nbs/11_data.writer.ipynb #63f7b22a
@@ -254,7 +254,7 @@ def close(self:CohortWriter,
         self.meta['files'] = {p.name: dict(bytes=p.stat().st_size, sha256=h.result()) for p, h in hashes.items()}
         check_meta(self.meta, f'the description of {self.meta["name"]}')
         (self.part/'cohort.json').write_text(_json(seal(self.meta)), encoding='utf-8')
-        if self.folder.exists(): fsync_files(self.part)     # before an earlier cohort goes
+        if self.folder.exists(): fsync_folder(self.part)     # before an earlier cohort goes
         swap_in(self.part, self.folder)
     finally: self.abort()
     return Cohort.open(self.folder)
