@@ -127,6 +127,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mmsn.data.cohort.ModalityInfo.std': ('data.cohort.html#modalityinfo.std', 'mmsn/data/cohort.py'),
                                   'mmsn.data.cohort.ModalityInfo.to_dict': ('data.cohort.html#modalityinfo.to_dict', 'mmsn/data/cohort.py'),
                                   'mmsn.data.cohort.ModalityInfo.width': ('data.cohort.html#modalityinfo.width', 'mmsn/data/cohort.py'),
+                                  'mmsn.data.cohort._are_labels': ('data.cohort.html#_are_labels', 'mmsn/data/cohort.py'),
                                   'mmsn.data.cohort._check_hashes': ('data.cohort.html#_check_hashes', 'mmsn/data/cohort.py'),
                                   'mmsn.data.cohort._check_sizes': ('data.cohort.html#_check_sizes', 'mmsn/data/cohort.py'),
                                   'mmsn.data.cohort._json': ('data.cohort.html#_json', 'mmsn/data/cohort.py'),

@@ -208,15 +208,20 @@ def _restore(self:Trainer, model, optimizer, tensors, state):
     "Put a checkpoint back; returns its step."
     where, mine = f'the checkpoint of step {state["step"]} in {self.run}', model.state_dict()
     for part in ('model', 'optimizer'):
-        if part not in tensors: raise InputError(f'{where} has no {part}: remove it to resume from the one before')
+        # with fp16 the first steps may all have been skipped
+        skipped = part == 'optimizer' and (not state['step'] or self.config.train.mixed_precision == 'fp16')
+        if not tensors.get(part) and not skipped:
+            raise InputError(f'{where} has no {part}: remove it to resume from the one before')
+    if odd := sorted(set(mine) ^ set(tensors['model'])):      # torch overlooks a missing counter of batches
+        raise InputError(f'{where} does not fit the config ({odd[0]}): remove it to resume from the one before')
     for name, t in tensors['model'].items():
-        if name in mine and t.dtype != mine[name].dtype:
+        if t.dtype != mine[name].dtype:
             raise InputError(f'{where}: {name} is {t.dtype}, not {mine[name].dtype}: remove it to resume from the one before')
     try: model.load_state_dict(tensors['model'])
     except RuntimeError as e:
         raise InputError(f'{where} does not fit the config ({" ".join(str(e).split())[:150]}): remove it to resume '
                          f'from the one before')
-    load_optimizer_tensors(optimizer, tensors['optimizer'], self.names)
+    load_optimizer_tensors(optimizer, tensors.get('optimizer', {}), self.names)
     return state['step']
 
 # %% ../nbs/64_loop.ipynb #e36ab576
@@ -268,7 +273,7 @@ def save(self:Trainer):
         best = {t.keep_best: self.metrics.mean(t.keep_best, self.step - t.checkpoint_every)} if t.keep_best else {}
         tensors = dict(model=model.state_dict(), optimizer=optimizer_tensors(optimizer, self.names))
         state = dict(total=self.total, config=run_hash(self.config), cohort=self.cohort.hash, metrics=best,
-                     rows=self.metrics.digest.hexdigest(),
+                     rows=f'{self.step}:{self.metrics.digest.hexdigest()}',
                      processes=self.accelerator.num_processes, mmsn=mmsn.__version__, torch=torch.__version__)
         save_checkpoint(self.run/'checkpoints', self.step, tensors, state, t.keep_last, t.keep_every, t.keep_best)
         model.save_pretrained(self.run/'encoder')

@@ -458,7 +458,7 @@ def _read(source):
         for name, d in about['modalities'].items(): check_modality(name, d, path)
         infos = {name: ModalityInfo.from_dict(name, d) for name, d in about['modalities'].items()}
         config = check(build(Config, about.get('config')))
-    except InputError: raise
+    except InputError as e: raise InputError(f'{path}: {str(e)[:300]}')
     # a file from elsewhere fails in many ways
     except Exception as e: raise InputError(f'{path} is damaged ({type(e).__name__}: {str(e)[:80]}): {remedy}')
     state = read_tensors(folder/'model.safetensors', remedy)
@@ -476,6 +476,9 @@ def _check_fit(cls, config, infos, state, source):
         with torch.device('meta'): wanted = cls(config, infos).state_dict()          # shapes without numbers
     except InputError: raise
     except Exception as e: raise InputError(f'{source}: no model can be built from its config.json ({str(e)[:80]})')
+    ours = tuple(f'{a}.' for a in ('online', 'head', *(f'spaces.{m}.head' for m in spaces(config))))
+    if lacking := [k for k in wanted if k not in state and not k.startswith(ours)]:
+        raise InputError(f'the weights in {source} do not fit its config.json: {lacking[0]} is missing')
     for name, t in state.items():
         w = wanted.get(name)
         if w is None or w.shape != t.shape or w.dtype != t.dtype:

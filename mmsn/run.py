@@ -92,7 +92,7 @@ def run_config(
     "The config that a run was started with; raises InputError where it cannot be read, or was changed since."
     path, started = Path(run)/'config.yaml', read_run(run).get('config')
     try: written, config = OmegaConf.to_container(OmegaConf.load(path)), load_config(path, overrides)
-    except InputError: raise
+    except InputError as e: raise InputError(str(e)[:400])
     # a file from elsewhere fails in many ways
     except Exception as e: raise InputError(f'{path} is no config of a run ({type(e).__name__}): bring it back')
     if started not in (None, _hash(written)):
@@ -219,7 +219,7 @@ def _row(line):
 def read_rows(
     path:Path,        # metrics.jsonl
     step:int,         # of the checkpoint
-    digest:str=None,  # `Metrics.digest` of then
+    digest:str='',    # `step:digest` of then; that of another step says nothing
 )->list:
     "The rows up to `step`; raises InputError where they are not those that were written."
     lines, rows, remedy = path.read_bytes().splitlines() if path.is_file() else [], [], 'bring it back, or remove it to resume without its rows'
@@ -230,7 +230,8 @@ def read_rows(
             raise InputError(f'line {i + 1} of {path} is no row of metrics ({" ".join(str(e).split())[:60]}): {remedy}')
         if row['step'] <= step: rows.append(row)
     text = ''.join(json.dumps(r) + '\n' for r in rows)
-    if lines and digest not in (None, hashlib.sha256(text.encode()).hexdigest()):
+    of, _, wanted = (digest or '').partition(':')
+    if lines and of == str(step) and wanted != hashlib.sha256(text.encode()).hexdigest():
         raise InputError(f'{path} was changed since step {step} was saved: {remedy}')
     return rows
 

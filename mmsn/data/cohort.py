@@ -126,6 +126,12 @@ def _torn(subject, split):
     first[of[::-1]] = split[::-1]                       # the first row of a subject comes last, and stays
     return subject[split != first[of]].drop_duplicates()
 
+def _are_labels(column)->bool:
+    "Whether a column holds 1, 0 and nothing for unknown, and nothing else."
+    try: values = column.to_numpy(np.float32, na_value=np.nan)
+    except (ValueError, TypeError): return False
+    return bool(((values == 0) | (values == 1) | np.isnan(values)).all())
+
 # %% ../../nbs/10_data.cohort.ipynb #f7bbbae3
 def check_samples(
     samples,       # the table
@@ -141,6 +147,10 @@ def check_samples(
     holes = [c for c in need if c not in labels and samples[c].isna().any()]
     if holes: raise InputError(f'{where} has empty cells in {holes[0]!r}: only labels may be unknown')
     if samples.empty: raise InputError(f'{where} is empty')
+    if odd := next((c for c in labels if not _are_labels(samples[c])), None):
+        raise InputError(f'{where} has other values in the label {odd!r} than 1, 0 and NaN (unknown)')
+    if odd := next((c for c in ('sample_id', 'subject_id', *positions) if samples[c].dtype.kind not in 'iu'), None):
+        raise InputError(f'{where} should hold whole numbers in {odd!r}')
     ids = np.sort(samples.sample_id) if samples.sample_id.dtype == np.int64 else None     # less memory than a hash table
     double = samples.sample_id[samples.sample_id.duplicated() if ids is None or (ids[1:] == ids[:-1]).any() else slice(0)]
     if len(double):
