@@ -392,7 +392,8 @@ def _verify(cohort, seal, say):
     "Compare every file of a cohort with its hash, and seal it if asked."
     opened = Cohort.open(cohort)
     opened.add_seal() if seal else opened.verify()
-    say(f'{cohort}: {len(opened.meta["files"])} files are what was written{", sealed" if "seal" in opened.meta else ", not sealed (--seal)"}')
+    state = 'sealed' if 'seal' in opened.meta else 'not sealed (--seal)'
+    say(f'{cohort}: {len(opened.meta["files"])} files are what was written, {state}')
 
 # %% ../nbs/28_prepare.ipynb #b606e119
 def parser():

@@ -222,7 +222,8 @@ def read_rows(
     digest:str='',    # `step:digest` of then; that of another step says nothing
 )->list:
     "The rows up to `step`; raises InputError where they are not those that were written."
-    lines, rows, remedy = path.read_bytes().splitlines() if path.is_file() else [], [], 'bring it back, or remove it to resume without its rows'
+    lines, rows = path.read_bytes().splitlines() if path.is_file() else [], []
+    remedy = 'bring it back, or remove it to resume without its rows'
     for i, line in enumerate(lines):
         try: row = _row(line)
         except ValueError as e:

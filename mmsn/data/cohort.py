@@ -118,6 +118,15 @@ def _position(name, kind):
     "Columns that say where a modality's data lie."
     return [f'{name}_start', f'{name}_length'] if kind == 'timeseries' else [f'{name}_index']
 
+def _check_positions(samples, name, kind, n, where):
+    "Raise InputError unless every position of a modality lies within the `n` rows of its array."
+    first, *length = (samples[c] for c in _position(name, kind))
+    count = length[0] if length else (first >= 0).astype(int)
+    filled = count > 0
+    beyond = (first[filled] < 0).any() or (first[filled] > n - count[filled]).any()
+    if (count < 0).any() or beyond or (not length and (first < -1).any()):
+        raise InputError(f'{where} points outside the {n} rows of {name}')
+
 # %% ../../nbs/10_data.cohort.ipynb #b2926801
 def _torn(subject, split):
     "The subjects that are in more than one split, in the order of their second."
@@ -160,13 +169,7 @@ def check_samples(
     torn = _torn(samples.subject_id, samples.split)
     if len(torn):
         raise InputError(f'{where} has {len(torn)} subjects in more than one split, such as {torn.iloc[0]}: split by subject')
-    for name, (kind, n) in kinds.items():
-        first, *length = (samples[c] for c in _position(name, kind))
-        count = length[0] if length else (first >= 0).astype(int)
-        filled = count > 0
-        beyond = (first[filled] < 0).any() or (first[filled] + count[filled] > n).any()
-        if (count < 0).any() or beyond or (not length and (first < -1).any()):
-            raise InputError(f'{where} points outside the {n} rows of {name}')
+    for name, (kind, n) in kinds.items(): _check_positions(samples, name, kind, n, where)
 
 # %% ../../nbs/10_data.cohort.ipynb #a6fd8d26
 def _json(d)->str:
@@ -198,6 +201,13 @@ def _check_sizes(folder, meta):
         if not path.is_file(): raise InputError(f'{path} is missing: copy the cohort again')
         if path.stat().st_size != entry['bytes']:
             raise InputError(f'{path} has {path.stat().st_size} bytes, not {entry["bytes"]}: copy the cohort again')
+
+def _open_entry(folder, info):
+    "The array of an entry of `modalities`, of the type and shape that it says."
+    path = folder/info['file']
+    array = open_array(path)
+    check_array(array, info, path)
+    return array
 
 # %% ../../nbs/10_data.cohort.ipynb #25980d7d
 def _check_hashes(folder, meta, files, changed=None):
@@ -238,11 +248,7 @@ class Cohort:
 
     def array(self, name:str)->np.ndarray:
         "Memory map of one modality: (sum T, C), (N, H, W) or (N, F)."
-        if name not in self._arrays:
-            info = self.modalities[name].info
-            array = open_array(self.folder/info['file'])
-            check_array(array, info, self.folder/info['file'])
-            self._arrays[name] = array
+        if name not in self._arrays: self._arrays[name] = _open_entry(self.folder, self.modalities[name].info)
         return self._arrays[name]
 
     def _check(self):
