@@ -31,7 +31,7 @@ from .data.physionet import prepare_physionet2012
 from .data.synthetic import LABELS, synthesise
 from .data.synthetic_mimic import write_mimic
 from .data.writer import replacing_cohort
-from .files import sweep
+from .files import beside, sweep
 from .options import InputError
 
 # %% ../nbs/28_prepare.ipynb #1b7f5f99
@@ -114,7 +114,7 @@ def _by_files(patients, out, shown, image_size, seed, keep_files, say):
     files = out.with_name(f'{out.name}-files')
     if keep_files and files.exists(): raise InputError(f'{files} exists already: remove it, or leave out --keep-files')
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}-files-', dir=out.parent) as near:
+    with tempfile.TemporaryDirectory(prefix=beside(out), dir=out.parent) as near:
         folder = files if keep_files else Path(near)/'files'
         say(f'writing them as MIMIC-IV and MIMIC-CXR-JPG files to {folder}'
             + ('' if keep_files else ' (removed at the end)'))

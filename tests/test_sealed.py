@@ -276,3 +276,29 @@ def test_sealed_tables_of_every_kind(tmp_path):
         about = pq.read_schema(tmp_path/'t.parquet').metadata
         pq.write_table(pa.Table.from_pandas(other, preserve_index=False).replace_schema_metadata(about), tmp_path/'o.parquet')
         with pytest.raises(InputError, match='was changed'): read_sealed(tmp_path/'o.parquet')
+
+
+def test_stamps_of_stages_that_are_nonsense(tmp_path):
+    "A stage whose stamp is damaged is made again."
+    from mmsn.data.tables import Stages
+    made = lambda: Stages(tmp_path).make('rows', dict(a=1), lambda folder: (folder/'x').write_text('1'))
+    for text in ('[', '[1]', '7', '['*100_000, '{"sha256": 3}', ''):
+        (made()/'stage.json').write_text(text)
+        stages = Stages(tmp_path)
+        stages.make('rows', dict(a=1), lambda folder: (folder/'x').write_text('2'))
+        assert stages.reused == [] and (tmp_path/'rows'/'x').read_text() == '2'
+
+
+def test_a_killed_synthetic_preparation_leaves_nothing_for_long(tmp_path):
+    "The files that it wrote on the way go with the next start."
+    from mmsn import prepare
+    def die(*args): os.kill(os.getpid(), signal.SIGKILL)
+    pid = os.fork()
+    if not pid:
+        import mmsn.prepare
+        mmsn.prepare.prepare_mimic = die
+        try: prepare.synthetic(tmp_path/'cohort', patients=5)
+        finally: os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) and len(list(tmp_path.glob('.cohort-*'))) == 1
+    with replacing(tmp_path/'cohort'): toy_cohort(tmp_path/'cohort', n=30)
+    assert [p.name for p in tmp_path.iterdir()] == ['cohort']
