@@ -292,7 +292,7 @@ def test_stamps_of_stages_that_are_nonsense(tmp_path):
 def test_a_killed_synthetic_preparation_leaves_nothing_for_long(tmp_path):
     "The files that it wrote on the way go with the next start."
     from mmsn import prepare
-    def die(*args): os.kill(os.getpid(), signal.SIGKILL)
+    def die(*args, **options): os.kill(os.getpid(), signal.SIGKILL)
     pid = os.fork()
     if not pid:
         import mmsn.prepare
