@@ -56,7 +56,7 @@ def _about(source):
 def _is_transformers(folder):
     "Whether `folder` holds a ViTMSN."
     try: return json.loads((folder/'config.json').read_text(encoding='utf-8')).get('model_type') == 'vit_msn'
-    except (OSError, ValueError, AttributeError): return False
+    except (OSError, ValueError, AttributeError, RecursionError): return False
 
 # %% ../nbs/91_convert.ipynb #8df0d44a
 def save_transformers(

@@ -33,6 +33,7 @@ from .config import to_dict
 from .data.cohort import Cohort
 from .data.loader import loader
 from .early import EarlyWarning, verdict
+from .files import not_finite
 from .launch import hardest_rows, make_trackers, profiled, speed_options
 from .loss import gather
 from .model import MMSN
@@ -188,7 +189,7 @@ class Trainer:
         self.batch = config.optim.batch_size*self.started_on     # global micro-batch, whatever the number of processes now
         self.steps_per_epoch = steps_per_epoch(len(self.rows), config.optim, self.started_on)
         self.total = total_steps(config.optim, self.steps_per_epoch)
-        self.config, self.stop = config, False
+        self.config, self.stop, self.saved = config, False, saved[1] if saved else {}
         self.early = EarlyWarning(self.cohort, config) if t.probe_every and self.main else None
         torch.manual_seed(t.seed)
         model = MMSN.from_config(config, self.cohort)
@@ -205,8 +206,22 @@ class Trainer:
 @patch
 def _restore(self:Trainer, model, optimizer, tensors, state):
     "Put a checkpoint back; returns its step."
-    model.load_state_dict(tensors['model'])
-    load_optimizer_tensors(optimizer, tensors['optimizer'], self.names)
+    where, mine = f'the checkpoint of step {state["step"]} in {self.run}', model.state_dict()
+    for part in ('model', 'optimizer'):
+        # with fp16 the first steps may all have been skipped
+        skipped = part == 'optimizer' and (not state['step'] or self.config.train.mixed_precision == 'fp16')
+        if not tensors.get(part) and not skipped:
+            raise InputError(f'{where} has no {part}: remove it to resume from the one before')
+    if odd := sorted(set(mine) ^ set(tensors['model'])):      # torch overlooks a missing counter of batches
+        raise InputError(f'{where} does not fit the config ({odd[0]}): remove it to resume from the one before')
+    for name, t in tensors['model'].items():
+        if t.dtype != mine[name].dtype:
+            raise InputError(f'{where}: {name} is {t.dtype}, not {mine[name].dtype}: remove it to resume from the one before')
+    try: model.load_state_dict(tensors['model'])
+    except RuntimeError as e:
+        raise InputError(f'{where} does not fit the config ({" ".join(str(e).split())[:150]}): remove it to resume '
+                         f'from the one before')
+    load_optimizer_tensors(optimizer, tensors.get('optimizer', {}), self.names)
     return state['step']
 
 # %% ../nbs/64_loop.ipynb #e36ab576
@@ -247,14 +262,18 @@ def trial(self:Trainer, n:int):
 # %% ../nbs/64_loop.ipynb #f3041963
 @patch
 def save(self:Trainer):
-    "The metrics, a checkpoint and the exported encoder (main process)."
+    "The metrics, a checkpoint and the exported encoder (main process). Raises NonFinite where a weight is no number."
+    t, model = self.config.train, self.accelerator.unwrap_model(self.model)
+    if odd := not_finite(model.state_dict()):           # the same on every process
+        raise NonFinite(f'step {self.step}: {odd} holds values that are not finite; it is not saved, and the last '
+                        f'good checkpoint is untouched')
     if self.main:
-        t, model = self.config.train, self.accelerator.unwrap_model(self.model)
         optimizer = getattr(self.optimizer, 'optimizer', self.optimizer)
         self.metrics.flush()
         best = {t.keep_best: self.metrics.mean(t.keep_best, self.step - t.checkpoint_every)} if t.keep_best else {}
         tensors = dict(model=model.state_dict(), optimizer=optimizer_tensors(optimizer, self.names))
         state = dict(total=self.total, config=run_hash(self.config), cohort=self.cohort.hash, metrics=best,
+                     rows=f'{self.step}:{self.metrics.digest.hexdigest()}',
                      processes=self.accelerator.num_processes, mmsn=mmsn.__version__, torch=torch.__version__)
         save_checkpoint(self.run/'checkpoints', self.step, tensors, state, t.keep_last, t.keep_every, t.keep_best)
         model.save_pretrained(self.run/'encoder')
@@ -298,15 +317,29 @@ def log(self:Trainer, out, norm, values, sharpen, seconds):
     if self.config.train.tracker: a.log(row, step=self.step)
     return row
 
+# %% ../nbs/64_loop.ipynb #c481eea4
+@patch
+def _check_cohort(self:Trainer, verify):
+    "Compare what will be read with its hashes (main process); every process raises InputError where one file was changed."
+    error = None
+    if self.main:
+        try: self.cohort.check_unchanged(list(self.config.modalities), self.run, verify, tqdm.write)
+        except InputError as e: error = e
+    if _anywhere(self.accelerator, error is not None):
+        raise error or InputError(f'{self.cohort.folder} was changed since it was written: the first process says where')
+
 # %% ../nbs/64_loop.ipynb #f557cb25
 @patch
-def fit(self:Trainer):
-    "Train from the current step to the end, or until told to stop; returns the run's folder."
+def fit(self:Trainer,
+    verify:bool=False,   # read all files of the cohort again, also those that were compared before
+):
+    "Train from the current step to the end, or until told to stop; returns the run's folder. Raises InputError."
     self.accelerator.wait_for_everyone()          # nobody writes before everybody has looked
     with only_here(self.run) if self.main else nullcontext('') as other:
         if _anywhere(self.accelerator, bool(other)):
             raise InputError(f'{other or "another process"} is training in {self.run}: '
                              'wait for it to end, or choose another train.run')
+        self._check_cohort(verify)
         self._loop()
     return self.run
 

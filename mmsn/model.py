@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import mmsn
-from .config import build, check, spaces, to_dict
+from .config import _walk, build, check, spaces, to_dict
 from .data.cohort import Batch, ModalityInfo
+from .data.entries import check_modality
 from .encoders.fusion import JointEncoder
+from .files import check_seal, not_finite, read_json, read_tensors, seal, sha256
 from .heads import ProjectionHead, Space, _prior, _prototypes, prediction_head
 from .loss import assign, log_probs, msn_terms, smooth_log
 from .options import Config, InputError
@@ -395,7 +396,7 @@ _FORMAT = 'mmsn-encoder'
 def is_mmsn_encoder(folder):
     "Whether `folder` holds an encoder written by `save_pretrained`."
     try: return json.loads((Path(folder)/'config.json').read_text(encoding='utf-8')).get('format') == _FORMAT
-    except (OSError, ValueError, AttributeError): return False
+    except (OSError, ValueError, AttributeError, RecursionError): return False
 
 # %% ../nbs/53_model.ipynb #62656e87
 @patch
@@ -414,10 +415,12 @@ def save_pretrained(self:MMSN,
     try:
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()
                  if not k.startswith(tuple(f'{a}.' for a in self._followers()))}
+        if odd := not_finite(state): raise InputError(f'{odd} of the model is not finite: not written to {folder}')
         save_file(state, new/'model.safetensors', dict(format='pt'))
         infos = {name: info.to_dict() for name, info in self.infos.items()}
-        about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), modalities=infos)
-        (new/'config.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
+        about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), modalities=infos,
+                     weights=sha256(new/'model.safetensors'))
+        (new/'config.json').write_text(json.dumps(seal(about), indent=1), encoding='utf-8')
         if folder.exists(): folder.rename(old)
         new.rename(folder)
     finally:
@@ -445,17 +448,43 @@ def local_folder(
 def _read(source):
     "(config, infos, weights) of an exported encoder; raises InputError for anything else."
     folder = local_folder(source)
+    path, remedy = folder/'config.json', 'copy or export the encoder again'
     if not is_mmsn_encoder(folder):
         raise InputError(f'{source} is no encoder of mmsn: it should hold config.json and model.safetensors from '
                          f'save_pretrained')
-    about = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    try: infos = {name: ModalityInfo.from_dict(name, d) for name, d in about['modalities'].items()}
-    except (KeyError, TypeError, AttributeError) as e:
-        raise InputError(f'{source}/config.json is damaged ({e!r}): export the encoder again')
-    try: state = load_file(folder/'model.safetensors')
-    except (OSError, SafetensorError) as e:
-        raise InputError(f'{source}/model.safetensors cannot be read ({e}): copy or export the encoder again')
-    return check(build(Config, about.get('config'))), infos, state
+    about = read_json(path, remedy)
+    check_seal(about, path, remedy)
+    try:
+        for name, d in about['modalities'].items(): check_modality(name, d, path)
+        infos = {name: ModalityInfo.from_dict(name, d) for name, d in about['modalities'].items()}
+        config = check(build(Config, about.get('config')))
+    except InputError as e: raise InputError(f'{path}: {str(e)[:300]}')
+    # a file from elsewhere fails in many ways
+    except Exception as e: raise InputError(f'{path} is damaged ({type(e).__name__}: {str(e)[:80]}): {remedy}')
+    state = read_tensors(folder/'model.safetensors', remedy)
+    if about.get('weights') not in (None, sha256(folder/'model.safetensors')):
+        raise InputError(f'{folder}/model.safetensors was changed since it was written: {remedy}')
+    if odd := not_finite(state): raise InputError(f'{folder}/model.safetensors: {odd} is not finite: {remedy}')
+    return config, infos, state
+
+# %% ../nbs/53_model.ipynb #f91c3c32
+def _check_fit(cls, config, infos, state, source):
+    "Raise InputError unless the weights fit the config, before memory is reserved for what it asks for."
+    layers = max([v for path, v in _walk(config) if path.endswith(('.depth', '.layers'))], default=0)
+    try:
+        if layers > 16*len(state): raise ValueError(f'{layers} layers')
+        with torch.device('meta'): wanted = cls(config, infos).state_dict()          # shapes without numbers
+    except InputError: raise
+    except Exception as e: raise InputError(f'{source}: no model can be built from its config.json ({str(e)[:80]})')
+    ours = tuple(f'{a}.' for a in ('online', 'head', *(f'spaces.{m}.head' for m in spaces(config))))
+    if lacking := [k for k in wanted if k not in state and not k.startswith(ours)]:
+        raise InputError(f'the weights in {source} do not fit its config.json: {lacking[0]} is missing')
+    for name, t in state.items():
+        w = wanted.get(name)
+        if w is None or w.shape != t.shape or w.dtype != t.dtype:
+            what = 'nothing' if w is None else f'{w.dtype} {tuple(w.shape)}'
+            raise InputError(f'the weights in {source} do not fit its config.json: {name} is {t.dtype} '
+                             f'{tuple(t.shape)}, not {what}')
 
 # %% ../nbs/53_model.ipynb #bfde4f31
 @patch(cls_method=True)
@@ -464,6 +493,7 @@ def from_pretrained(cls:MMSN,
 ):
     "The model that `save_pretrained` wrote, in evaluation mode; raises InputError for anything else."
     config, infos, state = _read(source)
+    _check_fit(cls, config, infos, state, source)
     model = cls(config, infos)
     state |= {k.replace(b, a, 1): v for k, v in state.items() for a, b in model._followers().items()
               if k.startswith(f'{b}.')}

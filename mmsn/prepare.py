@@ -10,8 +10,8 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 __all__ = ['free_place', 'replacing', 'Teller', 'attention', 'finish', 'synthetic', 'mimic', 'physionet2012', 'nih', 'iu',
            'images', 'table', 'medfuse', 'meds', 'join', 'parser', 'main']
 
-# %% ../nbs/28_prepare.ipynb #0c8206b0
-import argparse, inspect, re, shutil, tempfile, time, typing
+# %% ../nbs/28_prepare.ipynb #c4438dac
+import argparse, inspect, re, tempfile, time, typing
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -34,6 +34,8 @@ from .data.synthetic import LABELS, synthesise
 from .data.times import TIME_UNITS
 from .data.synthetic_mimic import write_mimic
 from .data.yaib import is_yaib, prepare_yaib, table_words
+from .data.writer import replacing_cohort
+from .files import beside, sweep
 from .options import InputError
 
 # %% ../nbs/28_prepare.ipynb #1b7f5f99
@@ -54,20 +56,11 @@ def free_place(
 
 # %% ../nbs/28_prepare.ipynb #a4c0a480
 @contextmanager
-def replacing(out, overwrite:bool=False):
-    "Keep an earlier cohort at `out` aside while the block makes a new one; put it back if the block fails."
+def replacing(out, overwrite:bool=False, say=None):
+    "Let the block make a cohort at `out`; an earlier one there stays until the new one is whole."
+    if Path(out).name not in ('', '..'): sweep(Path(out), say or len)
     free_place(out, overwrite)
-    out = Path(out)
-    if not (out/'cohort.json').is_file():
-        yield
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f'.{out.name}-earlier-', dir=out.parent))
-    out.rename(aside/out.name)
-    try: yield
-    except BaseException:
-        (aside/out.name).rename(out)
-        raise
-    finally: shutil.rmtree(aside, ignore_errors=True)
+    with replacing_cohort(out): yield
 
 # %% ../nbs/28_prepare.ipynb #ec948c9f
 class Teller:
@@ -106,7 +99,7 @@ def finish(
 # %% ../nbs/28_prepare.ipynb #79204741
 def _make(out, overwrite, say, lines, read)->Cohort:
     "The cohort that `read`, which returns a summary, writes at `out`; `lines` are said first."
-    with replacing(out, overwrite):
+    with replacing(out, overwrite, say):
         for line in lines if say else (): say(line)
         summary = read()
         if isinstance(say, Teller): finish(say, summary, out)
@@ -132,13 +125,13 @@ def synthetic(
                  lambda: _by_files(synthesise(*draw), Path(out), out, image_size, seed, keep_files, say or len,
                                    split))
 
-# %% ../nbs/28_prepare.ipynb #4b843d00
+# %% ../nbs/28_prepare.ipynb #6d9f4c83
 def _by_files(patients, out, shown, image_size, seed, keep_files, say, split):
     "Write patients as MIMIC files, read these; returns the summary."
     files = out.with_name(f'{out.name}-files')
     if keep_files and files.exists(): raise InputError(f'{files} exists already: remove it, or leave out --keep-files')
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}-files-', dir=out.parent) as near:
+    with tempfile.TemporaryDirectory(prefix=beside(out), dir=out.parent) as near:
         folder = files if keep_files else Path(near)/'files'
         say(f'writing them as MIMIC-IV and MIMIC-CXR-JPG files to {folder}'
             + ('' if keep_files else ' (removed at the end)'))
@@ -457,7 +450,15 @@ def _draft(file, words, say):
     say(f'{len(drafted)} channels drafted to {file}: correct names, units, limits and normal values, remove what is no '
         f'measurement, then: mmsn-prepare table {words["table"]} {file} OUT')
 
-# %% ../nbs/28_prepare.ipynb #b606e119
+# %% ../nbs/28_prepare.ipynb #383eb59f
+def _verify(cohort, seal, say):
+    "Compare every file of a cohort with its hash, and seal it if asked."
+    opened = Cohort.open(cohort)
+    opened.add_seal() if seal else opened.verify()
+    state = 'sealed' if 'seal' in opened.meta else 'not sealed (--seal)'
+    say(f'{cohort}: {len(opened.meta["files"])} files are what was written, {state}')
+
+# %% ../nbs/28_prepare.ipynb #03af1b84
 def parser():
     "The parser of `mmsn-prepare`."
     p = argparse.ArgumentParser(
@@ -472,6 +473,13 @@ def parser():
                          (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set'),
                          (join, 'cohorts that were prepared before')):
         _add_source(sub, source, text)
+    for made in sub.choices.values():
+        made.add_argument('--verify', action='store_true',
+                          help='read the finished cohort back and compare every file with its hash')
+    v = sub.add_parser('verify', help='compare a cohort with its hashes', description=_verify.__doc__)
+    v.add_argument('cohort', metavar='COHORT', help='folder of a cohort')
+    v.add_argument('--seal', action='store_true', help='also seal cohort.json of a cohort of an older version')
+    v.set_defaults(prepare=_verify)
     sub.choices['medfuse'].add_argument(
         '--reverse', action='store_true',
         help='the other way: FOLDER is a cohort of the 17 channels, written as such a folder to OUT')
@@ -481,7 +489,7 @@ def parser():
              'CHANNELS and OUT may be left out')
     return p
 
-# %% ../nbs/28_prepare.ipynb #662283d1
+# %% ../nbs/28_prepare.ipynb #020bcec7
 def _parsed(argv):
     "The words of the command as a dictionary; argparse's own error for words that are not known."
     p = parser()
@@ -497,13 +505,15 @@ def main(
 ):
     "Prepare a cohort; exits with code 2 and one line if the input is wrong."
     words, say = _parsed(argv), Teller()
-    prepare = words.pop('prepare')
+    prepare, verify = words.pop('prepare'), words.pop('verify', False)
+    if prepare is _verify: return _verify(**words, say=say)
     if words.pop('check', False): return _check(words['mimic_iv'], words['mimic_cxr'], say)
     if words.pop('reverse', False): return _reverse(*(words[k] for k in ('folder', 'out', 'task', 'modality')), say)
     if (draft := words.pop('draft', None)) is not None: return _draft(draft, words, say)
     if words['out'] is None and prepare is not table:
         raise InputError('OUT is missing: give the folder of the cohort, or --check to look at the files only')
     prepare(**words, say=say)
+    if verify: _verify(words['out'], False, say)
 
 # %% ../nbs/28_prepare.ipynb #4f1e1a7a
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in JupyterLab

@@ -241,7 +241,8 @@ def _from_file(path):
 def _json(path):
     "The dictionary in a JSON file; raises InputError."
     try: content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise InputError(f'{path} cannot be read as JSON ({type(e).__name__})')
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f'{path} cannot be read as JSON ({type(e).__name__})')
     if not isinstance(content, dict): raise InputError(f'{path} should hold names and values')
     return content
 

@@ -34,6 +34,7 @@ from .seed_config import read_seed_config
 def train(
     config:Config,           # from `load_config`
     cohort:Cohort=None,      # already open; otherwise data.cohort is opened
+    verify:bool=False,       # compare every file of the cohort with its hash, also those that were compared before
 )->Path:
     "Pretrain as `config` says; returns the run's folder. The same call resumes an interrupted run."
     from mmsn.loop import Trainer
@@ -45,7 +46,7 @@ def train(
         f'{trainer.total} steps of {size} on {a.num_processes} × {a.device.type}')
     for line in trainer.taken: say(f'started from weights: {line}')
     if trainer.step: say(f'resuming from step {trainer.step} of {trainer.total}')
-    run = trainer.fit()
+    run = trainer.fit(verify)
     end = 'stopped at' if trainer.step < trainer.total else 'finished'
     say(f'{end} step {trainer.step}: metrics {run}/metrics.csv, encoder {run}/encoder')
     return run
@@ -172,6 +173,8 @@ def _parser():
                    help='build everything, take two steps, say what the run would cost; nothing is written')
     p.add_argument('--find-batch', action='store_true',
                    help='find the largest optim.batch_size that fits in memory; nothing is written')
+    p.add_argument('--verify', action='store_true',
+                   help='compare every file of the cohort with its hash first, also those that were compared before')
     p.add_argument('--seed-config', metavar='FILE',
                    help='a training file of the earlier academic code, in the place of a config')
     return p
@@ -202,7 +205,7 @@ def main(argv=None):
         start_processes(n, words)
     say_notes(notes)
     from mmsn.loop import NonFinite
-    try: look_ahead(config, args.find_batch) if args.dry_run or args.find_batch else train(config)
+    try: look_ahead(config, args.find_batch) if args.dry_run or args.find_batch else train(config, verify=args.verify)
     except NonFinite as e: raise SystemExit(f'mmsn: {" ".join(str(e).split())}')
     except OSError as e:         # a full or read-only disk; what is published is whole
         if e.errno in _UNWRITABLE: raise InputError(f'{config.train.run} cannot be written: {e}')

@@ -1,10 +1,13 @@
 """Kill a run again and again with SIGKILL, resume each time with another number of workers, and compare its end, bit for bit, with the run never killed.
 
-    python tests/kill_and_resume.py --kills 25 [--processes 2] [--seed 0]
+    python tests/kill_and_resume.py --kills 25 [--prepare-kills 15] [--processes 2] [--seed 0]
 
 Kills come in three kinds, in turn: at a random moment; at a random file operation in the run's folder (renames, removals, the opening of each file that is
 written), so that every point between two of them has its chance; and within milliseconds of the first byte of a checkpoint. Processes are forked from
 this one, which has imported everything: a start takes a second instead of ten, and the memory of the one killed is gone as it would be.
+
+With --prepare-kills, preparations are killed too, new ones and ones that replace a cohort (--overwrite): at a random moment, or at a random file operation. After
+each, the place holds the earlier cohort, the new one, or nothing but what the next start puts back or removes; the last attempt's cohort is that of the one never killed.
 """
 import argparse, json, os, random, shutil, signal, socket, sys, tempfile, time
 from pathlib import Path
@@ -14,6 +17,9 @@ from safetensors.torch import load_file
 
 from mmsn.checkpoint import checkpoints, load_checkpoint
 from mmsn.config import load_config
+from mmsn.data.cohort import Cohort
+from mmsn.options import InputError
+from mmsn.prepare import table
 from mmsn.testing import toy_cohort
 from mmsn.train import train
 
@@ -93,14 +99,75 @@ def compare(a, b):
     return sum(map(len, x.values()))
 
 
+def tables(tmp):
+    "A long table of 40 patients, and its channels."
+    tmp.mkdir()
+    rows = [f'{p},{h}.5,pulse,{60 + (7*p + 3*h) % 50}' for p in range(40) for h in range(24)]
+    (tmp/'long.csv').write_text('\n'.join(['subject_id,time,variable,value', *rows]) + '\n')
+    (tmp/'channels.csv').write_text('name,unit,low,high,normal\npulse,bpm,1,299,86\n')
+    return tmp
+
+
+def preparation(source, out, hours, at=None):
+    "Fork a preparation that may replace what is there, and dies at its `at`-th file operation in the folder of `out`; its id."
+    pid = os.fork()
+    if pid: return pid
+    code = 1
+    try:
+        log = os.open(f'{out}.log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        if at: kill_at(str(out.parent), at)
+        table(source/'long.csv', source/'channels.csv', out, hours=hours, overwrite=True)
+        code = 0
+    except BaseException as e: print(f'{type(e).__name__}: {e}', flush=True)
+    finally: os._exit(code)
+
+
+def hash_of(folder):
+    try: return Cohort.open(folder, verify=True).hash
+    except InputError: return None
+
+
+def kill_preparations(kills, rng, tmp):
+    "Kill `kills` preparations; raises AssertionError where one of them hides a cohort, leaves half of one, or something behind."
+    source, place = tables(tmp/'source'), tmp/'places'
+    place.mkdir()
+    began = time.monotonic()
+    for hours, name in ((24, 'a'), (12, 'b')): assert not wait([preparation(source, tmp/name, hours)], float('inf')), Path(f'{tmp}/{name}.log').read_text()
+    length, a, b = (time.monotonic() - began)/2, hash_of(tmp/'a'), hash_of(tmp/'b')
+    done, counts = 0, dict(earlier=0, new=0, nothing=0, aside=0)
+    while done < kills:
+        out, replaces = place/'cohort', bool(rng.randrange(3))
+        if replaces: shutil.copytree(tmp/'a', out)
+        while True:                                        # the same command again and again, until it is not killed
+            at = rng.randint(1, 40) if done < kills and done % 2 else None
+            late = time.monotonic() + rng.uniform(.1, 1.1)*length if done < kills and not at else float('inf')
+            killed = wait([preparation(source, out, 12, at)], late)
+            if not killed: break
+            done, found = done + 1, hash_of(out)
+            aside = not found and bool(list(place.glob('.cohort-*-earlier/cohort/cohort.json')))
+            assert found in (a, b) or (aside or not replaces) and not found, f'kill {done}: {found}'
+            assert found or not out.exists(), 'half a cohort'
+            counts['aside' if aside else 'earlier' if found == a else 'new' if found else 'nothing'] += 1
+            print(f'kill {done} of a preparation: {"operation" if at else "moment"}; {"replacing; " if replaces else ""}then there was {"the earlier one, set aside" if aside else "the earlier one" if found == a else "the new one" if found else "nothing"}', flush=True)
+        assert hash_of(out) == b, Path(f'{out}.log').read_text()[-2000:]
+        left = sorted(p.name for p in place.iterdir() if p.name not in ('cohort', 'cohort.log'))
+        assert not left, left
+        shutil.rmtree(out)
+    print(f'preparations killed: {done} of {kills}, every last one equal; after a kill there was {", ".join(f"{v} times {k}" for k, v in counts.items())}; {time.monotonic() - began:.0f} s')
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--kills', type=int, default=25)
+    p.add_argument('--prepare-kills', type=int, default=0)
     p.add_argument('--processes', type=int, default=1)
     p.add_argument('--seed', type=int, default=0)
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     rng, tmp = random.Random(args.seed), Path(tempfile.mkdtemp())
+    if args.prepare_kills: kill_preparations(args.prepare_kills, rng, tmp)
+    if not args.kills: return shutil.rmtree(tmp)
     toy_cohort(tmp/'cohort', n=240)
     began = time.monotonic()
     assert not wait(start(tmp/'cohort', tmp/'whole', 0, args.processes), float('inf')), (tmp/'whole.log').read_text()

@@ -7,6 +7,7 @@ from fastcore.test import test_close, test_eq, test_fail
 from mmsn.data.cohort import Cohort, ModalityInfo, _json, check_samples, offsets, open_array, ranges, sha256
 from mmsn.data.loader import epoch_order, loader
 from mmsn.data.writer import ArrayWriter, CohortWriter, fit_normaliser, fit_pixels, fit_table
+from mmsn.files import seal
 from mmsn.options import InputError
 
 for helper in (test_close, test_eq, test_fail): helper.__test__ = False   # fastcore's assertions are no tests of ours
@@ -262,9 +263,9 @@ def test_larger_than_memory(cohort, tmp_path):
     split = np.array(['train']*8 + ['val', 'test'])[np.arange(n)//3 % 10]
     pd.DataFrame(dict(sample_id=np.arange(n), subject_id=np.arange(n)//3, split=split, cxr_index=np.arange(n),
                       Pneumonia=np.zeros(n, np.float32))).to_parquet(huge/'samples.parquet', index=False)
-    files = {f: dict(bytes=(huge/f).stat().st_size, sha256='') for f in ('cxr.npy', 'samples.parquet')}
+    files = {f: dict(bytes=(huge/f).stat().st_size, sha256=sha256(huge/f) if f != 'cxr.npy' else '') for f in ('cxr.npy', 'samples.parquet')}
     modalities = dict(cxr=dict(meta['modalities']['cxr'], height=side, width=side))
-    (huge/'cohort.json').write_text(json.dumps(dict(meta, name='huge', labels=['Pneumonia'], modalities=modalities, files=files)))
+    (huge/'cohort.json').write_text(json.dumps(seal(dict(meta, name='huge', labels=['Pneumonia'], modalities=modalities, files=files))))
     def resident(): return psutil.Process().memory_info().rss/2**20
     split = None
     before = resident()

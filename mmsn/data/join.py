@@ -27,7 +27,9 @@ def _sources(
     names = [f.resolve().name for f in folders]
     for n in names:
         if names.count(n) > 1: raise InputError(f'two of the cohorts are called {n!r}: rename one of the folders')
-    return {name: Cohort.open(f) for name, f in zip(names, folders)}
+    sources = {name: Cohort.open(f) for name, f in zip(names, folders)}
+    for cohort in sources.values(): cohort.check_unchanged()
+    return sources
 
 # %% ../../nbs/27b_data.join.ipynb #73f38e5a
 def _shape(info):

@@ -360,6 +360,7 @@ def write_medfuse(
     """Write a cohort as a folder of the published extraction; returns the summary (part, what, count). Raises
     InputError."""
     cohort, out = Cohort.open(cohort), Path(out)
+    cohort.check_unchanged([modality])
     labels = _task_labels(cohort, task, labels, modality)
     table = _to_write(cohort, labels, modality)
     if (place := out/TASK_FOLDERS[task]).exists():

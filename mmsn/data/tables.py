@@ -273,7 +273,7 @@ def _flush(folder):
 def _born(pid):
     "When process `pid` was started, in ms, or None where there is none."
     try: return int(psutil.Process(pid).create_time()*1000)
-    except (psutil.Error, ValueError): return None
+    except (psutil.Error, ValueError, OverflowError): return None
 
 # %% ../../nbs/15_data.tables.ipynb #af7e0988
 class Stages:
@@ -307,8 +307,9 @@ def _stamp(key):
 # %% ../../nbs/15_data.tables.ipynb #a6037e33
 def _read_stamp(folder):
     "The stamp of a stage, or {} where there is none to be read."
-    try: return json.loads((folder/'stage.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
+    try: stamp = json.loads((folder/'stage.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError): return {}
+    return stamp if isinstance(stamp, dict) else {}
 
 # %% ../../nbs/15_data.tables.ipynb #efa07485
 @patch

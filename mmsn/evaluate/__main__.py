@@ -27,17 +27,20 @@ def parser():
                    'corruptions=all data.cohort=cohorts/other')
     p.add_argument('--out', help="folder of tables and report (default: RUN/report, RUN/comparison for several); "
                    'replaced whole when it holds an older report')
+    p.add_argument('--verify', action='store_true',
+                   help='compare every file of the cohort with its hash first, also those that were compared before')
     p.add_argument('--seed-config', metavar='FILE',
                    help='a linear-evaluation file of the earlier academic code, in the place of a run')
     return p
 
 # %% ../../nbs/85_evaluate.ipynb #37655422
-def _evaluated(seed_config, runs, overrides, out):
+def _evaluated(seed_config, runs, overrides, out, verify=False):
     "The page of the report: of a file of the earlier academic code, of several runs beside each other, or of one."
     from mmsn.evaluate.compare import evaluate_runs
     from mmsn.evaluate.evaluation import evaluate, evaluate_seed
-    if seed_config: return evaluate_seed(seed_config, [*runs, *overrides], out)
-    return evaluate_runs(runs, overrides, out) if len(runs) > 1 else evaluate(runs[0], overrides, out)
+    if seed_config: return evaluate_seed(seed_config, [*runs, *overrides], out, verify)
+    if len(runs) > 1: return evaluate_runs(runs, overrides, out, verify)
+    return evaluate(runs[0], overrides, out, verify=verify)
 
 # %% ../../nbs/85_evaluate.ipynb #e8500011
 @cli
@@ -48,7 +51,7 @@ def main(argv=None):
     runs, overrides = [w for w in words if '=' not in w], [w for w in words if '=' in w]
     if not (runs or args.seed_config):
         raise InputError('nothing to evaluate: give the folder of a run, or --seed-config FILE')
-    page = _evaluated(args.seed_config, runs, overrides, args.out)
+    page = _evaluated(args.seed_config, runs, overrides, args.out, args.verify)
     print(f'tables {page.parent}, report {page}')
 
 # %% ../../nbs/85_evaluate.ipynb #fdb10d7e

@@ -120,11 +120,12 @@ def evaluate_runs(
     sources,           # several runs, or whatever `open_encoder` opens; the first is the reference
     overrides=(),      # key=value changes: evaluate.* and data.cohort
     out=None,          # the report's folder; RUN1/comparison by default
+    verify:bool=False, # compare every file of the cohorts with its hash, also those that were compared before
 )->Path:
     "Compare several encoders on the same patients; returns the path of the report's page. Raises InputError."
     start = time.perf_counter()
     say, names = _teller(start), short_names(sources)
-    opened = {n: open_evaluated(s, overrides) for n, s in zip(names, sources)}
+    opened = {n: open_evaluated(s, overrides, verify) for n, s in zip(names, sources)}
     cohort, first = _one_cohort(opened), opened[names[0]]
     e, folder = first.config.evaluate, Path(out or first.folder/'comparison')
     rows = [cohort.rows(None, list(s.model.config.modalities), s.config.data.samples) for s in opened.values()]

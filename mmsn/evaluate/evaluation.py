@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #292d7f2d
+# %% ../../nbs/83_evaluate.evaluation.ipynb #c51690b3
 import hashlib, importlib.util, json, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -41,7 +41,7 @@ from .task import asked_task, make_draws, Task, too_few
 from .trees import fit_booster
 from ..model import MMSN
 from ..options import Config, Evaluate, InputError
-from ..run import find_cohort, subjects_of_run
+from ..run import find_cohort, read_run, run_config, subjects_of_run
 from ..safe import file_word, read_table, write_table
 from ..sources import init_model, open_encoder
 from ..train import chosen_config, say_notes
@@ -89,19 +89,26 @@ class EvaluatedEncoder:
         ours = isinstance(self.model, MMSN)
         return self.model.untrained(self.config.train.seed if ours else self.config.evaluate.seed)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0017
+# %% ../../nbs/83_evaluate.evaluation.ipynb #3ef847ea
+def _compare_hashes(cohort, model, run, verify):
+    "Raise InputError where an array that an evaluation of `model` reads is not what was written."
+    read = [n for n, m in cohort.modalities.items() if n in model.config.modalities or m.kind == 'tabular']
+    cohort.check_unchanged(read, run, verify, lambda line: print(f'  {line}', flush=True))
+
 def open_evaluated(
     source,           # whatever `open_encoder` opens
     overrides=(),     # key=value changes: evaluate.* and data.cohort
+    verify:bool=False,# compare every file of the cohort with its hash, also those that were compared before
 )->EvaluatedEncoder:
     "An encoder to be evaluated, on the cohort of its run or the one given; raises InputError."
     changes, run = evaluation_changes(overrides), run_folder(source)
-    if run: config = load_config(run/'config.yaml', changes)
+    if run: config = run_config(run, changes)
     else: config = check(build(Config, OmegaConf.to_container(OmegaConf.from_dotlist(changes))))
     if not config.data.cohort: raise InputError(f'{source} is no run and knows no cohort: add data.cohort=FOLDER')
     asked = any(c.startswith('data.cohort=') for c in changes)
     cohort = Cohort.open(config.data.cohort if asked or not run else find_cohort(config.data.cohort, run))
     model = open_encoder(run or source, cohort)
+    _compare_hashes(cohort, model, run, verify)
     if not run and isinstance(model, MMSN): config = replace(model.config, data=config.data, evaluate=config.evaluate)
     return EvaluatedEncoder(model, config, cohort, run or _own_folder(source))
 
@@ -112,7 +119,7 @@ def _own_folder(source):
     if path.is_dir(): return path
     return path.with_suffix('') if path.is_file() else Path('runs')/re.sub(r'[:/]', '-', str(source))
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #51fb3533
+# %% ../../nbs/83_evaluate.evaluation.ipynb #43d0ba04
 def _once(solver):
     "The solver, which fits the same rows and labels once."
     made = {}
@@ -432,17 +439,16 @@ def seen_subjects(
     if by_split['test'] or by_split['val']:
         notice = (f'transductive: {by_split["test"]} of {by_split["of_test"]} test subjects were seen in pre-training '
                   f'({by_split["val"]} of {by_split["of_val"]} in validation)')
-        about = json.loads((Path(run)/'run.json').read_text(encoding='utf-8')) if (Path(run)/'run.json').is_file() else {}
-        if about.get('cohort') != cohort.hash:
+        if read_run(run).get('cohort') != cohort.hash:
             notice += ': by their subject_id, in another cohort; ids of unrelated sources can coincide'
     return dict(known=trained is not None, **by_split, notice=notice)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0068
+# %% ../../nbs/83_evaluate.evaluation.ipynb #52eb9fb6
 def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     "about.json, the config and the training's metrics of a report."
     save_config(ev.config, folder/'config.yaml')
     if (run/'metrics.csv').is_file(): shutil.copy(run/'metrics.csv', folder/'metrics.csv')
-    record = json.loads((run/'run.json').read_text(encoding='utf-8')) if (run/'run.json').is_file() else {}
+    record = read_run(run)
     counts = {s: int((ev.task.split == s).sum()) for s in ('train', 'val', 'test')}
     sentence = (f'{ev.cohort.meta["name"]}: {counts["train"]} training, {counts["val"]} validation and '
                 f'{counts["test"]} test samples; '
@@ -482,17 +488,18 @@ def _teller(start):
     "Print a line with the seconds since `start`."
     return lambda text: print(f'  {time.perf_counter() - start:4.0f} s  {text}', flush=True)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0074
+# %% ../../nbs/83_evaluate.evaluation.ipynb #ce7c95bd
 def evaluate(
     source,            # a run's folder, or whatever `open_encoder` opens
     overrides=(),      # key=value changes: evaluate.* and data.cohort
     out=None,          # the report's folder; RUN/report by default
     config=None,       # for weights whose config is given (`open_weights`), with the cohort
     page:bool=True,    # whether the report is run; without it there are the tables only
+    verify:bool=False, # compare every file of the cohort with its hash, also those that were compared before
 )->Path:
     "Evaluate an encoder beside its baselines; returns the path of the report's page. Raises InputError."
     say = _teller(time.perf_counter())
-    opened = open_weights(source, config) if config else open_evaluated(source, overrides)
+    opened = open_weights(source, config, verify) if config else open_evaluated(source, overrides, verify)
     folder, ev = Path(out or opened.folder/'report'), Evaluation(opened, say)
     if notice := seen_subjects(opened.folder, ev.cohort, ev.task)['notice']: say(f'WARNING: {notice}')
     def write(temporary):
@@ -517,12 +524,14 @@ def headline(summary:pd.DataFrame)->str:
 def open_weights(
     source,          # weights file, folder of transformers or of mmsn, or hub:OWNER/NAME
     config:Config,   # how large the encoder is, and data.cohort
+    verify:bool=False,   # compare every file of the cohort with its hash
 )->EvaluatedEncoder:
     "An image encoder that is no run, in an architecture that the config says; raises InputError."
     if not config.data.cohort: raise InputError(f'{source} is no run and knows no cohort: add data.cohort=FOLDER')
     cohort = Cohort.open(config.data.cohort)
     model = MMSN.from_config(config, cohort)
     for line in init_model(model, source): print(f'  {line}')
+    _compare_hashes(cohort, model, None, verify)
     return EvaluatedEncoder(model, config, cohort, Path(config.train.run))
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0089
@@ -530,6 +539,7 @@ def evaluate_seed(
     seed_config,      # a linear-evaluation file of the earlier code
     overrides=(),     # key=value changes
     out=None,         # the report's folder; logging.folder/write_tag of the file by default
+    verify:bool=False,# compare every file of the cohort with its hash
 )->Path:
     """Evaluate the encoder that a file of the earlier code names; returns the path of the report's page. Raises
     InputError."""
@@ -538,8 +548,8 @@ def evaluate_seed(
     if not source: raise InputError(f'{seed_config} names no encoder (logging.pretrain_path)')
     say_notes(notes)
     out = out or config.train.run
-    if not run_folder(source): return evaluate(source, (), out, config)
+    if not run_folder(source): return evaluate(source, (), out, config, verify=verify)
     options = {f.name: getattr(config.evaluate, f.name) for f in fields(Evaluate)}
     changed = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v != getattr(Evaluate(), k)}
     rest = [o for o in overrides if not o.startswith('evaluate.')]
-    return evaluate(source, [*(f'evaluate.{k}={v}' for k, v in changed.items()), *rest], out)
+    return evaluate(source, [*(f'evaluate.{k}={v}' for k, v in changed.items()), *rest], out, verify=verify)

@@ -10,7 +10,7 @@ __all__ = ['extract_features', 'feature_matrix', 'fingerprint', 'block_features'
            'normal_scores', 'plain_baselines']
 
 # %% ../../nbs/70_evaluate.features.ipynb #e4c3120f
-import hashlib, json, os, warnings
+import hashlib, json, warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from sklearn.preprocessing import QuantileTransformer
 import mmsn
 from ..data.cohort import Cohort
 from ..encoders.vit import ViT
+from ..files import read_sealed, write_sealed
 from ..options import InputError
 from ..sources import ImageModel, _image_modality
 
@@ -100,18 +101,13 @@ def _key(model, cohort, rows, drop, patches, corrupt):
 # %% ../../nbs/70_evaluate.features.ipynb #5d2a03a1
 def _read_cached(path):
     "The table at `path`, or None where there is none that can be read."
-    try: return pd.read_parquet(path)
-    except (OSError, ValueError): return None       # pyarrow's errors are of these kinds
+    try: return read_sealed(path, old=False) if path.is_file() else None
+    except InputError: return None                  # damaged: computed again
 
 # %% ../../nbs/70_evaluate.features.ipynb #f75534dd
 def _write_cached(table, path):
-    "Write `table` beside `path` and rename: a reader sees all of it or nothing."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        table.to_parquet(temporary, index=False, compression='none')     # numbers of a network do not compress
-        temporary.replace(path)
-    finally: temporary.unlink(missing_ok=True)
+    "Write `table` with its hash beside `path` and rename: a reader sees all of it or nothing."
+    write_sealed(table, path, 'none')               # numbers of a network do not compress
 
 # %% ../../nbs/70_evaluate.features.ipynb #117a7edd
 @torch.no_grad()

@@ -9,7 +9,6 @@ __all__ = ['BASELINES', 'Predictions', 'save_predictions', 'open_predictions', '
            'differences', 'average', 'ensemble']
 
 # %% ../../nbs/72_evaluate.predictions.ipynb #7b9a9716
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from scipy.special import expit, log_expit, logsumexp
 from fastcore.basics import patch
 
 from .metrics import Calibration, METRICS, Ranking, _check, _names, _parts, _sign_share, auroc, difference_table, interval, macro, subject_weights
+from ..files import read_sealed, write_sealed
 from ..options import InputError
 
 # %% ../../nbs/72_evaluate.predictions.ipynb #b0640c22
@@ -71,28 +71,27 @@ def save_predictions(
     predictions:Predictions,  # what to write
     path,                     # a parquet file: sample_id, subject_id, split, label.<name> …, score.<name> …
 )->Path:
-    "Write predictions as one table, to a temporary sibling that is then renamed."
+    "Write predictions as one table with its hash, to a temporary sibling that is then renamed."
     p, path = predictions, Path(path)
     columns = {f'{kind}.{n}': x[:, k] for kind, x in (('label', p.labels), ('score', p.scores))
                for k, n in enumerate(p.names)}
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    pd.DataFrame(dict(sample_id=p.ids, subject_id=p.subjects, split=p.split, **columns)).to_parquet(temporary,
-            index=False)
-    temporary.replace(path)
+    write_sealed(pd.DataFrame(dict(sample_id=p.ids, subject_id=p.subjects, split=p.split, **columns)), path)
     return path
 
 # %% ../../nbs/72_evaluate.predictions.ipynb #e0ee709c
 def open_predictions(
     path,   # a file that `save_predictions` wrote
 )->Predictions:
-    "Read predictions; raises InputError for another file."
+    "Read predictions; raises InputError for another file, or one that was changed."
     if not Path(path).is_file(): raise InputError(f'no predictions at {path}')
-    t = pd.read_parquet(path)
+    t = read_sealed(path, 'evaluate again')
     names = tuple(c.removeprefix('label.') for c in t if c.startswith('label.'))
     if not names or not {'sample_id', 'subject_id', 'split', *(f'score.{n}' for n in names)} <= set(t):
         raise InputError(f'{path} holds no predictions of mmsn')
-    return Predictions(*(t[[f'{kind}.{n}' for n in names]].to_numpy(np.float64) for kind in ('label', 'score')), names,
-                       t.sample_id.to_numpy(), t.subject_id.to_numpy(), t.split.to_numpy(str))
+    try: labels, scores = (t[[f'{kind}.{n}' for n in names]].to_numpy(np.float64) for kind in ('label', 'score'))
+    except (ValueError, TypeError) as e: raise InputError(f'{path}: labels and scores should be numbers ({e})')
+    if not set(t.split) <= {'train', 'val', 'test'}: raise InputError(f'{path}: a split is none of train, val, test')
+    return Predictions(labels, scores, names, t.sample_id.to_numpy(), t.subject_id.to_numpy(), t.split.to_numpy(str))
 
 # %% ../../nbs/72_evaluate.predictions.ipynb #e3718a35
 def common(
