@@ -501,3 +501,18 @@ def test_a_label_is_read_or_refused(text):
     try: got = label_columns(pd.DataFrame(dict(y=pd.Series([text], dtype='str'))), ['y'], 'y.csv').y[0]
     except InputError: return
     assert np.isnan(got) or got in (0, 1)
+
+
+# --- tables of images ---
+
+def test_tables_of_images(place, capsys):
+    from PIL import Image
+    os.mkdir('images')
+    rng = np.random.default_rng(0)
+    for n in 'abcd': Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(f'images/{n}.png')
+    write(shift='image,file,y\na.png,b.png,1,\nb.png,c.png,0,\nc.png,d.png,1,\nd.png,a.png,0,\n', patients='image,patient,y\na.png,007,yes\nb.png,7,no\nc.png,7.0,YES\nd.png,P8,0\n')
+    words = ['images', 'out', '--size', 16, '--labels', 'y']
+    assert 'shift.csv, line 2 has 4 cells where the header has 3' in refused(main, ['images', 'shift.csv', *words], capsys)
+    main(['images', 'patients.csv', 'images', 'out', '--size', '16', '--labels', 'y', '--subject', 'patient'])
+    made = Cohort.open('out').samples
+    assert made.subject_id.nunique() == 2 and made.groupby('subject_id').split.nunique().max() == 1 and made.y.tolist() == [1, 0, 1, 0]
