@@ -157,6 +157,7 @@ def _moment_of(con, t, what, times, where):
 def _read_starts(con, path, times, columns, where):
     "The table `given` of a table of starts."
     names = _columns_of(path, 'start')
+    check_unnamed(con, path)
     own = lambda c: c if c in names else columns.roles.get(c, c)      # the long table's name for it will do
     _need(pd.DataFrame(columns=names), own('subject_id'), path)
     text = {c: _cell(own(c)) if own(c) in names else 'null::varchar' for c in ('subject_id', 'stay_id')}
