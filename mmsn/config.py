@@ -113,7 +113,8 @@ _POSITIVE = (
 _FRACTIONS = ('patch_drop', 'drop', 'time', 'channel', 'cell', 'drop_start', 'label_smoothing', 'reverse')
 _NOT_NEGATIVE = (
     'weight', 'predict', 'depth', 'random', 'focal', 'heavy', 'noise', 'shift', 'drop_path', 'dropout',
-    'me_max_weight', 'entropy_weight', 'sinkhorn_iterations', 'keep_every', 'probe_every', 'presence')
+    'me_max_weight', 'entropy_weight', 'sinkhorn_iterations', 'keep_every', 'probe_every', 'presence',
+    'summary')
 
 # %% ../nbs/01_config.ipynb #ab482e73
 def _walk(part, where=''):
@@ -129,6 +130,7 @@ def _check_values(config:Config):
     "Raise InputError for a value that is none of those its key can have."
     projections = {f'modalities.{name}.encoder.dim' for name, m in config.modalities.items()
                    if m.kind == 'timeseries' and m.encoder.dim == 0}   # 0: none
+    if config.fusion.dim == 0: projections.add('fusion.dim')
     for path, value in _walk(config):
         key = path.rsplit('.', 1)[-1]
         if value is None: continue
@@ -192,7 +194,7 @@ def _check_tokens(config:Config):
 def _check_terms(config:Config):
     "Raise InputError for terms of the loss that nothing is left of, or that nothing in the config could feed."
     loss, series = config.loss, [m for m in config.modalities.values() if m.kind == 'timeseries']
-    kinds = ('forecast', 'value', 'latent')
+    kinds = ('forecast', 'value', 'latent', 'summary')
     if unknown := set(loss.cells.kind) - set(kinds):
         raise InputError(f'loss.cells.kind takes {", ".join(kinds)}, not {min(unknown)!r}')
     if loss.cells.weight and not loss.cells.kind:

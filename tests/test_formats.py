@@ -155,6 +155,27 @@ def test_factors(value, unit, target, name, right):
 def test_no_factor_is_guessed(unit, target, name): assert conversion(unit, target, name) is None
 
 
+def test_units_of_any_text():
+    "Whatever stands in the column: no traceback, no factor between dimensions, and each factor undone by the one back."
+    given = pytest.importorskip('hypothesis')
+    from hypothesis import strategies as st
+    from mmsn.data.units import readings
+    words = sorted({u for _, u, v, _, _ in FACTORS} | {v for _, u, v, _, _ in FACTORS})
+    names = sorted({n for *_, n, _ in FACTORS})
+
+    @given.settings(max_examples=500, deadline=None, database=None)
+    @given.given(st.one_of(st.sampled_from(words), st.text(max_size=12)), st.one_of(st.sampled_from(words), st.text(max_size=12)), st.one_of(st.sampled_from(names), st.text(max_size=12)), st.floats(.01, 1e4))
+    def check(unit, target, name, value):
+        way, back = conversion(unit, target, name), conversion(target, unit, name)
+        assert (way is None) == (back is None)
+        if way is None: return
+        assert np.isfinite(way).all() and way[0] > 0
+        assert (value*way[0] + way[1])*back[0] + back[1] == pytest.approx(value, rel=1e-8, abs=1e-6)
+        a, b = {r.dimension for r in readings(unit)}, {r.dimension for r in readings(target)}
+        assert a & b or way == (1., 0.) or {*a, *b} <= {'mass a litre', 'amount a litre', 'equivalents a litre', 'count'}
+    check()
+
+
 # -- names of columns, wide tables ---------------------------------------------------------------------------------
 
 def long(names=NAMES): return pd.DataFrame(LONG, columns=names)
@@ -205,6 +226,22 @@ def test_wide_with_more_columns(capsys):
     assert '4  column note' in shown and '4  column flag' in shown
     wide()[['subject_id', 'time', 'HR']].rename(columns=dict(HR='pulse')).to_csv('w.csv', index=False)
     refused(capsys, 'w.csv', 'ch.csv', 'p', said="no column of w.csv is a channel, such as 'HR'; there are 'pulse'")
+
+
+@pytest.mark.parametrize('text', ['subject_id,time,HR\n0,1,0.5,\n1,2,1.5,\n', 'subject_id,time,HR\n1,0.5,80\n1,1.5,81,\n', 'subject_id,time,HR\n1,0.5,80,5\n', 'subject_id,time,HR\r\n1,0.5,80,\r\n'])
+def test_a_comma_too_many(capsys, text):
+    Path('w.csv').write_bytes(text.encode())
+    assert 'line ' in refused(capsys, 'w.csv', 'ch.csv', 'o', said='cells where the header has 3')
+    refused(capsys, 'w.csv', '--draft', 'd.csv', said='cells where the header has 3')
+    long().to_csv('t.csv', index=False)
+    Path('s.csv').write_text('subject_id,start\n1,0,\n2,0\n')
+    refused(capsys, 't.csv', 'ch.csv', 'o', '--starts', 's.csv', said='s.csv, line 2')
+
+
+def test_an_empty_last_cell_is_no_comma_too_many(capsys):
+    Path('w.csv').write_text('subject_id,time,HR,note\n1,0.5,80,\n1,1.5,81,"a, b,"\n1,1.6,82,"two\nlines, and,"\n')
+    c, _ = made(capsys, 'w.csv', 'ch.csv', 'o')
+    assert [r[0] for r in grids(c)[0]] == [80., 82.]
 
 
 def test_wide_with_stays(capsys):

@@ -52,6 +52,7 @@ FILES = {
     'model': ('w.pth', dict(model=WHOLE, optimizer={}, args=dict(lr=.1))),
     'model, model': ('w.pth', dict(model=dict(state_dict=pre('model.')))),
     'dino': ('w.pth', dict(student=pre('module.backbone.', OTHER) | {'module.head.last_layer.weight_g': torch.ones(3)}, teacher=pre('backbone.') | {'head.mlp.0.weight': torch.zeros(3)}, epoch=100, dino_loss=dict(center=torch.zeros(1, 3)))),
+    'autoencoder': ('w.pth', dict(model=encoder() | {'mask_token': torch.zeros(1, 1, DIM), 'decoder_embed.weight': torch.zeros(4, DIM), 'decoder_blocks.0.norm1.weight': torch.zeros(4)})),
     'student only': ('w.pth', dict(student=pre('module.backbone.'))),
     'lightning': ('w.ckpt', {'state_dict': pre('model.'), 'epoch': 3, 'global_step': 10, 'pytorch-lightning_version': '2.4', 'optimizer_states': [dict(state={}, param_groups=[])], 'lr_schedulers': [], 'loops': {}, 'callbacks': {}, 'hyper_parameters': dict(lr=.1)}),
     'lightning, two': ('w.ckpt', dict(state_dict=pre('student.backbone.', OTHER) | pre('teacher.backbone.') | {'student.head.w': torch.zeros(2), 'prototypes.weight': torch.zeros(4, 2)})),

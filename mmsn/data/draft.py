@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .formats import Columns, _EMPTY, open_source
-from .tables import _literal
+from .tables import _file_error, _literal
 from .units import conversion
 from ..options import InputError
 
@@ -68,7 +68,7 @@ def draft_channels(
     if not (folder := Path(out).absolute().parent).is_dir(): raise InputError(f'no folder {folder} for the draft')
     with duckdb.connect() as con:
         try: _cells(con, path, columns)
-        except duckdb.Error as e: raise InputError(f'{path} is not readable: {str(e).splitlines()[0]}')
+        except duckdb.Error as e: raise _file_error(e) or InputError(f'{path} is not a readable table') from None
         first, ways = _units(con)
         notes = [f'{v}: {n} rows in {u!r} left out, no factor to {first[v]!r} is known' for v, u, n, w in ways if not w]
         for v, u, _, way in ways:

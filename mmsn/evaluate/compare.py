@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 
 from ..data.cohort import Cohort
-from .evaluation import asked_task, _facts, _teller, _write_tables, _write_whole, open_evaluated, seen_subjects
+from .evaluation import _facts, _teller, _write_tables, _write_whole, open_evaluated, seen_subjects
 from .features import beside, extract_features, feature_matrix, joint_facts
 from .predictions import compare, ensemble
 from .probes import drawn_predictions, probe_solver
-from .task import Task, make_draws
+from .task import asked_task, make_draws, Task
 from ..options import Evaluate, InputError
 from ..safe import read_table
 

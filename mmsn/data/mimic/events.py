@@ -103,7 +103,9 @@ def _with_fate(rules, table, source, arterial='true', unit='null::varchar'):
                 when x < low or x > high then 4 when not arterial then 5 else 0 end'''
     return f'''select stay_id, stay, channel::utinyint as channel, rank::utinyint as rank, sec, x,
             {fate}::utinyint as fate,
-            case when by_text then left(said, 60) when {fate} = 3 then left(said || case when v is null then '' else ' ' || coalesce(theirs, '') end, 60) end as said
+            case when by_text then left(said, 60)
+                 when {fate} = 3 then left(said || case when v is null then '' else ' ' || coalesce(theirs, '') end, 60)
+                 end as said
             from (select *, {_convert(rules, table)} as x from ({found}))'''
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #a28b3388
@@ -156,8 +158,10 @@ def scan_events(
     unit = _open_events(con, mimic_iv)
     chosen = con.execute('select stay_id, read from chosen order by stay').df()
     block = max(block, -(-len(chosen)//90))                                # DuckDB keeps a file open for each bucket
-    known = dict(codes=_codes(rules), units=_unit_rows(), **{f'items_{t}': _item_rows(rules, t) for t in ('chartevents', 'labevents')})
-    _keep(con, _with_fate(rules, 'chartevents', 'chartevents', unit=unit['chartevents']), folder/'chartevents', block, 'chartevents', **known)
+    items = {f'items_{t}': _item_rows(rules, t) for t in unit}
+    known = dict(codes=_codes(rules), units=_unit_rows(), **items)
+    _keep(con, _with_fate(rules, 'chartevents', 'chartevents', unit=unit['chartevents']), folder/'chartevents', block,
+          'chartevents', **known)
     source, arterial = _lab_rows(con, rules)
     _keep(con, _with_fate(rules, 'labevents', source, arterial, unit['labevents']), folder/'labevents', block,
           'labevents' if source == 'labevents' else '', **known)

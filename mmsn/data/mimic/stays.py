@@ -211,12 +211,11 @@ def published_codes()->pd.DataFrame:
         if code in gem: found.setdefault(gem[code], ccs)
     return pd.DataFrame(list(found.items()), columns=['icd_code', 'ccs'])
 
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #57795bc1
+# %% ../../../nbs/22b_data.mimic.stays.ipynb #5001771a
 _WRITTEN = "regexp_replace(upper(d.icd_code), '[^A-Z0-9.]', '', 'g')"
 _ICD = f"""replace(case when d.icd_version = 9 and regexp_matches({_WRITTEN}, '^[0-9]{{1,2}}[.]')
     then lpad({_WRITTEN}, (length({_WRITTEN}) + 4 - strpos({_WRITTEN}, '.'))::int, '0') else {_WRITTEN} end, '.', '')"""
 
-# %% ../../../nbs/22b_data.mimic.stays.ipynb #5001771a
 def _group_codes(rules):
     "Codes of the 25 groups: (icd_code, icd_version, label number); version 0 matches either."
     wanted = pd.DataFrame([(ccs, i) for i, (ccs, *_) in enumerate(PHENOTYPES)], columns=['ccs', 'label'])
