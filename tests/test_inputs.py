@@ -64,9 +64,16 @@ def test_a_comma_too_many(place, capsys):
     write(y='subject_id,died,icu\n1,1,0\n2,0\n')
     no(capsys, '--labels', 'y.csv', says='y.csv, line 3 has 2 cells where the header has 3')
     write(long=LONG + '1,1.5,HR,80,5\n')
-    no(capsys, says='long.csv cannot be read (line 4): a row has 5 cells where the header has 4')
+    no(capsys, says='long.csv, line 4 has 5 cells where the header has 4')
     write(long=LONG + '1,1.5,HR\n')
-    no(capsys, says='a row has 3 cells where the header has 4')
+    no(capsys, says='line 4 has 3 cells where the header has 4')
+
+
+def test_an_empty_cell_too_many(place, capsys):
+    write(long=LONG + '1,1.5,HR,80,\n')
+    no(capsys, says='long.csv, line 4 has 5 cells where the header has 4')
+    write(long=LONG, starts='subject_id,start,end\n1,0,48,\n2,0,48,\n')
+    no(capsys, '--starts', 'starts.csv', says='starts.csv, line 2 has 4 cells where the header has 3')
 
 
 def test_columns_without_a_name(place, capsys):
@@ -270,7 +277,7 @@ def test_the_command_says_how_times_were_read(place, capsys):
 
 
 def test_a_grid_that_no_machine_holds(place, capsys):
-    no(capsys, '--timestep', '1e-7', says='7,000,000 rows, more than 1,000,000')
+    no(capsys, '--timestep', '1e-7', says='7,000,000 rows, more than 500,000')
     write(long=LONG + '1,10000000,HR,80\n')
     no(capsys, '--hours', 0, '--time-unit', 'hours', says='a stay of 1e+07 hours at 1 hours a row has 10,000,000 rows')
 
@@ -320,6 +327,8 @@ def test_ids_that_never_meet(place, capsys):
 
 
 def test_one_patient_in_one_split(place):
+    write(long='subject_id,time,variable,value\nnan,1,HR,80\n2,1,HR,80\n')
+    assert table().samples.subject_id.tolist() == [2]
     numbers = subject_numbers(['007', '7', '7.0', 'P8'])
     assert len(set(numbers[:3])) == 1 and numbers[3] != numbers[0]
     assert subject_numbers(['007', '7', '7.0', ' 7 ']).tolist() == [7]*4
@@ -501,3 +510,18 @@ def test_a_label_is_read_or_refused(text):
     try: got = label_columns(pd.DataFrame(dict(y=pd.Series([text], dtype='str'))), ['y'], 'y.csv').y[0]
     except InputError: return
     assert np.isnan(got) or got in (0, 1)
+
+
+# --- tables of images ---
+
+def test_tables_of_images(place, capsys):
+    from PIL import Image
+    os.mkdir('images')
+    rng = np.random.default_rng(0)
+    for n in 'abcd': Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(f'images/{n}.png')
+    write(shift='image,file,y\na.png,b.png,1,\nb.png,c.png,0,\nc.png,d.png,1,\nd.png,a.png,0,\n', patients='image,patient,y\na.png,007,yes\nb.png,7,no\nc.png,7.0,YES\nd.png,P8,0\n')
+    words = ['images', 'out', '--size', 16, '--labels', 'y']
+    assert 'shift.csv, line 2 has 4 cells where the header has 3' in refused(main, ['images', 'shift.csv', *words], capsys)
+    main(['images', 'patients.csv', 'images', 'out', '--size', '16', '--labels', 'y', '--subject', 'patient'])
+    made = Cohort.open('out').samples
+    assert made.subject_id.nunique() == 2 and made.groupby('subject_id').split.nunique().max() == 1 and made.y.tolist() == [1, 0, 1, 0]

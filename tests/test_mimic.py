@@ -487,3 +487,26 @@ def test_reports(own):
     told = reports.loc[seen.study_id]
     assert told.report.tolist() == seen.report.tolist()
     assert all(f == f'Lungs of study {i} are clear.' for i, f in told.findings.items() if f) and told.impression.isin(['Nothing.', '']).all()
+
+
+# --- times as other programs write them ---
+
+def as_clock(form):
+    "A change of a table that writes its times in another form."
+    def change(table):
+        for c in [c for c in table if c.endswith('time')]:
+            times = pd.to_datetime(table[c].where(table[c] != ''))
+            table[c] = times.dt.strftime(form).fillna('')
+        return table
+    return change
+
+
+@pytest.mark.parametrize('form', ['%Y-%m-%d %I:%M:%S %p', '%Y-%m-%dT%H:%M:%S+00:00', '%d-%b-%Y %H:%M:%S'])
+def test_times_of_other_programs(own, form):
+    options = dict(tasks='mortality', hours=48, threads=1)
+    prepare_mimic(own/'mimic-iv', 'before', **options)
+    for name in ('icustays', 'admissions', 'chartevents', 'labevents'): rows_of(find_table(own/'mimic-iv', name), as_clock(form))
+    prepare_mimic(own/'mimic-iv', 'after', **options)
+    before, after = Cohort.open('before'), Cohort.open('after')
+    np.testing.assert_array_equal(before.array('ehr'), after.array('ehr'))
+    assert before.samples.equals(after.samples)

@@ -8,7 +8,7 @@ A table that is misread does not look broken: one comma too many in a row, and t
 __all__ = ['check_bytes', 'opened', 'csv_header', 'note', 'unnamed', 'check_rows', 'sql_names', 'visible']
 
 # %% ../../nbs/14b_data.csvfile.ipynb #de5ee201
-import csv, gzip, re, sys, zlib
+import csv, gzip, itertools, re, sys, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,11 +110,12 @@ def unnamed(
 def check_rows(
     path,          # .csv or .csv.gz
     names:list,    # its header
+    most:int=0,    # rows to look at; 0: all
 ):
     "Raise InputError for the first row that is not as long as the header, naming its line."
     with opened(path) as f:
         rows = csv.reader(f)
-        for row in rows:
+        for row in itertools.islice(rows, most or None):
             if row and len(row) != len(names):
                 raise InputError(f'{path}, line {rows.line_num} has {len(row)} cells where the header has '
                                  f'{len(names)}: '

@@ -33,6 +33,8 @@ def _one_spelling(text):
     return text.where(~several.fillna(False).astype(bool), whole)
 
 # %% ../../nbs/14c_data.ids.ipynb #aefa0291
+_MISSING = ('', 'nan', 'NaN', 'NA', 'N/A', 'n/a', 'NULL', 'null', 'None', '<NA>')      # as pandas reads them
+
 def plain_ids(
     ids,                # (N,) ids of any kind
     where:str='table',  # what to call them in messages
@@ -40,7 +42,7 @@ def plain_ids(
     """(N,) texts, None where empty: the one form of each id. Raises InputError for ids that differ in case only, or
     were rounded."""
     text = pd.Series(np.asarray(ids, dtype=object)).astype('string').str.strip()
-    text = text.mask((text == '').fillna(True).astype(bool))
+    text = text.mask(text.isin(_MISSING))
     distinct = pd.Series(text.dropna().unique(), dtype='string')
     _lost_digits(distinct, where)
     made = _one_spelling(distinct)

@@ -153,10 +153,11 @@ def _moment_of(con, t, what, times, where):
                          f'in one way')
     return f.parts(t), f.moment(t, 'g' + t[1])
 
-# %% ../../nbs/24_data.long.ipynb #635bb760
+# %% ../../nbs/24_data.long.ipynb #a3e226a8
 def _read_starts(con, path, times, columns, where):
     "The table `given` of a table of starts."
     names = _columns_of(path, 'start')
+    check_unnamed(con, path)
     check_ends(con, path)
     own = lambda c: c if c in names else columns.roles.get(c, c)      # the long table's name for it will do
     _need(pd.DataFrame(columns=names), own('subject_id'), path)

@@ -87,6 +87,7 @@ def check_unnamed(
     "Say which columns without a name are left out; raises InputError where one behind the others holds something."
     if Path(path).suffix == '.parquet': return
     names = csv_header(path)
+    check_rows(path, names, 100_000)                    # DuckDB counts too, but forgives an empty cell at the end
     for i, (name, sql) in enumerate(zip(names, sql_names(names))):
         if name: continue
         if i == 0: note(f'the first column of {path} has no name: left out'); continue

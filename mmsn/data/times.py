@@ -44,8 +44,8 @@ _FORMS = {'ymd': 'ymd', 'slash': 'dmy', 'compact': 'compact', 'month': 'month', 
 
 def _form_sql(t):
     "SQL for the form of a cell."
-    forms = [('number', _NUMBER), *((f, _PATTERNS[k][0]) for f, k in _FORMS.items()), ('clock', _SPAN), ('delta', _DELTA),
-             ('year2', _YEAR2)]
+    forms = [('number', _NUMBER), *((f, _PATTERNS[k][0]) for f, k in _FORMS.items()), ('clock', _SPAN),
+             ('delta', _DELTA), ('year2', _YEAR2)]
     rest = ' '.join(f"when regexp_matches({t}, '{pattern}') then '{form}'" for form, pattern in forms)
     return f"case when {t} is null then 'none' when {_FAST.format(t=t)} then 'ymd' {rest} else 'bad' end"
 
@@ -151,7 +151,8 @@ def _span_sql(form, t):
     "SQL for the hours of a clock (36:15:00) or a time span as pandas writes it (1 days 12:15:00)."
     pattern = _SPAN if form == 'clock' else _DELTA
     part = lambda i: f"coalesce(try_cast(nullif(regexp_extract({t}, '{pattern}', {i}), '') as double), 0)"
-    if form == 'clock': return f'case when {part(2)} < 60 and {part(3)} < 60 then {part(1)} + {part(2)}/60 + {part(3)}/3600 end'
+    hours = f'{part(1)} + {part(2)}/60 + {part(3)}/3600'
+    if form == 'clock': return f'case when {part(2)} < 60 and {part(3)} < 60 then {hours} end'
     sign = lambda i: f"case regexp_extract({t}, '{_DELTA}', {i}) when '-' then -1 else 1 end"
     return f'{sign(1)}*{part(2)}*24 + {sign(3)}*({part(4)} + {part(5)}/60 + {part(6)}/3600)'
 
@@ -230,7 +231,8 @@ def _zones(con, table, column, f, what, places=True):
 def _forms(con, table, column, what):
     "{form: (cells, an example)} of a column; raises InputError for what is no time."
     found = con.execute(f"""select form, count(*), min_by(t, row), min(row) + 1
-        from (select {column} as t, rowid as row, {_form_sql(column)} as form from {table}) where form <> 'none' group by 1""").fetchall()
+        from (select {column} as t, rowid as row, {_form_sql(column)} as form from {table})
+        where form <> 'none' group by 1""").fetchall()
     forms = {form: (n, t, row) for form, n, t, row in found}
     if not forms: raise InputError(f'{what} holds no times: it is empty')
     for bad, why in (('bad', 'is no time'), ('year2', 'has a year of two digits')):
@@ -277,11 +279,14 @@ def find_format(
     (form, (_, example, _)), = _forms(con, table, column, what).items()
     if form == 'number':
         lo, hi, odd = con.execute(f"""select min(x), max(x), count(*) filter (not regexp_matches({column}, '{_DATE}'))
-            from (select {column}, try_cast({column} as double) as x from {table} where {column} is not null)""").fetchone()
+            from (select {column}, try_cast({column} as double) as x from {table}
+                  where {column} is not null)""").fetchone()
         f = _number_format(lo, hi, not odd, what, unit)
     else: f = _text_format(con, table, column, what, form, example, unit, order)
     if f.form in _PATTERNS: f = _zones(con, table, column, f, what, places)
+    moment = f.moment('t', 'g')
     bad = con.execute(f"""select t, row + 1
-        from (select {column} as t, rowid as row, {f.parts(column)} as g from {table} where {column} is not null) where {f.moment('t', 'g')} is null or not isfinite({f.moment('t', 'g')}) order by row limit 1""").fetchone()
+        from (select {column} as t, rowid as row, {f.parts(column)} as g from {table} where {column} is not null)
+        where {moment} is null or not isfinite({moment}) order by row limit 1""").fetchone()
     if bad: raise InputError(f'{what} holds {bad[0]!r} (row {bad[1]}), which is no time')
     return f

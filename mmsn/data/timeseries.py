@@ -182,14 +182,14 @@ def _check_events(stay, hours, channel, value, lengths, channels, impute, ties):
     if ties not in ('greatest', 'last'): raise InputError(f"ties should be 'greatest' or 'last', not {ties!r}")
 
 # %% ../../nbs/13_data.timeseries.ipynb #85af0ff8
-LONGEST, LARGEST = 10**6, 2*10**10    # rows of one stay; cells of all
+LONGEST, LARGEST = 500_000, 2*10**10    # rows of one stay; cells of all
 
 def check_size(
     lengths,         # (N,) hours of each stay
     columns:int,     # of the grid
     timestep:float,  # hours a row
 ):
-    "Raise InputError where a stay has more than a million rows, or the grid more than twenty thousand million cells."
+    "Raise InputError where a stay has more than half a million rows, or the grid more than 2·10¹⁰ cells."
     if not timestep > 0 or not np.isfinite(timestep):
         raise InputError(f'timestep should be a positive number of hours, not {timestep:g}')
     rows = np.asarray(lengths, float)/timestep
