@@ -18,7 +18,7 @@ __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'Non
 
 # %% ../nbs/64_loop.ipynb #ebe93d68
 import hashlib, math, os, resource, shutil, signal, time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from .launch import hardest_rows, make_trackers, profiled, speed_options
 from .loss import gather
 from .model import MMSN
 from .options import Config, InputError, Train
+from .processes import launcher, launcher_gone, stopping
 from .run import Metrics, _flat, only_here, open_run, run_hash, start_run
 from .schedules import schedule, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
@@ -188,7 +189,7 @@ class Trainer:
         self.batch = config.optim.batch_size*self.started_on     # global micro-batch, whatever the number of processes now
         self.steps_per_epoch = steps_per_epoch(len(self.rows), config.optim, self.started_on)
         self.total = total_steps(config.optim, self.steps_per_epoch)
-        self.config, self.stop = config, False
+        self.config, self.stop, self.parent = config, False, launcher()
         self.early = EarlyWarning(self.cohort, config) if t.probe_every and self.main else None
         torch.manual_seed(t.seed)
         model = MMSN.from_config(config, self.cohort)
@@ -327,11 +328,12 @@ def _loop(self:Trainer):
     bar = tqdm(total=self.total, initial=self.step, desc=self.config.name, unit='step', mininterval=1,
                dynamic_ncols=True, **({} if self.main else dict(disable=True)))
     self.accelerator.unwrap_model(self.model).train()
-    with _stopping(self), bar:
+    with stopping(self), bar:
         self._steps(bar)
         self.save()
     # not `end_training`, which destroys the process group too: DDP still holds it, and torch 2.9 may wait for ever
     for tracker in self.accelerator.trackers: tracker.finish()
+    if self.step < self.total: self._say_stop(_anywhere(self.accelerator, self.stop == signal.SIGINT))
 
 # %% ../nbs/64_loop.ipynb #c14d5b8f
 @patch
@@ -339,7 +341,7 @@ def _steps(self:Trainer, bar):
     "The steps from the current one to the end."
     t, batches, before = self.config.train, self.batches(), time.perf_counter()
     if t.profile and self.main: batches = profiled(batches, self.run/'profile')
-    while self.step < self.total and not _anywhere(self.accelerator, self.stop):
+    while self.step < self.total and not _anywhere(self.accelerator, self.stop or launcher_gone(self.parent)):
         out, norm, values, sharpen = self.take(batches)
         bar.update()
         if self.step % t.log_every == 0 or self.step == self.total:
@@ -352,12 +354,10 @@ def _steps(self:Trainer, bar):
     batches.close()                               # which writes the trace of a run shorter than it
 
 # %% ../nbs/64_loop.ipynb #e397df13
-@contextmanager
-def _stopping(trainer):
-    "While this lasts, SIGTERM and SIGUSR1 stop the loop after its step (only the main thread can say so)."
-    def ask(*_): trainer.stop = True
-    try: old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    except ValueError: old = {}
-    try: yield
-    finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+@patch
+def _say_stop(self:Trainer, interrupted:bool):
+    "What ended the run before its last step. Raises KeyboardInterrupt (other processes: SystemExit) after a Ctrl-C."
+    if self.main and launcher_gone(self.parent): tqdm.write('warning: the process that launched this run has ended')
+    if not interrupted: return
+    if not self.main: raise SystemExit(128 + signal.SIGINT)
+    raise KeyboardInterrupt(f'stopped at step {self.step} of {self.total}, which is saved; the same command resumes')

@@ -18,15 +18,17 @@ __all__ = ['train', 'look_ahead', 'missing_processes', 'start_processes', 'chose
            'queue_run', 'main']
 
 # %% ../nbs/66_train.ipynb #4cd554bc
-import argparse, errno, os, signal, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import psutil
 
 from . import callable_module
-from .config import cli, load_config, presets, to_dict
+from .commands import Parser, check_writable, cli, disk_fault
+from .config import load_config, presets, to_dict
 from .data.cohort import Cohort
 from .options import Config, InputError
+from .processes import launcher, launcher_gone, leave_group, lost_peer
 from .schedules import steps_per_epoch
 from .seed_config import read_seed_config
 
@@ -90,15 +92,18 @@ def start_processes(n:int, argv, grace:float=10.):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    shared = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    parent = launcher()
+    shared = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), MMSN_PARENT=str(os.getpid()))
     shared |= dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
     shared.setdefault('OMP_NUM_THREADS', '1')       # n processes share the cores
     command = [sys.executable, '-m', 'mmsn.train', *argv]
     children = [subprocess.Popen(command, env=dict(shared, RANK=str(r), LOCAL_RANK=str(r))) for r in range(n)]
-    def pass_on(number, frame): [p.send_signal(number) for p in children]
+    def pass_on(number, frame):
+        for p in children: p.send_signal(number)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT): signal.signal(number, pass_on)
     failed = None
     while any(p.poll() is None for p in children):
+        if launcher_gone(parent): parent = pass_on(signal.SIGTERM, None)
         if failed is None and any(p.poll() for p in children): failed = time.monotonic()
         if failed is not None and time.monotonic() > failed + grace: [p.kill() for p in children]
         time.sleep(.05)
@@ -159,7 +164,7 @@ def queue_run(config:Config, words, slurm):
 
 # %% ../nbs/66_train.ipynb #56eed503
 def _parser():
-    p = argparse.ArgumentParser(
+    p = Parser(
         'mmsn-train', description='Pretrain an encoder on a cohort. The same command resumes an interrupted run.',
         epilog='All keys, with their values in CONFIG: mmsn-train CONFIG --keys. What each means: mmsn.options. '
                'On a cluster add slurm.partition=… slurm.nodes=2 slurm.gpus_per_node=8 slurm.time=1000: mmsn.launch.')
@@ -184,8 +189,23 @@ def _split(words):
     return split_slurm(words)
 
 # %% ../nbs/66_train.ipynb #2cc4f86f
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
-               errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+def _said(
+    error:Exception,
+    config:Config,
+):   # (line, exit code), or None
+    "What an exception of a run means that `cli` does not know."
+    if type(error).__name__ == 'NonFinite': return str(error), 1
+    if line := lost_peer(error): return line, 1
+    if fault := disk_fault(error): return f'{config.train.run} cannot be written: {fault}', 2
+    from mmsn.launch import out_of_memory
+    if out_of_memory(error):
+        return 'memory ran out: lower optim.batch_size (--find-batch looks for one), views or the width of encoders', 2
+
+# %% ../nbs/66_train.ipynb #377a02b9
+def _parent_words():
+    "The command line of the process that started this one; empty where it is gone."
+    try: return psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError): return []
 
 # %% ../nbs/66_train.ipynb #801a483a
 @cli
@@ -197,16 +217,18 @@ def main(argv=None):
     if args.keys: return _print_keys(config)
     if not config.data.cohort: raise InputError('no cohort is named: add data.cohort=FOLDER (mmsn-prepare makes one)')
     if slurm: say_notes(notes); return queue_run(config, words, slurm)
-    if n := missing_processes(os.environ, psutil.Process().parent().cmdline()):
+    if n := missing_processes(os.environ, _parent_words()):
         check_run(config, n)
         start_processes(n, words)
     say_notes(notes)
-    from mmsn.loop import NonFinite
     try: look_ahead(config, args.find_batch) if args.dry_run or args.find_batch else train(config)
-    except NonFinite as e: raise SystemExit(f'mmsn: {" ".join(str(e).split())}')
-    except OSError as e:         # a full or read-only disk; what is published is whole
-        if e.errno in _UNWRITABLE: raise InputError(f'{config.train.run} cannot be written: {e}')
-        raise
+    except BaseException as e:
+        end = _said(e, config)
+        leave_group(e)
+        if not end: raise
+    else: return leave_group()
+    print(f'mmsn: {" ".join(end[0].split())}', file=sys.stderr, flush=True)
+    raise SystemExit(end[1])
 
 # %% ../nbs/66_train.ipynb #107d2b2d
 def _print_keys(config):

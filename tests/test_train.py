@@ -147,7 +147,7 @@ def test_folder_that_is_not_a_run(cohort, tmp_path, capsys):
 def test_non_finite_stops_before_the_step(cohort, tmp_path):
     "An absurd learning rate: the run stops with one line, exit code 1, and what was saved before it loads."
     folder = tmp_path/'nan'
-    done = train(cohort, folder, 'optim.epochs=20', 'optim.start_lr=1e30', 'optim.lr=1e30', 'optim.clip=0', 'train.checkpoint_every=1', code=1)
+    done = train(cohort, folder, 'optim.epochs=40', 'optim.start_lr=1000', 'optim.lr=1000', 'optim.weight_decay=1000', 'optim.clip=0', 'train.checkpoint_every=1', code=1)
     assert 'not finite' in one_line(done) and 'step' in one_line(done)
     saved = list(folder.glob('checkpoints/step-*'))
     assert saved

@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 import mmsn
 from ..checkpoint import publish
+from ..commands import check_writable
 from ..config import build, check, load_config, save_config
 from ..data.cohort import Cohort
 from ..encoders.axial import AxialEncoder
@@ -45,6 +46,7 @@ from .trees import fit_booster
 from ..model import MMSN
 from ..options import Config, Evaluate, InputError
 from ..run import subjects_of_run
+from ..safe_yaml import read_changes
 from ..show import show_views
 from ..sources import init_model, open_encoder
 from ..train import chosen_config, say_notes
@@ -100,7 +102,7 @@ def open_evaluated(
     "An encoder to be evaluated, on the cohort of its run or the one given; raises InputError."
     changes, run = evaluation_changes(overrides), run_folder(source)
     if run: config = load_config(run/'config.yaml', changes)
-    else: config = check(build(Config, OmegaConf.to_container(OmegaConf.from_dotlist(changes))))
+    else: config = check(build(Config, OmegaConf.to_container(read_changes(changes), resolve=False)))
     if not config.data.cohort: raise InputError(f'{source} is no run and knows no cohort: add data.cohort=FOLDER')
     cohort = Cohort.open(config.data.cohort)
     model = open_encoder(run or source, cohort)
@@ -492,12 +494,15 @@ def _write_whole(folder, write, page=True):
     holds something else."""
     if folder.exists() and not (folder/'about.json').is_file() and any(folder.iterdir()):
         raise InputError(f'{folder} holds something that is not a report: choose another --out')
+    check_writable(folder)
     temporary = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
-    if page: write_report(temporary)
-    publish(temporary, folder)
+    try:
+        write(temporary)
+        if page: write_report(temporary)
+        publish(temporary, folder)
+    finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder/'report.html'
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0072
