@@ -39,7 +39,8 @@ def check_writable(
     "Raise InputError unless a folder can be made at `out` and something written there; nothing is left behind."
     out = Path(out)
     try:
-        if len(os.fsencode(out.name)) > 200: raise OSError(errno.ENAMETOOLONG, '')
+        if any(len(os.fsencode(part)) > 200 for part in out.parts): raise OSError(errno.ENAMETOOLONG, '')
+        if '\0' in str(out): raise InputError('a name cannot hold a zero byte: choose another folder')
         if out.is_symlink() and not out.exists(): raise InputError(f'{out} is a link to nothing: choose another folder')
         place = next(p for p in (out, *out.absolute().parents) if p.exists())
         if not place.is_dir(): raise InputError(f'{place} is a file: choose another folder')

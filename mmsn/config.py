@@ -294,7 +294,8 @@ def load_config(
     "The checked config of `source` with `overrides` on top; raises InputError."
     changes, tree = read_changes(overrides), OmegaConf.create(_read_yaml(source))
     try: values = OmegaConf.to_container(OmegaConf.merge(tree, changes), resolve=False)
-    except Exception as e: raise InputError(f'{source}: {" ".join(str(e).split())[:200]}')
+    except Exception as e:       # OmegaConf has no word for which key it is
+        raise InputError(f'{source} with {short(" ".join(overrides), 200)}: {" ".join(str(e).split())[:200]}')
     return check_single(check(build(Config, values)))
 
 # %% ../nbs/01_config.ipynb #43997ad4
