@@ -19,6 +19,7 @@ __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'Non
 # %% ../nbs/64_loop.ipynb #ebe93d68
 import hashlib, math, os, resource, shutil, signal, time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,14 +33,14 @@ from .checkpoint import load_optimizer_tensors, optimizer_tensors, save_checkpoi
 from .config import to_dict
 from .data.cohort import Cohort
 from .data.loader import loader
-from .early import EarlyWarning, verdict
+from .early import LEARNED, EarlyWarning, change_from_start, verdict
 from .launch import hardest_rows, make_trackers, profiled, speed_options
 from .loss import gather
 from .model import MMSN
 from .options import Config, InputError, Train
 from .processes import launcher, launcher_gone, stopping
-from .run import Metrics, _flat, only_here, open_run, run_hash, start_run
-from .schedules import schedule, sharpening, steps_per_epoch, total_steps
+from .run import Metrics, _flat, as_started, only_here, open_run, run_hash, start_run
+from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
 from .watch import collapsed
 
@@ -178,6 +179,7 @@ class Trainer:
     "Everything one run needs; `fit` is the loop."
     def __init__(self, config:Config, cohort:Cohort=None):
         "Open the cohort and the run, build the model, resume from the last checkpoint if there is one."
+        config = as_started(config)
         t = config.train
         if t.threads: torch.set_num_threads(t.threads)
         self.cohort = cohort or Cohort.open(config.data.cohort)
@@ -188,6 +190,7 @@ class Trainer:
         self.run, saved, self.started_on = open_run(config, self.cohort, n, warn)
         self.batch = config.optim.batch_size*self.started_on     # global micro-batch, whatever the number of processes now
         self.steps_per_epoch = steps_per_epoch(len(self.rows), config.optim, self.started_on)
+        config = replace(config, optim=settled(config.optim, self.steps_per_epoch))
         self.total = total_steps(config.optim, self.steps_per_epoch)
         self.config, self.stop, self.parent = config, False, launcher()
         self.early = EarlyWarning(self.cohort, config) if t.probe_every and self.main else None
@@ -311,6 +314,16 @@ def fit(self:Trainer):
         self._loop()
     return self.run
 
+# %% ../nbs/64_loop.ipynb #3d40a86d
+@patch
+def _say_learned(self:Trainer):
+    "At the end of a run, a warning where the encoder describes patients as its random start does (main process)."
+    if not self.main or self.config.train.init_from: return
+    new, split, n = change_from_start(self.accelerator.unwrap_model(self.model), self.cohort)
+    if new < LEARNED:
+        tqdm.write(f'warning: the encoder hardly differs from its random start: of its embedding of {n} {split} '
+                   f'patients {new:.2g} is new (1 - CKA; less than {LEARNED}): train longer, or raise optim.lr')
+
 # %% ../nbs/64_loop.ipynb #935cab14
 @patch
 def _loop(self:Trainer):
@@ -333,7 +346,8 @@ def _loop(self:Trainer):
         self.save()
     # not `end_training`, which destroys the process group too: DDP still holds it, and torch 2.9 may wait for ever
     for tracker in self.accelerator.trackers: tracker.finish()
-    if self.step < self.total: self._say_stop(_anywhere(self.accelerator, self.stop == signal.SIGINT))
+    if self.step >= self.total: self._say_learned()
+    else: self._say_stop(_anywhere(self.accelerator, self.stop == signal.SIGINT))
 
 # %% ../nbs/64_loop.ipynb #c14d5b8f
 @patch

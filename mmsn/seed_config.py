@@ -278,6 +278,8 @@ def plan_training(values:dict, cohort=None)->Plan:
     "The plan for a training file."
     plan = Plan(values, cohort)
     for rules in (_loss_rules, _encoder_rules, _model_rules, _view_rules, _jitter_rule, _run_rules): rules(plan)
+    plan.put('optim.warmup_epochs', 15.)       # what the earlier code did where its file says nothing
+    plan.put('optim.momentum', .996)
     for key, (_, ours) in DIRECT.items():
         if key not in values: continue
         if plan.about(ours): plan.put(ours, values[key])

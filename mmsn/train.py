@@ -29,7 +29,7 @@ from .config import load_config, presets, to_dict
 from .data.cohort import Cohort
 from .options import Config, InputError
 from .processes import launcher, launcher_gone, leave_group, lost_peer
-from .schedules import steps_per_epoch
+from .schedules import cautions, steps_per_epoch
 from .seed_config import read_seed_config
 
 # %% ../nbs/66_train.ipynb #0a7970e1
@@ -46,6 +46,7 @@ def train(
     say(f'{config.name}: {len(trainer.rows)} training samples of {trainer.cohort.folder}, {parts}; '
         f'{trainer.total} steps of {size} on {a.num_processes} × {a.device.type}')
     for line in trainer.taken: say(f'started from weights: {line}')
+    for line in cautions(config.optim, trainer.steps_per_epoch): say(f'warning: {line}')
     if trainer.step: say(f'resuming from step {trainer.step} of {trainer.total}')
     run = trainer.fit()
     end = 'stopped at' if trainer.step < trainer.total else 'finished'
