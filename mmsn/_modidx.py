@@ -1204,6 +1204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mmsn.evaluate.report': { 'mmsn.evaluate.report.Section': ('evaluate.report.html#section', 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report._cell': ('evaluate.report.html#_cell', 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report._columns': ('evaluate.report.html#_columns', 'mmsn/evaluate/report.py'),
+                                      'mmsn.evaluate.report._execute': ('evaluate.report.html#_execute', 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report._shrunk': ('evaluate.report.html#_shrunk', 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report.by_encoder': ('evaluate.report.html#by_encoder', 'mmsn/evaluate/report.py'),
                                       'mmsn.evaluate.report.neat': ('evaluate.report.html#neat', 'mmsn/evaluate/report.py'),

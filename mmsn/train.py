@@ -228,7 +228,8 @@ def main(argv=None):
         leave_group(e)
         if not end: raise
     else: return leave_group()
-    print(f'mmsn: {" ".join(end[0].split())}', file=sys.stderr, flush=True)
+    bar = '\n'*(os.environ.get('RANK', '0') != '0')       # of the main process, which may have stopped in mid-line
+    print(f'{bar}mmsn: {" ".join(end[0].split())}', file=sys.stderr, flush=True)
     raise SystemExit(end[1])
 
 # %% ../nbs/66_train.ipynb #107d2b2d
