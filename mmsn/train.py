@@ -46,12 +46,23 @@ def train(
     say(f'{config.name}: {len(trainer.rows)} training samples of {trainer.cohort.folder}, {parts}; '
         f'{trainer.total} steps of {size} on {a.num_processes} × {a.device.type}')
     for line in trainer.taken: say(f'started from weights: {line}')
+    for line in _lacking(config, trainer.cohort): say(f'note: {line}')
     for line in cautions(config.optim, trainer.steps_per_epoch): say(f'warning: {line}')
     if trainer.step: say(f'resuming from step {trainer.step} of {trainer.total}')
     run = trainer.fit()
     end = 'stopped at' if trainer.step < trainer.total else 'finished'
     say(f'{end} step {trainer.step}: metrics {run}/metrics.csv, encoder {run}/encoder')
     return run
+
+# %% ../nbs/66_train.ipynb #cf7518f5
+def _lacking(config, cohort):
+    "What the config hides that the cohort does not have, a line a modality."
+    from mmsn.views.patient import lacking
+    for name, m in config.modalities.items():
+        if m.kind != 'timeseries': continue
+        none = lacking(name, m.ignore, [c['name'] for c in cohort.modalities[name].channels])
+        if none: yield f'modalities.{name}.ignore: the cohort has no {", ".join(none)}, so there is nothing to hide'
+
 
 # %% ../nbs/66_train.ipynb #98ddc87e
 def look_ahead(config:Config, batch:bool):
