@@ -49,6 +49,7 @@ def train(
     for line in _lacking(config, trainer.cohort): say(f'note: {line}')
     for line in cautions(config.optim, trainer.steps_per_epoch): say(f'warning: {line}')
     if trainer.step: say(f'resuming from step {trainer.step} of {trainer.total}')
+    if trainer.main: check_writable(trainer.run)
     run = trainer.fit()
     end = 'stopped at' if trainer.step < trainer.total else 'finished'
     say(f'{end} step {trainer.step}: metrics {run}/metrics.csv, encoder {run}/encoder')

@@ -219,3 +219,96 @@ def test_ctrl_c_in_a_terminal(words, tmp_path, kind):
     assert code and len(ours) == 1 and 'interrupted: stopped at step' in ours[0], lines
     assert kind == 'torchrun' or code == 130 and not any('Traceback' in line for line in lines), lines
     assert latest(folder/'checkpoints')[1]['step'] == rows(folder)
+
+
+# Disks
+
+@pytest.fixture
+def disk(tmp_path):
+    "A file system of 1 MB of which little is free, where one may be mounted."
+    folder = tmp_path/'disk'; folder.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], capture_output=True).returncode: pytest.skip('a small tmpfs cannot be mounted here')
+    yield folder
+    subprocess.run(['umount', '-l', folder], check=True)
+
+
+def fill(disk, left):
+    "Leave `left` bytes of a disk free."
+    (disk/'other').write_bytes(bytes(shutil.disk_usage(disk).free - left))
+
+
+def read_only(disk):
+    if subprocess.run(['mount', '-o', 'remount,ro', disk], capture_output=True).returncode: pytest.skip('cannot be remounted')
+
+
+def commands(cohort, trained, out):
+    "Every command that writes a folder, told to write `out`; the work that should not have begun is replaced by a failure."
+    from mmsn import convert, demo, prepare, train
+    from mmsn.evaluate.__main__ import main as evaluate
+    other = trained.parent/'other'
+    if not other.exists(): shutil.copytree(cohort, other)
+    return {'prepare synthetic': (prepare.main, ['synthetic', out, '--patients', 120]), 'prepare join': (prepare.main, ['join', cohort, other, out]), 'evaluate': (evaluate, [trained, '--out', out, *FEW]),
+            'convert': (convert.main, [trained/'encoder', out]), 'convert for transformers': (convert.main, [trained/'encoder', out, '--to', 'transformers']), 'demo': (demo.main, ['--out', out, '--patients', 120]),
+            'train': (train.main, ['demo', f'data.cohort={cohort}', *SMALL, f'train.run={out}'])}
+
+
+NAMES = ['prepare synthetic', 'prepare join', 'evaluate', 'convert', 'convert for transformers', 'demo', 'train']
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    "Whatever takes long must not be reached."
+    def reached(*a, **k): raise AssertionError('the work began')
+    for place in ('mmsn.prepare.synthesise', 'mmsn.prepare.prepare_join', 'mmsn.evaluate.evaluation.evaluate_protocols', 'mmsn.sources.read_source', 'mmsn.loop.Trainer.take'): monkeypatch.setattr(place, reached)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_places_that_cannot_be_written(cohort, trained, tmp_path, disk, capsys, no_work, name):
+    "Below a file, a file itself, a name too long, a link to nothing, a full disk, a read-only disk: each command says so in one line before it works, and leaves nothing."
+    (tmp_path/'file').write_text('mine'); (tmp_path/'link').symlink_to('nowhere')
+    before = sorted(p.name for p in tmp_path.iterdir())
+    places = {tmp_path/'file'/'out': 'file', tmp_path/'file': 'file', tmp_path/('x'*300): 'File name too long', tmp_path/'link': 'link', disk/'out': 'No space left', disk/'deep'/'out': 'No space left'}
+    fill(disk, 0)
+    for out, says in places.items():
+        main, words = commands(cohort, trained, out)[name]
+        line = refused(main, words, capsys)
+        assert says in line or name in ('train', 'evaluate', 'convert', 'convert for transformers') and ('not a run' in line or 'is no' in line or 'not a report' in line or 'choose another' in line), (out, line)
+    (disk/'other').unlink()
+    read_only(disk)
+    main, words = commands(cohort, trained, disk/'out')[name]
+    assert 'Read-only file system' in refused(main, words, capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and (tmp_path/'file').read_text() == 'mine' and not list(disk.iterdir())
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if 'transformers' not in name])      # which has no such encoder as this one
+def test_a_disk_that_fills_up(cohort, trained, disk, capsys, name):
+    "There is room for the trial and not for the result: one line, exit code 2, and nothing half-written."
+    fill(disk, 17*4096)
+    main, words = commands(cohort, trained, disk/'out')[name]
+    line = refused(main, words, capsys)
+    assert 'No space left' in line, line
+    assert {p.name for p in disk.iterdir()} <= {'other', 'out', 'out.slurm'} and not [p for p in disk.rglob('*') if p.suffix == '.npy' or p.name.endswith(('.safetensors', '.html'))], list(disk.rglob('*'))
+    assert (disk/'out').exists() <= (name in ('train', 'demo'))
+
+
+def test_a_file_limit(cohort, tmp_path):
+    "The other way in which a system says that there is enough (`ulimit -f`): the run, its checkpoint and its encoder."
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = run('mmsn.train', 'demo', f'data.cohort={cohort}', *SMALL, f'train.run={tmp_path/"run"}', 'optim.epochs=1', code=2, preexec_fn=limit)
+    assert 'File too large' in one_line(done)
+    assert not list((tmp_path/'run').rglob('*.safetensors')) and not list((tmp_path/'run').rglob('.encoder*'))
+
+
+def test_an_encoder_that_cannot_be_written(cohort, tmp_path, monkeypatch, capsys):
+    "The checkpoint is whole, the export after it fails: one line, and the same command goes on from there when there is room."
+    from safetensors import SafetensorError
+    from mmsn import model
+    from mmsn.train import main
+    words = ['demo', f'data.cohort={cohort}', *SMALL, f'train.run={tmp_path/"run"}', 'optim.epochs=1']
+    def full(*a, **k): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr(model, 'save_file', full)
+    assert 'No space left on device' in refused(main, words, capsys)
+    assert latest(tmp_path/'run'/'checkpoints') and not (tmp_path/'run'/'encoder').exists() and not list((tmp_path/'run').glob('.encoder*'))
+    monkeypatch.undo()
+    main(words)
+    assert (tmp_path/'run'/'encoder'/'model.safetensors').is_file()

@@ -343,7 +343,7 @@ def test_a_run_on_a_full_disk_says_so_in_one_line(cohort, small_disk, capsys):
 
 def test_a_run_where_a_file_stands(cohort, tmp_path, capsys):
     (tmp_path/'file').write_text('')
-    assert 'cannot be written' in refused(main, words(cohort, tmp_path/'file'/'run'), capsys)
+    assert 'file is a file' in refused(main, words(cohort, tmp_path/'file'/'run'), capsys)
     assert 'not a run' in refused(main, words(cohort, tmp_path/'file'), capsys)
 
 
