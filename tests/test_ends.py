@@ -281,9 +281,10 @@ def test_places_that_cannot_be_written(cohort, trained, tmp_path, disk, capsys, 
 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if 'transformers' not in name])      # which has no such encoder as this one
-def test_a_disk_that_fills_up(cohort, trained, disk, capsys, name):
+def test_a_disk_that_fills_up(cohort, trained, disk, capsys, monkeypatch, name):
     "There is room for the trial and not for the result: one line, exit code 2, and nothing half-written."
-    fill(disk, 17*4096)
+    if name == 'convert': monkeypatch.setattr('mmsn.convert.check_writable', lambda out: None)      # this encoder is smaller than the trial
+    fill(disk, 8192 if name == 'convert' else 17*4096)
     main, words = commands(cohort, trained, disk/'out')[name]
     line = refused(main, words, capsys)
     assert 'No space left' in line, line
@@ -312,3 +313,44 @@ def test_an_encoder_that_cannot_be_written(cohort, tmp_path, monkeypatch, capsys
     monkeypatch.undo()
     main(words)
     assert (tmp_path/'run'/'encoder'/'model.safetensors').is_file()
+
+
+# A run that cannot learn
+
+@pytest.mark.parametrize('changes,silent', [(['optim.lr=1e-12'], False), (['optim.lr=1e-12', 'optim.start_lr=0', 'optim.final_lr=0'], False), (['optim.momentum=1.0'], False), ([], True)])
+def test_says_whether_anything_was_learned(tmp_path_factory, tmp_path, capfd, changes, silent):
+    "The preset demo, on few patients: no word where it learns; a warning where the encoder is still its random start, by whichever option."
+    from mmsn.config import load_config
+    from mmsn.testing import toy_cohort
+    from mmsn.train import train
+    cohort = toy_cohort(tmp_path/'cohort', n=240)
+    small = ['modalities.cxr.encoder.patch=8', 'modalities.cxr.views.random_size=16', 'modalities.cxr.views.focal_size=8', 'modalities.ehr.ignore=[]', 'optim.batch_size=32', 'train.threads=1']
+    train(load_config('demo', [*small, f'train.run={tmp_path/"run"}', 'optim.epochs=20', *changes]), cohort)
+    seen = capfd.readouterr()
+    assert ('hardly differs from its random start' in seen.out + seen.err) != silent, seen
+    assert silent or 'validation patients' in seen.out + seen.err and (tmp_path/'run'/'encoder').is_dir()
+
+
+def test_says_what_is_too_short(cohort, tmp_path, capfd):
+    "Before the first step; and channels to ignore that a cohort lacks are noted, a slip of a name is refused."
+    from mmsn.train import main
+    words = ['demo', f'data.cohort={cohort}', *SMALL, f'train.run={tmp_path/"run"}', 'optim.epochs=1']
+    main([*words, 'optim.warmup_epochs=3', 'optim.batch_size=32', 'modalities.ehr.ignore=[Height,Albumin of the moon]'])
+    out = capfd.readouterr().out
+    assert 'warm-up of 3 epochs is not shorter than the run of 1' in out and 'fewer than five' in out and 'the cohort has no Albumin of the moon' in out
+    assert 'did you mean \'Height\'' in refused(main, [*words, f'train.run={tmp_path/"other"}', 'modalities.ehr.ignore=[Heigth]'], capfd)
+
+
+def test_a_run_of_an_older_version_resumes(cohort, tmp_path, capfd):
+    "Its config.yaml holds the numbers that were defaults then; the same command, which leaves them out, goes on with these."
+    from mmsn.config import load_config
+    from mmsn.train import main
+    (tmp_path/'mine.yaml').write_text('modalities: {ehr: {kind: timeseries, encoder: {hidden: 8, dim: 8}, views: {focal: 1}}}\nhead: {hidden: 16, output: 8}\nloss: {prototypes: 8}\n')
+    words = [tmp_path/'mine.yaml', f'data.cohort={cohort}', 'optim.batch_size=16', 'optim.epochs=2', 'train.threads=1', f'train.run={tmp_path/"run"}']
+    main([str(w) for w in [*words, 'optim.warmup_epochs=15', 'optim.momentum=0.996']])
+    main([str(w) for w in words])
+    config = load_config(tmp_path/'run'/'config.yaml')
+    assert (config.optim.warmup_epochs, config.optim.momentum) == (15., .996)
+    main([str(w) for w in [*words, f'train.run={tmp_path/"new"}']])
+    config = load_config(tmp_path/'new'/'config.yaml')
+    assert config.optim.warmup_epochs == .3 and config.optim.momentum == .9
