@@ -21,14 +21,12 @@ __all__ = ['train', 'look_ahead', 'missing_processes', 'start_processes', 'chose
 import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
-import psutil
-
 from . import callable_module
 from .commands import Parser, check_writable, cli, disk_fault
 from .config import load_config, presets, to_dict
 from .data.cohort import Cohort
 from .options import Config, InputError
-from .processes import launcher, launcher_gone, leave_group, lost_peer
+from .processes import launcher, launcher_gone, leave_group, lost_peer, parent_words
 from .schedules import cautions, steps_per_epoch
 from .seed_config import read_seed_config
 
@@ -39,6 +37,7 @@ def train(
 )->Path:
     "Pretrain as `config` says; returns the run's folder. The same call resumes an interrupted run."
     from mmsn.loop import Trainer
+    from mmsn.views.patient import nothing_hidden
     trainer = Trainer(config, cohort)
     say = print if trainer.main else (lambda *_: None)
     parts = ', '.join(f'{n} ({m.kind})' for n, m in config.modalities.items())
@@ -46,7 +45,7 @@ def train(
     say(f'{config.name}: {len(trainer.rows)} training samples of {trainer.cohort.folder}, {parts}; '
         f'{trainer.total} steps of {size} on {a.num_processes} × {a.device.type}')
     for line in trainer.taken: say(f'started from weights: {line}')
-    for line in _lacking(config, trainer.cohort): say(f'note: {line}')
+    for line in nothing_hidden(config.modalities, trainer.cohort.modalities): say(f'note: {line}')
     for line in cautions(config.optim, trainer.steps_per_epoch): say(f'warning: {line}')
     if trainer.step: say(f'resuming from step {trainer.step} of {trainer.total}')
     if trainer.main: check_writable(trainer.run)
@@ -54,16 +53,6 @@ def train(
     end = 'stopped at' if trainer.step < trainer.total else 'finished'
     say(f'{end} step {trainer.step}: metrics {run}/metrics.csv, encoder {run}/encoder')
     return run
-
-# %% ../nbs/66_train.ipynb #cf7518f5
-def _lacking(config, cohort):
-    "What the config hides that the cohort does not have, a line a modality."
-    from mmsn.views.patient import lacking
-    for name, m in config.modalities.items():
-        if m.kind != 'timeseries': continue
-        none = lacking(name, m.ignore, [c['name'] for c in cohort.modalities[name].channels])
-        if none: yield f'modalities.{name}.ignore: the cohort has no {", ".join(none)}, so there is nothing to hide'
-
 
 # %% ../nbs/66_train.ipynb #98ddc87e
 def look_ahead(config:Config, batch:bool):
@@ -214,12 +203,6 @@ def _said(
     if out_of_memory(error):
         return 'memory ran out: lower optim.batch_size (--find-batch looks for one), views or the width of encoders', 2
 
-# %% ../nbs/66_train.ipynb #377a02b9
-def _parent_words():
-    "The command line of the process that started this one; empty where it is gone."
-    try: return psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError): return []
-
 # %% ../nbs/66_train.ipynb #801a483a
 @cli
 def main(argv=None):
@@ -230,7 +213,7 @@ def main(argv=None):
     if args.keys: return _print_keys(config)
     if not config.data.cohort: raise InputError('no cohort is named: add data.cohort=FOLDER (mmsn-prepare makes one)')
     if slurm: say_notes(notes); return queue_run(config, words, slurm)
-    if n := missing_processes(os.environ, _parent_words()):
+    if n := missing_processes(os.environ, parent_words()):
         check_run(config, n)
         start_processes(n, words)
     say_notes(notes)

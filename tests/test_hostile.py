@@ -11,8 +11,8 @@ from mmsn.config import build, check, load_config, presets, to_dict
 from mmsn.evaluate.__main__ import main as evaluate
 from mmsn.launch import SLURM_RANGES, Slurm, split_slurm
 from mmsn.options import MODALITIES, Config, InputError
-from mmsn.prepare import EVERY, LIMITS, main as prepare, parser
-from mmsn.ranges import RANGES
+from mmsn.prepare import main as prepare, parser
+from mmsn.ranges import PREPARE as LIMITS, RANGES
 from mmsn.train import main as train
 
 ALL = 'modalities: {cxr: {kind: image}, ehr: {kind: timeseries}, facts: {kind: tabular}}\n'
@@ -176,7 +176,7 @@ def prepare_numbers():
 def test_prepare_numbers(tmp_path, monkeypatch, capsys, source, flag, name, kind):
     "Each has a range of its own; what lies outside is refused before anything is opened or written."
     monkeypatch.chdir(tmp_path)
-    assert name in LIMITS, f'give {flag} a range in LIMITS of mmsn.prepare'
+    assert name in LIMITS, f'give {flag} a range in PREPARE of mmsn.ranges'
     places = dict(synthetic=1, mimic=1, physionet2012=2, nih=2, iu=2, images=3, table=3, medfuse=2, meds=3).get(source, 2)
     low, high = outside(LIMITS[name], int if kind is not float else float)
     for value in ('nan', 'inf', '-inf', '-1', low, high, '1e5x', '', '9'*4000, '9'*5000):
