@@ -91,7 +91,7 @@ def _build_modalities(values, where):
         parts[name] = build(MODALITIES[kind], part, f'{where}.{name}.')
     return parts
 
-# %% ../nbs/01_config.ipynb #ab482e72
+# %% ../nbs/01_config.ipynb #271aa6c2
 _CHOICES = {
     'stem': ('linear', 'conv'), 'positions': ('learned', 'sincos'), 'init': ('trunc', 'fan_in'),
     'aim': ('joint', 'own', 'mean', 'cross'), 'space': ('shared', 'own'), 'norm': ('batch', 'layer', 'none'),
@@ -99,7 +99,6 @@ _CHOICES = {
     'size': ('', *SIZES), 'channels': (1, 3), 'protocols': PROTOCOLS, 'probe': ('logistic', 'sgd'),
     'select': ('cv', 'validation'),
     'tracker': ('', 'tensorboard', 'trackio', 'wandb', 'mlflow'), 'loss': ('sigmoid', 'infonce')}
-
 
 # %% ../nbs/01_config.ipynb #ab482e73
 def _walk(part, where=''):
@@ -110,7 +109,7 @@ def _walk(part, where=''):
         if is_dataclass(value) or isinstance(value, dict): yield from _walk(value, path)
         else: yield path, value
 
-# %% ../nbs/01_config.ipynb #6a2c857d
+# %% ../nbs/01_config.ipynb #2b64bdca
 def _check_values(config:Config):
     "Raise InputError for a value that is none of those its key can have."
     check_numbers(config)
@@ -173,7 +172,7 @@ def _check_tokens(config:Config):
 def _check_terms(config:Config):
     "Raise InputError for terms of the loss that nothing is left of, or that nothing in the config could feed."
     loss, series = config.loss, [m for m in config.modalities.values() if m.kind == 'timeseries']
-    kinds = ('forecast', 'value', 'latent')
+    kinds = ('forecast', 'value', 'latent', 'summary')
     if unknown := set(loss.cells.kind) - set(kinds):
         raise InputError(f'loss.cells.kind takes {", ".join(kinds)}, not {min(unknown)!r}')
     if loss.cells.weight and not loss.cells.kind:

@@ -203,7 +203,7 @@ class Contrast:
 @dataclass(frozen=True)
 class Fusion:
     "The joint embedding of a sample's modalities, a learned token for one that is missing. Unused with one modality."
-    dim: int = 512               # width of the joint embedding
+    dim: int = 512               # width of the joint embedding; 0: the modalities' embeddings side by side
     drop: float = 1.0            # fraction of anchor views that also appear with one modality alone (modality dropping)
     # 'shared': one head and one set of prototypes for all anchors; 'own': another for each modality that appears
     # alone
@@ -233,10 +233,12 @@ class Cells:
     "Terms on single cells of a stay's grid, from the state of each hour (beside or instead of prototypes)."
     weight: float = 0.0              # of these terms beside loss.weight; 0: none
     # 'forecast': the next hour's values where observed; 'value': the values that a view hides; 'latent': the target
-    # network's states at the hours of hidden cells
+    # network's states at the hours of hidden cells; 'summary': the last, mean, lowest and highest value of the stay
+    # and how often each channel was observed, from the embedding
     kind: tuple[str, ...] = ('forecast',)
     horizon: int = 1                 # forecast: hours ahead, of whose observed values the mean is asked
-    presence: float = 0.5            # forecast: weight of whether a channel will be observed, beside the values
+    presence: float = 0.5            # forecast, summary: weight of whether a channel is observed, beside the values
+    summary: float = 1.0             # summary: its weight beside the other kinds
 
     def __post_init__(self):
         if isinstance(self.kind, str): object.__setattr__(self, 'kind', (self.kind,))

@@ -62,12 +62,13 @@ RANGES = dict(    # dataclass of `mmsn.options` -> field -> what numbers it, or 
                      downsample=Range(1, 10**4), reverse=_SHARE),
     TabularEncoder=dict(hidden=_WIDTH, dim=_WIDTH),
     Contrast=dict(weight=_WEIGHT, dim=_WIDTH, depth=Range(0, 100)),
-    Fusion=dict(dim=_WIDTH, drop=_SHARE, weight=_WEIGHT),
+    Fusion=dict(dim=Range(0, 65_536), drop=_SHARE, weight=_WEIGHT),
     Head=dict(hidden=_WIDTH, depth=Range(0, 100), output=_WIDTH, predict=Range(0, 100)))
 
 # %% ../nbs/00b_ranges.ipynb #fbd9d0be
 RANGES |= dict(
-    Cells=dict(weight=_WEIGHT, horizon=Range(1, 10**5), presence=_WEIGHT), Tokens=dict(weight=_WEIGHT),
+    Cells=dict(weight=_WEIGHT, horizon=Range(1, 10**5), presence=_WEIGHT, summary=_WEIGHT),
+    Tokens=dict(weight=_WEIGHT),
     Loss=dict(prototypes=_COUNT, temperature=_SHARPNESS, sharpen=_SHARPNESS, final_sharpen=_SHARPNESS,
               label_smoothing=_SHARE, sinkhorn_iterations=_LAYERS, me_max_weight=_WEIGHT, entropy_weight=_WEIGHT,
               prior=_MANY, weight=_WEIGHT),

@@ -105,7 +105,7 @@ CONFIGS['tokens'] = dict(TOKENS, modalities=dict(TOKENS['modalities'], ehr=dict(
 # Cells of a chart forecast, filled in and known to the target, from states read both ways: ranks hold unequal numbers of cells.
 CONFIGS['cells'] = dict(CONFIG, modalities=dict(CONFIG['modalities'], ehr=dict(kind='timeseries', encoder=dict(hidden=16, dim=0, bidirectional=True, pool=['mean', 'max', 'last'], inputs=['since', 'count']),
                                                                                views=dict(random=1, focal=1, random_masks=dict(cell=.3, channel=.3)))),
-                        loss=dict(prototypes=6, weight=.5, cells=dict(weight=.7, kind=['forecast', 'value', 'latent'], horizon=3)))
+                        loss=dict(prototypes=6, weight=.5, cells=dict(weight=.7, kind=['forecast', 'value', 'latent', 'summary'], horizon=3)))
 # Contrasts between modalities, whose rows are the patients that have both: their number differs from process to process.
 CONFIGS |= {f'contrast, {loss}': dict(CONFIG, fusion=dict(dim=16, contrast=dict(weight=.5, loss=loss, dim=8, depth=depth))) for loss, depth in (('sigmoid', 0), ('infonce', 1))}
 IMAGES = {'paired': [1]*8, 'some': [1, 0, 1, 1, 0, 1, 0, 1], 'one rank has none': [1, 0, 1, 1, 0, 0, 0, 0], 'nobody': [0]*8}   # who of eight samples has an image

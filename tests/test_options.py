@@ -134,7 +134,7 @@ OTHER = dict(
                 contrast=dict(weight=.5, loss=only(('infonce', 'sigmoid'), fusion__contrast__weight=.5), dim=only(9, fusion__contrast__weight=.5), depth=only(1, fusion__contrast__weight=.5))),
     head=dict(hidden=20, depth=1, output=12, norm=('layer', 'none'), norm_input=('not',), predict=1),
     loss=dict(prototypes=9, freeze_prototypes=True, temperature=.3, sharpen=.6, final_sharpen=.9, label_smoothing=.3, sinkhorn_iterations=0, me_max_weight=4., entropy_weight=1., prior=.5, weight=.5,
-              cells=dict(weight=.5, kind=only(['value'], loss__cells__weight=1.), horizon=only(3, loss__cells__weight=1.), presence=only(.1, loss__cells__weight=1.))),
+              cells=dict(weight=.5, kind=only(['value'], loss__cells__weight=1.), horizon=only(3, loss__cells__weight=1.), presence=only(.1, loss__cells__weight=1.), summary=only(.1, loss__cells__weight=1., loss__cells__kind=['summary']))),
     optim=dict(batch_size=6, accumulation=2, epochs=2., warmup_epochs=.9, start_lr=1e-5, lr=.01, final_lr=1e-4, weight_decay=.2, final_weight_decay=.7, clip=1e-3,
                momentum=.5, final_momentum=.7, schedule_stretch=2.))
 
@@ -152,7 +152,7 @@ def change_of(preset, path, value):
     if new == ('not',): new = not value
     if isinstance(new, tuple): new = next(w for w in new if w != value)
     if len(kinds) == 1 and (parts[0] == 'fusion' or parts[-1] in ('alone', 'weight', 'drop', 'prototypes') and parts[0] == 'modalities'): what, context = 'refused', {}     # there is nothing to fuse
-    if path.startswith('loss.cells') and 'timeseries' not in kinds.values(): what, new, context = 'refused', dict(weight=1., kind=['nothing'], horizon=0, presence=-1.)[parts[-1]], {}
+    if path.startswith('loss.cells') and 'timeseries' not in kinds.values(): what, new, context = 'refused', dict(weight=1., kind=['nothing'], horizon=0, presence=-1., summary=-1.)[parts[-1]], {}
     if path.startswith('loss.tokens') and 'image' not in kinds.values(): what, new, context = 'refused', dict(weight=1., kind='nothing')[parts[-1]], {}
     assert what or new != value, f'choose another value for {path}: {preset} has {value!r} already'
     changes = {f'modalities.{n}.views.{parts[-1]}': new for n, k in kinds.items() if k != 'tabular'} if what == 'everywhere' else {path: new}

@@ -61,8 +61,8 @@ class JointEncoder(nn.Module):
         self.missing, self.join = nn.ParameterDict(), nn.Identity()
         if len(self.dims) > 1:
             self.missing.update({name: nn.Parameter(torch.randn(d)*.02) for name, d in self.dims.items()})
-            self.join = nn.Linear(sum(self.dims.values()), config.fusion.dim)
-        self.dims['joint'] = config.fusion.dim if len(self.encoders) > 1 else next(iter(self.dims.values()))
+            if config.fusion.dim: self.join = nn.Linear(sum(self.dims.values()), config.fusion.dim)
+        self.dims['joint'] = config.fusion.dim if len(self.dims) > 1 and config.fusion.dim else sum(self.dims.values())
 
 # %% ../../nbs/32_encoders.fusion.ipynb #77a4c7b7
 @patch

@@ -6,7 +6,7 @@ Probes of one encoder say little without the question *what would the labels alo
 
 # %% auto #0
 __all__ = ['EndToEnd', 'PlainViews', 'layer_groups', 'network_scores', 'train_end_to_end', 'supervised', 'EndToEndEncoder',
-           'finetune']
+           'start_from_probe', 'finetune']
 
 # %% ../../nbs/75_evaluate.networks.ipynb #7c9d85b9
 import copy, math
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from ..data.cohort import Cohort
 from ..encoders.fusion import JointEncoder
 from .metrics import auroc, macro
-from .probes import _order, _over_draws
+from .probes import _order, _over_draws, fit_probe
 from .task import Task, hold_out
 from ..model import embed
 from ..options import Config, InputError
@@ -48,10 +48,15 @@ class EndToEnd(nn.Module):
 
 # %% ../../nbs/75_evaluate.networks.ipynb #5a5b66e4
 @patch
-def forward(self:EndToEnd, views, present, facts=None):   # name -> plain view, (B,) bool, (B, F): see `PlainViews`
+def embedding(self:EndToEnd, views, present, facts=None):   # name -> plain view, (B,) bool, (B, F): see `PlainViews`
+    "(B, d + F): what the head reads."
     found = {n: embed(self.encoder, n, [views[n]], present[n]) for n in self.modalities}
     h = self.encoder.fuse(found, present) if self.name == 'joint' else found[self.name]
-    return self.head(torch.cat([h, facts], 1) if self.facts else h)
+    return torch.cat([h, facts], 1) if self.facts else h
+
+# %% ../../nbs/75_evaluate.networks.ipynb #deaa9df1
+@patch
+def forward(self:EndToEnd, views, present, facts=None): return self.head(self.embedding(views, present, facts))
 
 # %% ../../nbs/75_evaluate.networks.ipynb #eee94bc8
 class PlainViews:
@@ -120,13 +125,18 @@ def layer_groups(
     return [g for g in groups if g['params']]
 
 # %% ../../nbs/75_evaluate.networks.ipynb #ae5682af
-def network_scores(net, read, rows, batch_size=256):
-    "(n, K) float64 logits of rows of the cohort, without gradient."
+def _over_rows(compute, net, read, rows, batch_size=256):
+    "(n, D) float64 that `compute` makes of rows of the cohort, without gradient."
     net.eval()
     with torch.inference_mode():
-        parts = [net(*read(at, net.modalities)).double().cpu() for at in np.split(rows,
-                range(batch_size, len(rows), batch_size))]
+        parts = [compute(*read(at, net.modalities)).double().cpu() for at in np.split(rows,
+                 range(batch_size, len(rows), batch_size))]
     return torch.cat(parts).numpy()
+
+# %% ../../nbs/75_evaluate.networks.ipynb #e467a253
+def network_scores(net, read, rows, batch_size=256):
+    "(n, K) float64 logits of rows of the cohort, without gradient."
+    return _over_rows(net, net, read, rows, batch_size)
 
 # %% ../../nbs/75_evaluate.networks.ipynb #28fcc017
 def _bce(logits, labels):
@@ -160,6 +170,26 @@ def _checker(read, val, most, seed):
         return {'auroc': float(np.nan_to_num(macro(auroc(y, s)))), 'log loss': loss}
     return check
 
+# %% ../../nbs/75_evaluate.networks.ipynb #3cb08dbf
+def _move(net, read, rows, y, at, optimiser, schedule):
+    "One step on the rows at positions `at`; the loss before it."
+    loss = _bce(net.train()(*read(rows[at], net.modalities)), y[at])
+    optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
+    return loss
+
+# %% ../../nbs/75_evaluate.networks.ipynb #c43e1f2e
+def _steps(n, batch_size, epochs, least):
+    "(rows a step, steps) of training on n rows: smaller steps where there are few rows."
+    size = min(batch_size, n, max(n//30, 12))
+    return size, max(math.ceil(epochs*n/size), least)
+
+# %% ../../nbs/75_evaluate.networks.ipynb #9a20105c
+def _better(best, stale, log, check, by, net):
+    "Log a check of `net`; ((value, weights), checks since) of the best so far."
+    log.append(check)
+    found = check.get(by, 0.)*(-1 if by == 'log loss' else 1)
+    return ((found, copy.deepcopy(net.state_dict())), 0) if found > best[0] else (best, stale + 1)
+
 # %% ../../nbs/75_evaluate.networks.ipynb #1fde03e6
 def train_end_to_end(
     net:EndToEnd,      # trained in place, ends with its best weights
@@ -177,27 +207,26 @@ def train_end_to_end(
     window:float=.1,   # fraction of the steps whose weights are averaged
     seed:int=0,        # of the order
     stop:float=1.,     # fraction of the steps after which it ends
+    first:bool=False,  # whether a check also looks at the network as it is given
     by:str='auroc',    # what decides between checks: the 'auroc', or the 'log loss'
 )->pd.DataFrame:       # step, loss, fraction (of the steps); with checks auroc, log loss
     "AdamW with warm-up and cosine; keeps the best running mean of the weights, by checks on `val`, and stops early."
     (rows, y), n, device = train, len(train[0]), net.head.weight.device
     read = cohort if isinstance(cohort, PlainViews) else PlainViews(net.views, cohort, device)
-    size = min(batch_size, n, max(n//30, 12))
-    steps = max(math.ceil(epochs*n/size), least)
+    size, steps = _steps(n, batch_size, epochs, least)
     every, last = max(steps//checks, 10), max(round(stop*steps), 1)
     optimiser, schedule = _warm_cosine(net, lr, decay, steps)
     order, mean, best, stale, log = _order(n, size, seed), copy.deepcopy(net), (-math.inf, None), 0, []
     y = torch.as_tensor(y, dtype=torch.float32, device=device)
     check = _checker(read, val, most_val, seed) if val is not None else lambda mean: {}
+    if first and val is not None:
+        best, stale = _better(best, 0, log, dict(step=0, loss=math.nan, fraction=0., **check(net)), by, net)
     for step in range(1, last + 1):
-        at = next(order)
-        loss = _bce(net.train()(*read(rows[at], net.modalities)), y[at])
-        optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
+        loss = _move(net, read, rows, y, next(order), optimiser, schedule)
         _follow(mean, net, max(1/step, 1/max(window*steps, 1)))
         if step < last and (val is None or step % every): continue
-        log.append(dict(step=step, loss=loss.item(), fraction=step/steps, **check(mean)))
-        found = log[-1].get(by, 0.)*(-1 if by == 'log loss' else 1)
-        best, stale = ((found, copy.deepcopy(mean.state_dict())), 0) if found > best[0] else (best, stale + 1)
+        row = dict(step=step, loss=loss.item(), fraction=step/steps, **check(mean))
+        best, stale = _better(best, stale, log, row, by, mean)
         if stale >= patience: break
     net.load_state_dict(best[1])
     return pd.DataFrame(log)
@@ -236,6 +265,7 @@ def _end_to_end(make, views, cohort, task, draws, inputs, encoder, resamples, se
             with torch.random.fork_rng():
                 torch.manual_seed(seed + 1000*key['draw'])
                 net = make(name).to(device)
+                if options.get('first'): start_from_probe(net, read, task.rows[rows], y, task.subjects[rows])
                 log = train_end_to_end(net, read, (task.rows[rows], y), val, seed=seed + key['draw'], **options, **more)
             return net, log
         if select == 'validation': net, _ = trained(rows, y, (task.rows[val], task.labels[val]))
@@ -295,6 +325,21 @@ def encode(self:EndToEndEncoder, batch, **options):
     "Input -> (B, d) of a `Batch`, each by its own network."
     return {name: m.encode(batch, **options)[name] for name, m in self.parts.items()}
 
+# %% ../../nbs/75_evaluate.networks.ipynb #ff98cf93
+def start_from_probe(
+    net:EndToEnd,    # whose head is set
+    read,            # `PlainViews` of the cohort
+    rows,            # (n,) rows of the cohort
+    y,               # (n, K) labels, NaN = unknown
+    subjects=None,   # (n,) whom a row belongs to
+):
+    "Give the head the weights of a linear probe of the embedding, its penalty chosen by folds of these rows."
+    probe = fit_probe(_over_rows(net.embedding, net, read, rows), y, folds=5, subjects=subjects)
+    weight = probe.weight/probe.std
+    with torch.no_grad():
+        net.head.weight.copy_(torch.from_numpy(weight))
+        net.head.bias.copy_(torch.from_numpy(probe.bias - weight@probe.mean))
+
 # %% ../../nbs/75_evaluate.networks.ipynb #6c162b17
 def finetune(
     model,                    # `MMSN`: its target network is copied, its normalisation kept
@@ -318,4 +363,4 @@ def finetune(
         return EndToEnd(Views(parts, model.infos), copy.deepcopy(model.target).requires_grad_(True), name,
                         len(task.names), _width(name, facts))
     return _end_to_end(make, model.views, cohort, task, draws, inputs, encoder, resamples, seed, device, lr=lr,
-                       decay=decay, epochs=epochs, facts=facts, **options)
+                       decay=decay, epochs=epochs, facts=facts, **dict(dict(first=True), **options))
