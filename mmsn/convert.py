@@ -8,13 +8,13 @@ An image encoder is read from anywhere (`mmsn.sources`) and written for mmsn or 
 __all__ = ['save_mmsn', 'save_transformers', 'parser', 'main']
 
 # %% ../nbs/91_convert.ipynb #481f55b1
-import argparse, json, os, re, shutil
+import json, os, re, shutil
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from .config import cli
+from .commands import Parser, check_writable, cli
 from .data.cohort import ModalityInfo
 from .options import Config, Head, ImageModality, ImageViews, InputError, Loss
 
@@ -85,7 +85,7 @@ def save_transformers(
 # %% ../nbs/91_convert.ipynb #0778384c
 def parser():
     "The options of `mmsn-convert`."
-    p = argparse.ArgumentParser('mmsn-convert',
+    p = Parser('mmsn-convert',
                                 description='Read an image encoder and write it for mmsn or for transformers.')
     p.add_argument('source',
                    help='published weights (.pt, .pth, .pth.tar, .safetensors), a ViTMSN folder of transformers '
@@ -120,14 +120,14 @@ def main(argv=None):
     if a.layout and a.to == 'mmsn': raise InputError('--layout is of transformers: add --to transformers')
     if Path(a.out).exists() and Path(a.out).resolve() == Path(a.source).resolve():
         raise InputError(f'{a.out} is the source: choose another folder')
+    check_writable(a.out)
     from mmsn.sources import for_images, read_source
     source = read_source(a.source, a.modality)
     if a.modality: source = replace(source, name=a.modality)
     if not re.fullmatch(r'\w+', source.name):
         raise InputError(f'--modality should be a word of letters, digits and _, not {source.name!r}')
     fitted = for_images(source, a.channels or (1 if a.to == 'mmsn' else source.config.channels))
-    try: out = save_mmsn(fitted, a.out) if a.to == 'mmsn' else save_transformers(fitted, a.out, a.layout)
-    except OSError as e: raise InputError(f'{a.out} cannot be written: {e.strerror or e}')
+    out = save_mmsn(fitted, a.out) if a.to == 'mmsn' else save_transformers(fitted, a.out, a.layout)
     print(_describe(source, fitted, out, a.to))
 
 # %% ../nbs/91_convert.ipynb #89136d81

@@ -8,10 +8,11 @@
 __all__ = ['demo', 'main']
 
 # %% ../nbs/90_demo.ipynb #d14bd6c0
-import argparse, time
+import time
 from pathlib import Path
 
-from .config import cli, load_config
+from .commands import Parser, check_writable, cli
+from .config import load_config
 from .options import InputError
 from .prepare import main as prepare
 
@@ -20,6 +21,7 @@ def _check_place(out):
     "Raise InputError if the folder `out` holds anything but a demo."
     if out.exists() and any(p.name not in ('cohort', 'run') for p in out.iterdir()):
         raise InputError(f'{out} holds something that is not a demo: choose another --out')
+    check_writable(out)
 
 # %% ../nbs/90_demo.ipynb #acc4f1f1
 def _pretrain(config):
@@ -62,7 +64,7 @@ def demo(
 
 # %% ../nbs/90_demo.ipynb #f5b3ca16
 def _parser():
-    p = argparse.ArgumentParser(
+    p = Parser(
         'mmsn-demo', description='Synthetic patients -> cohort -> pre-training -> evaluation -> report, '
                                  'about ten minutes on two cores.')
     p.add_argument('overrides', nargs='*', metavar='key=value',

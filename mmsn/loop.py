@@ -16,9 +16,10 @@ pd.Series(losses).plot(style='.-', xlabel='step', ylabel='loss', figsize=(5, 2))
 __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'NonFinite', 'train_step', 'gather_rows',
            'make_accelerator', 'Trainer']
 
-# %% ../nbs/64_loop.ipynb #ebe93d68
+# %% ../nbs/64_loop.ipynb #e83e69b0
 import hashlib, math, os, resource, shutil, signal, time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,14 +33,15 @@ from .checkpoint import load_optimizer_tensors, optimizer_tensors, save_checkpoi
 from .config import to_dict
 from .data.cohort import Cohort
 from .data.loader import loader
-from .early import EarlyWarning, verdict
+from .early import LEARNED, EarlyWarning, change_from_start, verdict
 from .files import not_finite
 from .launch import hardest_rows, make_trackers, profiled, speed_options
 from .loss import gather
 from .model import MMSN
 from .options import Config, InputError, Train
-from .run import Metrics, _flat, only_here, open_run, run_hash, start_run
-from .schedules import schedule, sharpening, steps_per_epoch, total_steps
+from .processes import launcher, launcher_gone, stopping
+from .run import Metrics, _flat, as_started, only_here, open_run, run_hash, start_run
+from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
 from .watch import collapsed
 
@@ -173,11 +175,12 @@ def make_accelerator(
                          'use mmsn/accelerate_configs/gpu8.yaml, or torchrun')
     return a, tracking
 
-# %% ../nbs/64_loop.ipynb #c1890013
+# %% ../nbs/64_loop.ipynb #154b1eeb
 class Trainer:
     "Everything one run needs; `fit` is the loop."
     def __init__(self, config:Config, cohort:Cohort=None):
         "Open the cohort and the run, build the model, resume from the last checkpoint if there is one."
+        config = as_started(config)
         t = config.train
         if t.threads: torch.set_num_threads(t.threads)
         self.cohort = cohort or Cohort.open(config.data.cohort)
@@ -188,8 +191,9 @@ class Trainer:
         self.run, saved, self.started_on = open_run(config, self.cohort, n, warn)
         self.batch = config.optim.batch_size*self.started_on     # global micro-batch, whatever the number of processes now
         self.steps_per_epoch = steps_per_epoch(len(self.rows), config.optim, self.started_on)
+        config = replace(config, optim=settled(config.optim, self.steps_per_epoch))
         self.total = total_steps(config.optim, self.steps_per_epoch)
-        self.config, self.stop, self.saved = config, False, saved[1] if saved else {}
+        self.config, self.stop, self.saved, self.parent = config, False, saved[1] if saved else {}, launcher()
         self.early = EarlyWarning(self.cohort, config) if t.probe_every and self.main else None
         torch.manual_seed(t.seed)
         model = MMSN.from_config(config, self.cohort)
@@ -343,6 +347,16 @@ def fit(self:Trainer,
         self._loop()
     return self.run
 
+# %% ../nbs/64_loop.ipynb #3d40a86d
+@patch
+def _say_learned(self:Trainer):
+    "At the end of a run, a warning where the encoder describes patients as its random start does (main process)."
+    if not self.main or self.config.train.init_from: return
+    new, split, n = change_from_start(self.accelerator.unwrap_model(self.model), self.cohort)
+    if new < LEARNED:
+        tqdm.write(f'warning: the encoder hardly differs from its random start: of its embedding of {n} {split} '
+                   f'patients {new:.2g} is new (1 - CKA; less than {LEARNED}): train longer, or raise optim.lr')
+
 # %% ../nbs/64_loop.ipynb #935cab14
 @patch
 def _loop(self:Trainer):
@@ -360,11 +374,13 @@ def _loop(self:Trainer):
     bar = tqdm(total=self.total, initial=self.step, desc=self.config.name, unit='step', mininterval=1,
                dynamic_ncols=True, **({} if self.main else dict(disable=True)))
     self.accelerator.unwrap_model(self.model).train()
-    with _stopping(self), bar:
+    with stopping(self), bar:
         self._steps(bar)
         self.save()
     # not `end_training`, which destroys the process group too: DDP still holds it, and torch 2.9 may wait for ever
     for tracker in self.accelerator.trackers: tracker.finish()
+    if self.step >= self.total: self._say_learned()
+    else: self._say_stop(_anywhere(self.accelerator, self.stop == signal.SIGINT))
 
 # %% ../nbs/64_loop.ipynb #c14d5b8f
 @patch
@@ -372,7 +388,7 @@ def _steps(self:Trainer, bar):
     "The steps from the current one to the end."
     t, batches, before = self.config.train, self.batches(), time.perf_counter()
     if t.profile and self.main: batches = profiled(batches, self.run/'profile')
-    while self.step < self.total and not _anywhere(self.accelerator, self.stop):
+    while self.step < self.total and not _anywhere(self.accelerator, self.stop or launcher_gone(self.parent)):
         out, norm, values, sharpen = self.take(batches)
         bar.update()
         if self.step % t.log_every == 0 or self.step == self.total:
@@ -385,12 +401,10 @@ def _steps(self:Trainer, bar):
     batches.close()                               # which writes the trace of a run shorter than it
 
 # %% ../nbs/64_loop.ipynb #e397df13
-@contextmanager
-def _stopping(trainer):
-    "While this lasts, SIGTERM and SIGUSR1 stop the loop after its step (only the main thread can say so)."
-    def ask(*_): trainer.stop = True
-    try: old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    except ValueError: old = {}
-    try: yield
-    finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+@patch
+def _say_stop(self:Trainer, interrupted:bool):
+    "What ended the run before its last step. Raises KeyboardInterrupt (other processes: SystemExit) after a Ctrl-C."
+    if self.main and launcher_gone(self.parent): tqdm.write('warning: the process that launched this run has ended')
+    if not interrupted: return
+    if not self.main: raise SystemExit(128 + signal.SIGINT)
+    raise KeyboardInterrupt(f'stopped at step {self.step} of {self.total}, which is saved; the same command resumes')

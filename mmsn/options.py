@@ -278,14 +278,16 @@ class Optim:
     batch_size: int = 64
     accumulation: int = 1  # micro-batches an optimiser step; they do not enlarge the batch of Sinkhorn, me-max, contrast
     epochs: float = 100.0            # passes over the training samples
-    warmup_epochs: float = 15.0      # linear rise of the learning rate
+    # linear rise of the learning rate; none: 15 % of the epochs
+    warmup_epochs: typing.Optional[float] = None
     start_lr: float = 2e-4           # learning rate at step 0
     lr: float = 1e-3                 # at the end of the warm-up
     final_lr: float = 1e-6           # where the cosine ends
     weight_decay: float = 0.04       # at step 0; not on biases, norms and prototypes
     final_weight_decay: float = 0.4  # where its cosine ends
     clip: float = 3.0                # largest gradient norm; 0 turns clipping off
-    momentum: float = 0.996          # of the target network, at step 0
+    # of the target network, at step 0; none: 0.996, less in a run of fewer than 6,250 steps (`mmsn.schedules`)
+    momentum: typing.Optional[float] = None
     final_momentum: float = 1.0      # where its line ends
     schedule_stretch: float = 1.25   # schedules are computed over this times the steps, so they stop short of their end
 

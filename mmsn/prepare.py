@@ -10,7 +10,7 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 __all__ = ['free_place', 'replacing', 'Teller', 'attention', 'finish', 'synthetic', 'mimic', 'physionet2012', 'nih', 'iu',
            'images', 'table', 'medfuse', 'meds', 'join', 'parser', 'main']
 
-# %% ../nbs/28_prepare.ipynb #c4438dac
+# %% ../nbs/28_prepare.ipynb #988873ed
 import argparse, inspect, re, tempfile, time, typing
 from contextlib import contextmanager
 from dataclasses import fields
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fastcore.docments import docments
 
-from .config import cli
+from .commands import Parser, check_writable, cli
 from .data.cohort import Cohort
 from .data.join import prepare_join
 from .data.draft import draft_channels
@@ -37,6 +37,7 @@ from .data.yaib import is_yaib, prepare_yaib, table_words
 from .data.writer import replacing_cohort
 from .files import beside, sweep
 from .options import InputError
+from .ranges import EVERY, PREPARE, check_number
 
 # %% ../nbs/28_prepare.ipynb #1b7f5f99
 def free_place(
@@ -96,10 +97,11 @@ def finish(
     for line in attention(summary): say(f'attention: {line}')
     say(f'cohort written to {out}: name it with data.cohort={out} in mmsn-train')
 
-# %% ../nbs/28_prepare.ipynb #79204741
+# %% ../nbs/28_prepare.ipynb #e9edd867
 def _make(out, overwrite, say, lines, read)->Cohort:
     "The cohort that `read`, which returns a summary, writes at `out`; `lines` are said first."
     with replacing(out, overwrite, say):
+        check_writable(out)
         for line in lines if say else (): say(line)
         summary = read()
         if isinstance(say, Teller): finish(say, summary, out)
@@ -433,10 +435,11 @@ def _check(mimic_iv, mimic_cxr, say):
     missing = verdicts[verdicts.verdict == 'missing']
     if len(missing): raise InputError(f'{len(missing)} missing, the first: {missing.what.iloc[0]}')
 
-# %% ../nbs/28_prepare.ipynb #a4637cc2
+# %% ../nbs/28_prepare.ipynb #a0c04c9e
 def _reverse(folder, out, task, modality, say):
     "A cohort, written as a folder of the published extraction."
     say(f'writing {folder} as a folder of {task} into {out}')
+    check_writable(out)
     summary = write_medfuse(folder, out, task, modality=modality)
     for what, count in summary[['what', 'count']].itertuples(index=False): print(f'  {count:>12,}  {what}')
 
@@ -458,10 +461,10 @@ def _verify(cohort, seal, say):
     state = 'sealed' if 'seal' in opened.meta else 'not sealed (--seal)'
     say(f'{cohort}: {len(opened.meta["files"])} files are what was written, {state}')
 
-# %% ../nbs/28_prepare.ipynb #03af1b84
+# %% ../nbs/28_prepare.ipynb #8d3f6e09
 def parser():
     "The parser of `mmsn-prepare`."
-    p = argparse.ArgumentParser(
+    p = Parser(
         'mmsn-prepare', description='Tables and images to a cohort, the folder that training and evaluation read.',
         epilog='mmsn-prepare SOURCE --help explains a source. Exit codes: 0 done, '
                '2 the input is wrong (one line says what), 1 anything else.')
@@ -489,7 +492,7 @@ def parser():
              'CHANNELS and OUT may be left out')
     return p
 
-# %% ../nbs/28_prepare.ipynb #020bcec7
+# %% ../nbs/28_prepare.ipynb #95641900
 def _parsed(argv):
     "The words of the command as a dictionary; argparse's own error for words that are not known."
     p = parser()
@@ -507,6 +510,7 @@ def main(
     words, say = _parsed(argv), Teller()
     prepare, verify = words.pop('prepare'), words.pop('verify', False)
     if prepare is _verify: return _verify(**words, say=say)
+    for name, value in words.items(): check_number(value, PREPARE.get(name, EVERY), '--' + name.replace('_', '-'))
     if words.pop('check', False): return _check(words['mimic_iv'], words['mimic_cxr'], say)
     if words.pop('reverse', False): return _reverse(*(words[k] for k in ('folder', 'out', 'task', 'modality')), say)
     if (draft := words.pop('draft', None)) is not None: return _draft(draft, words, say)

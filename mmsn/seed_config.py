@@ -13,10 +13,10 @@ import json, re, typing
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from .config import _coerce, _nearest, build, check, check_single
 from .options import Config, InputError
+from .safe_yaml import read_changes, read_file
 
 # %% ../nbs/65_seed_config.ipynb #91848f08
 DIRECT = {   # key of a training file -> (type, ours)
@@ -278,6 +278,8 @@ def plan_training(values:dict, cohort=None)->Plan:
     "The plan for a training file."
     plan = Plan(values, cohort)
     for rules in (_loss_rules, _encoder_rules, _model_rules, _view_rules, _jitter_rule, _run_rules): rules(plan)
+    plan.put('optim.warmup_epochs', 15.)       # what the earlier code did where its file says nothing
+    plan.put('optim.momentum', .996)
     for key, (_, ours) in DIRECT.items():
         if key not in values: continue
         if plan.about(ours): plan.put(ours, values[key])
@@ -317,12 +319,10 @@ def plan_seed(
 # %% ../nbs/65_seed_config.ipynb #8d1af005
 def _config(plan, overrides=()):
     "The checked config of a plan, with `key=value` changes on top."
-    for o in overrides:
-        if '=' not in o: raise InputError(f'{o!r} is not a key=value pair')
-    tree = OmegaConf.create()
+    changes, tree = read_changes(overrides), OmegaConf.create()
     for key, value in plan.out.items(): OmegaConf.update(tree, key, value)
-    try: tree = OmegaConf.to_container(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True)
-    except OmegaConfBaseException as e: raise InputError(str(e).splitlines()[0])
+    try: tree = OmegaConf.to_container(OmegaConf.merge(tree, changes), resolve=False)
+    except Exception as e: raise InputError(" ".join(str(e).split())[:200])
     return check_single(check(build(Config, tree)))
 
 # %% ../nbs/65_seed_config.ipynb #7e749a5d
@@ -344,8 +344,7 @@ def read_seed_config(
     "Read and translate a file of the earlier code. Raises InputError, which names the file."
     path = Path(path)
     if not path.is_file(): raise InputError(f'no file {path}: --seed-config takes a YAML file of the earlier code')
-    try: tree = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding='utf-8')), resolve=True)
-    except Exception as e: raise InputError(f'{path} is not YAML: {str(e).splitlines()[0]}')
+    tree = read_file(path)
     try:
         plan = plan_seed(tree, modalities)
         if linear is not None and is_linear(tree) != linear:

@@ -18,19 +18,19 @@ __all__ = ['train', 'look_ahead', 'missing_processes', 'start_processes', 'chose
            'queue_run', 'main']
 
 # %% ../nbs/66_train.ipynb #4cd554bc
-import argparse, errno, os, signal, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
-import psutil
-
 from . import callable_module
-from .config import cli, load_config, presets, to_dict
+from .commands import Parser, check_writable, cli, disk_fault
+from .config import load_config, presets, to_dict
 from .data.cohort import Cohort
 from .options import Config, InputError
-from .schedules import steps_per_epoch
+from .processes import launcher, launcher_gone, leave_group, lost_peer, parent_words
+from .schedules import cautions, steps_per_epoch
 from .seed_config import read_seed_config
 
-# %% ../nbs/66_train.ipynb #0a7970e1
+# %% ../nbs/66_train.ipynb #eef2abda
 def train(
     config:Config,           # from `load_config`
     cohort:Cohort=None,      # already open; otherwise data.cohort is opened
@@ -38,6 +38,7 @@ def train(
 )->Path:
     "Pretrain as `config` says; returns the run's folder. The same call resumes an interrupted run."
     from mmsn.loop import Trainer
+    from mmsn.views.patient import nothing_hidden
     trainer = Trainer(config, cohort)
     say = print if trainer.main else (lambda *_: None)
     parts = ', '.join(f'{n} ({m.kind})' for n, m in config.modalities.items())
@@ -45,7 +46,10 @@ def train(
     say(f'{config.name}: {len(trainer.rows)} training samples of {trainer.cohort.folder}, {parts}; '
         f'{trainer.total} steps of {size} on {a.num_processes} × {a.device.type}')
     for line in trainer.taken: say(f'started from weights: {line}')
+    for line in nothing_hidden(config.modalities, trainer.cohort.modalities): say(f'note: {line}')
+    for line in cautions(config.optim, trainer.steps_per_epoch): say(f'warning: {line}')
     if trainer.step: say(f'resuming from step {trainer.step} of {trainer.total}')
+    if trainer.main: check_writable(trainer.run)
     run = trainer.fit(verify)
     end = 'stopped at' if trainer.step < trainer.total else 'finished'
     say(f'{end} step {trainer.step}: metrics {run}/metrics.csv, encoder {run}/encoder')
@@ -91,15 +95,18 @@ def start_processes(n:int, argv, grace:float=10.):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    shared = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    parent = launcher()
+    shared = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), MMSN_PARENT=str(os.getpid()))
     shared |= dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
     shared.setdefault('OMP_NUM_THREADS', '1')       # n processes share the cores
     command = [sys.executable, '-m', 'mmsn.train', *argv]
     children = [subprocess.Popen(command, env=dict(shared, RANK=str(r), LOCAL_RANK=str(r))) for r in range(n)]
-    def pass_on(number, frame): [p.send_signal(number) for p in children]
+    def pass_on(number, frame):
+        for p in children: p.send_signal(number)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT): signal.signal(number, pass_on)
     failed = None
     while any(p.poll() is None for p in children):
+        if launcher_gone(parent): parent = pass_on(signal.SIGTERM, None)
         if failed is None and any(p.poll() for p in children): failed = time.monotonic()
         if failed is not None and time.monotonic() > failed + grace: [p.kill() for p in children]
         time.sleep(.05)
@@ -158,9 +165,9 @@ def queue_run(config:Config, words, slurm):
     if slurm.cluster == 'local' and job.exception():
         raise SystemExit(f'mmsn: job {job.job_id} failed: {job.paths.stderr} says why')
 
-# %% ../nbs/66_train.ipynb #56eed503
+# %% ../nbs/66_train.ipynb #ab7283f5
 def _parser():
-    p = argparse.ArgumentParser(
+    p = Parser(
         'mmsn-train', description='Pretrain an encoder on a cohort. The same command resumes an interrupted run.',
         epilog='All keys, with their values in CONFIG: mmsn-train CONFIG --keys. What each means: mmsn.options. '
                'On a cluster add slurm.partition=… slurm.nodes=2 slurm.gpus_per_node=8 slurm.time=1000: mmsn.launch.')
@@ -187,10 +194,19 @@ def _split(words):
     return split_slurm(words)
 
 # %% ../nbs/66_train.ipynb #2cc4f86f
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
-               errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+def _said(
+    error:Exception,
+    config:Config,
+):   # (line, exit code), or None
+    "What an exception of a run means that `cli` does not know."
+    if type(error).__name__ == 'NonFinite': return str(error), 1
+    if line := lost_peer(error): return line, 1
+    if fault := disk_fault(error): return f'{config.train.run} cannot be written: {fault}', 2
+    from mmsn.launch import out_of_memory
+    if out_of_memory(error):
+        return 'memory ran out: lower optim.batch_size (--find-batch looks for one), views or the width of encoders', 2
 
-# %% ../nbs/66_train.ipynb #801a483a
+# %% ../nbs/66_train.ipynb #7fe19581
 @cli
 def main(argv=None):
     "The command mmsn-train."
@@ -200,16 +216,19 @@ def main(argv=None):
     if args.keys: return _print_keys(config)
     if not config.data.cohort: raise InputError('no cohort is named: add data.cohort=FOLDER (mmsn-prepare makes one)')
     if slurm: say_notes(notes); return queue_run(config, words, slurm)
-    if n := missing_processes(os.environ, psutil.Process().parent().cmdline()):
+    if n := missing_processes(os.environ, parent_words()):
         check_run(config, n)
         start_processes(n, words)
     say_notes(notes)
-    from mmsn.loop import NonFinite
     try: look_ahead(config, args.find_batch) if args.dry_run or args.find_batch else train(config, verify=args.verify)
-    except NonFinite as e: raise SystemExit(f'mmsn: {" ".join(str(e).split())}')
-    except OSError as e:         # a full or read-only disk; what is published is whole
-        if e.errno in _UNWRITABLE: raise InputError(f'{config.train.run} cannot be written: {e}')
-        raise
+    except BaseException as e:
+        end = _said(e, config)
+        leave_group(e)
+        if not end: raise
+    else: return leave_group()
+    bar = '\n'*(os.environ.get('RANK', '0') != '0')       # of the main process, which may have stopped in mid-line
+    print(f'{bar}mmsn: {" ".join(end[0].split())}', file=sys.stderr, flush=True)
+    raise SystemExit(end[1])
 
 # %% ../nbs/66_train.ipynb #107d2b2d
 def _print_keys(config):

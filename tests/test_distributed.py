@@ -311,15 +311,19 @@ def part(world, *args, **kw): return mp.start_processes(part_worker, (world, fre
 
 @pytest.fixture(scope='module')
 def unchanged(toy, tmp_path_factory):
-    "The curve of a run on one process."
+    "The curve of a run on one process, and its last weights."
+    from mmsn.checkpoint import latest
     folder = tmp_path_factory.mktemp('unchanged')/'run'
     part(1, [*TRAINER, f'data.cohort={toy.folder}', 'optim.batch_size=24', f'train.run={folder}'])
-    return pd.read_csv(folder/'metrics.csv')
+    return pd.read_csv(folder/'metrics.csv'), latest(folder/'checkpoints')[0]['model']
 
 
 @pytest.mark.parametrize('before,after', [(1, 2), (2, 1), (2, 3)])
 def test_goes_on_on_another_number_of_processes(toy, unchanged, tmp_path, before, after):
-    "The global batch and order stay, so does the curve; stopped in mid-epoch."
+    """The global batch and order stay, so does the curve; stopped in mid-epoch. So do all weights that an output depends on, to 1e-5 of the largest entry of each; key biases, whose
+    gradient is rounding (see `without_keys`), differ by no more than AdamW can move them: (1 - beta1)/sqrt(1 - beta2) of the learning rate a step, in either run."""
+    from mmsn.checkpoint import latest
+    unchanged, weights = unchanged
     config = [*TRAINER, f'data.cohort={toy.folder}', f'optim.batch_size={24//before}', f'train.run={tmp_path/"run"}']
     part(before, config, 7)
     part(after, config)
@@ -330,6 +334,12 @@ def test_goes_on_on_another_number_of_processes(toy, unchanged, tmp_path, before
     assert json.loads((tmp_path/'run'/'run.json').read_text())['processes'] == before
     states = [json.loads(p.read_text())['processes'] for p in sorted((tmp_path/'run'/'checkpoints').glob('*/state.json'))]
     assert states == [before, after]
+    seen = latest(tmp_path/'run'/'checkpoints')[0]['model']
+    found, wanted = ({k: v for k, v in without_keys(w).items() if v.is_floating_point()} for w in (seen, weights))
+    worst = max(difference(v, found[k]) for k, v in wanted.items())
+    keys = max((v - seen[k]).abs().max().item() for k, v in weights.items() if k.endswith('qkv.bias'))
+    print(f'\n{before} -> {after}: weights {worst:.1e}, key biases {keys:.1e}', end='')
+    assert worst <= 1e-5 and keys <= 2*.1/.001**.5*curve.lr[7:].sum()
 
 
 @pytest.mark.parametrize('number,rank', [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])

@@ -147,7 +147,7 @@ def test_folder_that_is_not_a_run(cohort, tmp_path, capsys):
 def test_non_finite_stops_before_the_step(cohort, tmp_path):
     "An absurd learning rate: the run stops with one line, exit code 1, and what was saved before it loads."
     folder = tmp_path/'nan'
-    done = train(cohort, folder, 'optim.epochs=20', 'optim.start_lr=1e30', 'optim.lr=1e30', 'optim.clip=0', 'train.checkpoint_every=1', code=1)
+    done = train(cohort, folder, 'optim.epochs=40', 'optim.start_lr=1000', 'optim.lr=1000', 'optim.weight_decay=1000', 'optim.clip=0', 'train.checkpoint_every=1', code=1)
     assert 'not finite' in one_line(done) and 'step' in one_line(done)
     saved = list(folder.glob('checkpoints/step-*'))
     assert saved
@@ -343,7 +343,7 @@ def test_a_run_on_a_full_disk_says_so_in_one_line(cohort, small_disk, capsys):
 
 def test_a_run_where_a_file_stands(cohort, tmp_path, capsys):
     (tmp_path/'file').write_text('')
-    assert 'cannot be written' in refused(main, words(cohort, tmp_path/'file'/'run'), capsys)
+    assert 'file is a file' in refused(main, words(cohort, tmp_path/'file'/'run'), capsys)
     assert 'not a run' in refused(main, words(cohort, tmp_path/'file'), capsys)
 
 

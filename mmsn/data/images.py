@@ -173,10 +173,13 @@ def _begin(stop):
 # %% ../../nbs/14_data.images.ipynb #0e6b94cb
 @contextmanager
 def _hidden_main():
-    "Processes spawned meanwhile do not run the main script of this one."
+    "Processes spawned meanwhile do not run the main script of this one, and do not hear a Ctrl-C, not even at their start."
     main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])     # they inherit it: Ctrl-C is for the parent
     try: yield
-    finally: sys.modules['__main__'] = main
+    finally:
+        sys.modules['__main__'] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../../nbs/14_data.images.ipynb #27c0330a
 def _results(jobs, workers):

@@ -8,15 +8,13 @@
 __all__ = ['parser', 'main']
 
 # %% ../../nbs/85_evaluate.ipynb #79ab35dc
-import argparse
-
-from ..config import cli
+from ..commands import Parser, cli
 from ..options import InputError
 
 # %% ../../nbs/85_evaluate.ipynb #e8500009
 def parser():
     "The options of `mmsn-evaluate`."
-    p = argparse.ArgumentParser('mmsn-evaluate',
+    p = Parser('mmsn-evaluate',
                                 description='Evaluate a run beside its baselines, or several runs beside each other; '
                                             'tables and a report.')
     p.add_argument('runs', nargs='*', metavar='RUN',

@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #c51690b3
+# %% ../../nbs/83_evaluate.evaluation.ipynb #6d07d5fd
 import hashlib, importlib.util, json, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 import mmsn
 from ..checkpoint import publish
+from ..commands import check_writable
 from ..config import build, check, load_config, save_config
 from ..data.cohort import Cohort
 from .features import (beside, channel_recall, extract_features, feature_matrix, joint_facts,
@@ -43,6 +44,7 @@ from ..model import MMSN
 from ..options import Config, Evaluate, InputError
 from ..run import find_cohort, read_run, run_config, subjects_of_run
 from ..safe import file_word, read_table, write_table
+from ..safe_yaml import read_changes
 from ..sources import init_model, open_encoder
 from ..train import chosen_config, say_notes
 
@@ -89,7 +91,7 @@ class EvaluatedEncoder:
         ours = isinstance(self.model, MMSN)
         return self.model.untrained(self.config.train.seed if ours else self.config.evaluate.seed)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #3ef847ea
+# %% ../../nbs/83_evaluate.evaluation.ipynb #2ce9327b
 def _compare_hashes(cohort, model, run, verify):
     "Raise InputError where an array that an evaluation of `model` reads is not what was written."
     read = [n for n, m in cohort.modalities.items() if n in model.config.modalities or m.kind == 'tabular']
@@ -103,7 +105,7 @@ def open_evaluated(
     "An encoder to be evaluated, on the cohort of its run or the one given; raises InputError."
     changes, run = evaluation_changes(overrides), run_folder(source)
     if run: config = run_config(run, changes)
-    else: config = check(build(Config, OmegaConf.to_container(OmegaConf.from_dotlist(changes))))
+    else: config = check(build(Config, OmegaConf.to_container(read_changes(changes), resolve=False)))
     if not config.data.cohort: raise InputError(f'{source} is no run and knows no cohort: add data.cohort=FOLDER')
     asked = any(c.startswith('data.cohort=') for c in changes)
     cohort = Cohort.open(config.data.cohort if asked or not run else find_cohort(config.data.cohort, run))
@@ -475,12 +477,15 @@ def _write_whole(folder, write, page=True):
     holds something else."""
     if folder.exists() and not (folder/'about.json').is_file() and any(folder.iterdir()):
         raise InputError(f'{folder} holds something that is not a report: choose another --out')
+    check_writable(folder)
     temporary = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
-    if page: write_report(temporary)
-    publish(temporary, folder)
+    try:
+        write(temporary)
+        if page: write_report(temporary)
+        publish(temporary, folder)
+    finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder/'report.html'
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0072

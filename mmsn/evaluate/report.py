@@ -9,13 +9,15 @@ __all__ = ['ENCODERS', 'score_table', 'neat', 'by_encoder', 'picture', 'saved', 
            'can_draw', 'Section', 'recall_note', 'report_notebook', 'page', 'write_report']
 
 # %% ../../nbs/82_evaluate.report.ipynb #ed3b4215
-import base64, html, io, json, os, re
+import atexit, base64, html, io, json, os, re, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
+import psutil
 from IPython.display import HTML
 from PIL import Image
 from nbclient import NotebookClient
@@ -454,6 +456,21 @@ def page(
     body = f'{body[:at]}<nav>{links}</nav>{body[at:]}'
     return _PAGE.format(title=html.escape(title), policy=POLICY, style=_STYLE.format(**STYLES), body=body)
 
+# %% ../../nbs/82_evaluate.report.ipynb #fa549c48
+def _execute(client):
+    "Run a notebook in a thread beside this one, which goes on to hear signals; whatever ends it ends the kernel."
+    before = {p.pid for p in psutil.Process().children()}
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(client.execute)
+        try: done.result()
+        except BaseException:
+            while not done.done():         # the kernel may only be starting
+                for p in psutil.Process().children():
+                    if p.pid not in before: p.kill()
+                time.sleep(.1)
+            atexit.unregister(client._cleanup_kernel)      # there is none any more
+            raise
+
 # %% ../../nbs/82_evaluate.report.ipynb #d7f6326b
 def write_report(
     folder,            # the report's folder
@@ -462,8 +479,8 @@ def write_report(
     folder = Path(folder)
     nb = report_notebook(folder)
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')   # a warning of the debugger, of no use to anyone here
-    NotebookClient(nb, timeout=600, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=40'],
-                   resources=dict(metadata=dict(path=str(folder)))).execute()
+    _execute(NotebookClient(nb, timeout=600, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=40'],
+                            resources=dict(metadata=dict(path=str(folder)))))
     for name, text in (('report.ipynb', nbformat.writes(nb)), ('report.html', page(nb))):
         temporary = folder/f'.{name}.tmp'
         temporary.write_text(text, encoding='utf-8')
