@@ -3,6 +3,7 @@
     MMSN_DATA=folder python benchmarks/pays.py mmsn-pays                       # every arm, evaluated on *validation*
     MMSN_DATA=folder python benchmarks/pays.py mmsn-pays --arms cells both     # some of them
     MMSN_DATA=folder python benchmarks/pays.py mmsn-pays --test                # the chosen preset, read on test once
+    MMSN_DATA=folder python benchmarks/pays.py mmsn-both --vitals-labs         # two modalities of one stay, read on test: pays_vitals_labs.csv
 
 Arms are the preset `physionet2012` with a few changes. Pre-training sees the training charts only, and never a label. Where it is chosen,
 probes are fitted on training patients and read on validation patients, the test split is not touched; `--test` reads test. Writes
@@ -94,8 +95,8 @@ def study(cohort, models, epochs):
     pd.concat(recalls).to_csv(RESULTS/'pays_recall.csv', index=False)
 
 
-def test(out, models, epochs):
-    "The preset read on test, its baselines beside the first seed: nbs/results/pays_test.csv and pays_test_recall.csv."
+def test(out, models, epochs, name='pays_test'):
+    "The preset read on test, its baselines beside the first seed: nbs/results/NAME.csv and NAME_recall.csv."
     tables, recalls = [], []
     for i, seed in enumerate(seed for _, seed in models):
         run = out/f'preset-{seed}-{epochs:g}'
@@ -104,17 +105,17 @@ def test(out, models, epochs):
             evaluate(run, [f'protocols=[{",".join(protocols)}]', 'shots=[]', 'map_samples=20', f'fractions={list(FRACTIONS)}'], page=False)
         tables.append(pd.read_csv(run/'report'/'summary.csv').assign(seed=seed))
         recalls.append(pd.read_csv(run/'report'/'channels.csv').assign(seed=seed))
-    pd.concat(tables).round(4).to_csv(RESULTS/'pays_test.csv', index=False)
-    pd.concat(recalls).groupby(['seed', 'encoder', 'statistic']).r2.median().round(3).to_csv(RESULTS/'pays_test_recall.csv')
+    pd.concat(tables).round(4).to_csv(RESULTS/f'{name}.csv', index=False)
+    pd.concat(recalls).groupby(['seed', 'encoder', 'statistic']).r2.median().round(3).to_csv(RESULTS/f'{name}_recall.csv')
 
 
 def folder_of(out, arm, seed, epochs): return out/f'{"".join(c if c.isalnum() else "-" for c in arm)}-{seed}-{epochs:g}'
 
 
-def train_arm(out, cohort, arm, changes, seed, epochs):
+def train_arm(out, cohort, arm, changes, seed, epochs, preset='physionet2012'):
     "The trained model of one arm and seed, and the CPU seconds it took; trained only where it is not there."
     folder = folder_of(out, arm, seed, epochs)
-    config = load_config('physionet2012', [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}',
+    config = load_config(preset, [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}',
                                            f'optim.epochs={epochs}', 'train.threads=1', 'train.probe_every=0', *changes])
     clock = folder/'seconds.txt'
     if not clock.is_file():
@@ -134,23 +135,26 @@ def main(argv=None):
     p.add_argument('--seeds', type=int, nargs='*', default=SEEDS)
     p.add_argument('--epochs', type=float, help='of each arm (20; with --test those of the preset)')
     p.add_argument('--test', action='store_true', help='the preset itself, read on test')
+    p.add_argument('--vitals-labs', action='store_true', help='the preset of two modalities, read on test')
     p.add_argument('--ready', action='store_true', help='read what is trained, train nothing')
     p.add_argument('--only-train', action='store_true', help='train what is not there and stop')
     a = p.parse_args(argv)
     if unknown := [arm for arm in a.arms or () if arm not in ARMS]: raise InputError(f'no arm {unknown[0]!r}: there is {", ".join(ARMS)}')
     if not (data := os.environ.get('MMSN_DATA')): raise InputError('set MMSN_DATA to the folder with physionet2012/')
     place = a.out/'cohort'
-    cohort = Cohort.open(place) if place.exists() else physionet2012(Path(data)/'physionet2012', place)
-    arms = {'preset': []} if a.test else {k: ARMS[k] for k in a.arms or ARMS}
-    epochs = a.epochs or (load_config('physionet2012').optim.epochs if a.test else 20)
+    cohort = Cohort.open(place) if place.exists() else physionet2012(Path(data)/'physionet2012', place, vitals_labs=a.vitals_labs)
+    on_test, preset = a.test or a.vitals_labs, 'physionet2012_vitals_labs' if a.vitals_labs else 'physionet2012'
+    arms = {'preset': []} if on_test else {k: ARMS[k] for k in a.arms or ARMS}
+    epochs = a.epochs or (load_config(preset).optim.epochs if on_test else 20)
     models = {}
     for seed in a.seeds:
         for arm, changes in arms.items():
             if a.ready and not (folder_of(a.out, arm, seed, epochs)/'seconds.txt').is_file(): continue
-            models[arm, seed] = train_arm(a.out, cohort, arm, changes, seed, epochs)
+            models[arm, seed] = train_arm(a.out, cohort, arm, changes, seed, epochs, preset)
             print(f'{arm}, seed {seed}: {models[arm, seed][1]} s', flush=True)
     if a.only_train: return
-    test(a.out, models, epochs) if a.test else study(cohort, models, epochs)
+    if on_test: test(a.out, models, epochs, 'pays_vitals_labs' if a.vitals_labs else 'pays_test')
+    else: study(cohort, models, epochs)
 
 
 if __name__ == '__main__': main()
