@@ -49,7 +49,7 @@ _NEEDED = ('subject', 'time', 'variable', 'value')
 def _missing(path, name, names, option):
     "The InputError for a column that is not there."
     near = _near(name, names)
-    said = f'; did you mean {near!r}?' if near else f': there are {", ".join(map(repr, names[:20]))}'
+    said = f'; did you mean {near!r}?' if near else f': there are {", ".join(map(repr, names[:20]))};'
     alone = ' (with --subject stay_id every stay counts as a patient of its own)'
     hint = alone if option == 'subject' and 'stay_id' in names else ''
     return InputError(f'{path} has no column {name!r}{said} --{option} names it{hint}')
