@@ -23,7 +23,7 @@ from .. import __version__
 from .cohort import SPLITS, splitmix
 from .csvfile import check_rows, csv_header, note, sql_names, unnamed, visible
 from .ids import subject_numbers
-from .times import find_format, time_text
+from .times import find_format, leave_out_words, time_text
 from ..options import InputError
 
 # %% ../../nbs/15_data.tables.ipynb #dbb97391
@@ -124,6 +124,7 @@ def _times(con, path, column, source, i, where=None):
     run(con, f'create or replace temp table sampled as select {text} as t from {source} limit {_SAMPLE}')
     if not con.execute('select count(t) from sampled').fetchone()[0]: run(con, "insert into sampled values "
                                                                                "('2000-01-01 00:00:00')")
+    leave_out_words(con, 'sampled', 't')
     f = find_format(con, 'sampled', 't', what, places=False, order=lambda: _day_or_month(con, text, source, what))
     if f.kind == 'elapsed':
         raise InputError(f'{what} should hold dates, not hours such as '
