@@ -3,12 +3,14 @@ import os
 # before torch is imported: a process forked from one that has used OpenMP's threads waits for them for ever
 for _name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(_name, '1')
 
-import subprocess, sys
+import signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# a shell starts jobs in the background with Ctrl-C ignored, and what they start ignores it too: tests that send one would wait
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A config small enough that a step takes milliseconds; everything else as the demo's.
 SMALL = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=1', 'modalities.cxr.views.random_size=32', 'modalities.cxr.views.focal_size=16',
