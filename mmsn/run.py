@@ -79,7 +79,9 @@ def read_run(
     if not path.is_file(): return {}
     about = read_json(path, remedy)
     whole, text = (lambda v: is_whole(v, 1, 10**9)), (lambda v: isinstance(v, str))
-    for key, kind in dict(cohort=text, config=text, processes=whole, batch=whole, pretrained_on=text, command=text).items():
+    kinds = dict(dict.fromkeys(('cohort', 'config', 'pretrained_on', 'command', 'folder', 'beside'), text),
+                 processes=whole, batch=whole)
+    for key, kind in kinds.items():
         if key in about and not kind(about[key]):
             raise InputError(f'{path} has {key}={str(about[key])[:40]!r}, which no run can have: {remedy}')
     check_seal(about, path, remedy)

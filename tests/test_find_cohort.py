@@ -6,6 +6,7 @@ import pytest
 
 import mmsn.testing as testing
 from conftest import refused
+from mmsn.files import seal
 from mmsn.evaluate.__main__ import main
 from mmsn.evaluate.evaluation import open_evaluated
 from mmsn.run import find_cohort
@@ -78,7 +79,7 @@ def test_nowhere(project, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(project/'cohorts')
     about = project/'runs'/'a'/'run.json'
-    about.write_text(json.dumps(json.loads(about.read_text()) | dict(folder='/nowhere/toy', beside='../nowhere')))
+    about.write_text(json.dumps(seal(json.loads(about.read_text()) | dict(folder='/nowhere/toy', beside='../nowhere'))))
     line = refused(main, [project/'runs'/'a'], capsys)
     for place in ('no cohort at cohorts/toy', str(tmp_path/'cohorts'/'toy'), str(project/'cohorts'/'toy'), '/nowhere/toy', 'add data.cohort=FOLDER'): assert place in line, place
     assert 'no cohort at elsewhere' in refused(main, [project/'runs'/'a', 'data.cohort=elsewhere'], capsys)
