@@ -71,7 +71,7 @@ def test_files_for_accelerate(tmp_path):
 
 
 @pytest.mark.parametrize('words,message', [(['slurm.gpu_per_node=8'], "did you mean 'gpus_per_node'"), (['slurm.time=long'], 'slurm.time should be int'),
-                                           (['slurm.nodes=0'], 'at least 1'), (['slurm.cluster=local', 'slurm.nodes=2'], 'one node')])
+                                           (['slurm.nodes=0'], 'between 1 and'), (['slurm.cluster=local', 'slurm.nodes=2'], 'one node')])
 def test_slurm_words_that_are_refused(words, message):
     with pytest.raises(InputError, match=message): split_slurm(words)
 
