@@ -472,7 +472,7 @@ def test_most_bad(place, capsys):
     for i in range(6): Path(f'scans/{i}.png').write_bytes(b'')
     refused(main, WORDS, capsys)
     assert len(prepared('--most-bad', .05)) == 114 and summary()['dropped: zero bytes'] == 6
-    for share in ('2', '-1', 'nan'): assert 'most_bad should be a share from 0 to 1' in refused(main, [*WORDS, '--overwrite', f'--most-bad={share}'], capsys)
+    for share in ('2', '-1', 'nan'): assert '--most-bad should lie between 0 and 1' in refused(main, [*WORDS, '--overwrite', f'--most-bad={share}'], capsys)
 
 
 def test_one_grey(place):

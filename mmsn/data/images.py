@@ -12,7 +12,7 @@ import hashlib, json, multiprocessing, os, re, signal, sys, threading, types, wa
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -268,8 +268,9 @@ def store_images(
     cuts, workers = _cut(len(files), block), 1 if len(files) < _FEW else workers or _cores()
     index, odd, bad, reused, begin, name = np.full(len(paths), -1, np.int64), [], [], 0, writer.n, writer.path.stem
     prints = np.zeros((len(paths), 2), np.uint64)
-    results = _results([(files[c], size, fit, resume) for c in cuts], min(workers, len(cuts)))
-    with tqdm(total=len(paths), desc=name, unit='image', disable=None) as bar:
+    work = _results([(files[c], size, fit, resume) for c in cuts], min(workers, len(cuts)))
+    # closed before an error is told: processes that go on would write into a folder that is being removed
+    with closing(work) as results, tqdm(total=len(paths), desc=name, unit='image', disable=None) as bar:
         for cut, done in zip(cuts, results):
             at = np.arange(len(paths))[cut]
             odd += [(name, paths[i], note) for i, note in zip(at, done.notes) if note]
