@@ -113,14 +113,14 @@ def _cut(n, block):
     return [slice(a, min(a + step, n)) for a in range(0, n, step)]
 
 # %% ../../nbs/14_data.images.ipynb #8f433301
-_stop = None    # in a process of the pool below: the event that tells it to end
+_stop = None    # in a process of the pool below: its value 1 tells it to end
 
 # %% ../../nbs/14_data.images.ipynb #94a2dfce
 def _decode_block(files, size, fit):
     "Decode and resize `files`: a DecodedChunk."
     images, reasons, notes = [np.empty((0, size, size), np.uint8)], [], []
     for file in files:
-        if _stop is not None and _stop.is_set(): raise InterruptedError('the store has ended')
+        if _stop is not None and _stop.value: raise InterruptedError('the store has ended')
         try: image, *what = _decode(file, size)
         except BadImage as e: reason, note = e.reason, ''
         else: reason, note = '', _note(file, *what); images.append(_resize(image, size, fit)[None])
@@ -188,7 +188,7 @@ def _results(jobs, workers):
         yield from (_process_block(*job) for job in jobs)
         return
     context, waiting = multiprocessing.get_context('spawn'), deque()
-    stop = context.Event()
+    stop = context.RawValue('b', 0)    # no lock, which a killed process would keep for ever
     pool = ProcessPoolExecutor(workers, context, _begin, (stop,))
     try:
         for job in jobs:
@@ -199,7 +199,7 @@ def _results(jobs, workers):
         raise InputError('a process that decodes images was ended from outside, usually because memory ran out: '
                          'use fewer workers, and resume')
     finally:
-        stop.set()
+        stop.value = 1
         pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/14_data.images.ipynb #beea5108
