@@ -780,6 +780,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmsn.data.times._zone_sql': ('data.times.html#_zone_sql', 'mmsn/data/times.py'),
                                  'mmsn.data.times._zones': ('data.times.html#_zones', 'mmsn/data/times.py'),
                                  'mmsn.data.times.find_format': ('data.times.html#find_format', 'mmsn/data/times.py'),
+                                 'mmsn.data.times.is_stamp': ('data.times.html#is_stamp', 'mmsn/data/times.py'),
                                  'mmsn.data.times.leave_out_words': ('data.times.html#leave_out_words', 'mmsn/data/times.py'),
                                  'mmsn.data.times.time_text': ('data.times.html#time_text', 'mmsn/data/times.py')},
             'mmsn.data.timeseries': { 'mmsn.data.timeseries.Channel': ('data.timeseries.html#channel', 'mmsn/data/timeseries.py'),
