@@ -25,7 +25,7 @@ def sincos(
     dim:int,    # even width
 ):
     "(L, dim): sines then cosines of the coordinates at dim/2 frequencies from 1 down to 1/10000 (exclusive)."
-    omega = 10000**(-torch.arange(dim//2, dtype=torch.float64)/(dim//2)).to(positions.device)
+    omega = 10000**(-torch.arange(dim//2, dtype=torch.float64, device=positions.device)/(dim//2))
     angles = positions.double()[:, None]*omega
     return torch.cat([angles.sin(), angles.cos()], 1).float()
 
@@ -37,7 +37,7 @@ def sincos_2d(
 ):
     "(rows*cols, dim): half of the width encodes the column, half the row (arXiv 2111.06377)."
     if dim % 4: raise InputError(f'encoder.positions=sincos needs a dim that is a multiple of 4, not {dim}')
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing='ij')
+    y, x = torch.meshgrid(torch.arange(rows, device='cpu'), torch.arange(cols, device='cpu'), indexing='ij')
     return torch.cat([sincos(x.flatten(), dim//2), sincos(y.flatten(), dim//2)], 1)
 
 # %% ../../nbs/30_encoders.vit.ipynb #259b0450
@@ -163,7 +163,7 @@ class ViT(nn.Module):
         "Learned positions are a parameter, fixed ones a buffer; both under the published name."
         cls = torch.zeros(1, self.cls_token is not None, self.dim)
         if self.config.positions == 'sincos':
-            self.register_buffer('pos_embed', torch.cat([cls, sincos_2d(*self.grid, self.dim)[None]], 1))
+            self.register_buffer('pos_embed', torch.cat([cls, sincos_2d(*self.grid, self.dim)[None].to(cls.device)], 1))
         else: self.pos_embed = nn.Parameter(torch.zeros(1, cls.shape[1] + math.prod(self.grid), self.dim))
 
     def _draw(self):

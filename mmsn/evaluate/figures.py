@@ -6,7 +6,7 @@ Each function takes a tidy table or predictions from the rooms before this one a
 
 # %% auto #0
 __all__ = ['plt', 'ticker', 'low_shot_figure', 'curve_points', 'roc_pr_figure', 'calibration_figure', 'subgroup_figure',
-           'comparison_figure', 'robustness_figure', 'training_figure', 'recall_figure']
+           'comparison_figure', 'robustness_figure', 'training_figure', 'representation_figure', 'recall_figure']
 
 # %% ../../nbs/80_evaluate.figures.ipynb #710e7efc
 import math
@@ -359,6 +359,32 @@ def training_figure(
         if title == 'gradient norm' and metrics.gradient_norm.max() > 0: _log_axis(ax)
         _axes(ax, title=title, xlabel='step')
     _legend(fig, axes)
+    return fig
+
+# %% ../../nbs/80_evaluate.figures.ipynb #83cd67fc
+def _map(ax, points, names, title):
+    "One map, its samples in random order so that no class lies on top."
+    points = points.sample(frac=1, random_state=0)
+    cycle, faint = plt.get_cmap('tab20' if len(names) > 10 else 'tab10').colors, STYLES[_chosen.get()]['faint']
+    colours = {n: faint if n == 'none' else cycle[i % len(cycle)] for i, n in enumerate(names)}
+    ax.scatter(points.x, points.y, s=9, lw=0, alpha=.8, c=[colours[c] for c in points['class']])
+    for n, c in colours.items(): ax.scatter([], [], s=14, color=c, label=_short(str(n), 38))
+    ax.set(xticks=[], yticks=[],
+           xlabel=f'neighbours of the same class {points.same.iloc[0]:.0%} ({points.chance.iloc[0]:.0%})')
+    ax.set_title(title); ax.spines[:].set_visible(False)
+
+# %% ../../nbs/80_evaluate.figures.ipynb #b2627af4
+@_drawn
+def representation_figure(
+    points:pd.DataFrame,    # from `representation_points`, of one method
+):
+    "Maps of frozen features: encoders down, joint and each modality across, a colour a class."
+    encoders, inputs = (list(dict.fromkeys(points[c])) for c in ('encoder', 'input'))
+    fig, axes = plt.subplots(len(encoders), len(inputs), figsize=(2.9*len(inputs), 3*len(encoders)), squeeze=False)
+    names = sorted(pd.unique(points['class']).tolist(), key=lambda c: (c == 'none', str(c)))
+    for (encoder, name), ax in zip(product(encoders, inputs), axes.flat):
+        _map(ax, points[(points.encoder == encoder) & (points.input == name)], names, f'{encoder}: {name}')
+    _legend(fig, axes.flat, 3)
     return fig
 
 # %% ../../nbs/80_evaluate.figures.ipynb #86e4763d

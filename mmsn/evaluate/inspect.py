@@ -6,9 +6,8 @@ Tables say how well an encoder does; this module looks at what it does. A map of
 
 # %% auto #0
 __all__ = ['plt', 'decomposition', 'manifold', 'map_points', 'sample_classes', 'label_words', 'neighbour_purity',
-           'representation_points', 'representation_figure', 'plot_representation', 'attention_maps',
-           'attention_figure', 'hour_contributions', 'channel_sums', 'attention_cells', 'hours_figure', 'assignments',
-           'prototype_table', 'prototype_figure']
+           'representation_points', 'plot_representation', 'attention_maps', 'attention_figure', 'hour_contributions',
+           'channel_sums', 'attention_cells', 'hours_figure', 'assignments', 'prototype_table', 'prototype_figure']
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #a02c689c
 import itertools
@@ -19,7 +18,7 @@ import torch
 
 from ..commands import later
 from .features import feature_matrix
-from .figures import _short
+from .figures import _short, representation_figure
 from .metrics import macro
 from ..loss import log_probs
 from ..options import InputError
@@ -129,32 +128,6 @@ def representation_points(
             out.append(t)
     columns = ['method', 'encoder', 'input', 'sample_id', 'class', 'x', 'y', 'same', 'chance']
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=columns)
-
-# %% ../../nbs/81_evaluate.inspect.ipynb #73890d77
-def _map(ax, points, names, title):
-    "One map, its samples in random order so that no class lies on top."
-    points = points.sample(frac=1, random_state=0)
-    cycle, faint = plt.get_cmap('tab20' if len(names) > 10 else 'tab10').colors, STYLES[_chosen.get()]['faint']
-    colours = {n: faint if n == 'none' else cycle[i % len(cycle)] for i, n in enumerate(names)}
-    ax.scatter(points.x, points.y, s=9, lw=0, alpha=.8, c=[colours[c] for c in points['class']])
-    for n, c in colours.items(): ax.scatter([], [], s=14, color=c, label=_short(str(n), 38))
-    ax.set(xticks=[], yticks=[],
-           xlabel=f'neighbours of the same class {points.same.iloc[0]:.0%} ({points.chance.iloc[0]:.0%})')
-    ax.set_title(title); ax.spines[:].set_visible(False)
-
-# %% ../../nbs/81_evaluate.inspect.ipynb #06959ed5
-@_drawn
-def representation_figure(
-    points:pd.DataFrame,    # from `representation_points`, of one method
-):
-    "Maps of frozen features: encoders down, joint and each modality across, a colour a class."
-    encoders, inputs = (list(dict.fromkeys(points[c])) for c in ('encoder', 'input'))
-    fig, axes = plt.subplots(len(encoders), len(inputs), figsize=(2.9*len(inputs), 3*len(encoders)), squeeze=False)
-    names = sorted(pd.unique(points['class']).tolist(), key=lambda c: (c == 'none', str(c)))
-    for (encoder, name), ax in zip(itertools.product(encoders, inputs), axes.flat):
-        _map(ax, points[(points.encoder == encoder) & (points.input == name)], names, f'{encoder}: {name}')
-    _legend(fig, axes.flat, 3)
-    return fig
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #f0227b11
 def plot_representation(
