@@ -10,6 +10,7 @@ __all__ = ['parser', 'main']
 # %% ../../nbs/85_evaluate.ipynb #79ab35dc
 from ..commands import Parser, cli
 from ..options import InputError
+from ..threads import wait_asleep
 
 # %% ../../nbs/85_evaluate.ipynb #e8500009
 def parser():
@@ -49,6 +50,7 @@ def main(argv=None):
     runs, overrides = [w for w in words if '=' not in w], [w for w in words if '=' in w]
     if not (runs or args.seed_config):
         raise InputError('nothing to evaluate: give the folder of a run, or --seed-config FILE')
+    wait_asleep()
     page = _evaluated(args.seed_config, runs, overrides, args.out, args.verify)
     print(f'tables {page.parent}, report {page}')
 
