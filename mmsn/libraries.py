@@ -17,7 +17,6 @@ import re
 from typing import NamedTuple
 
 import torch
-import torchvision
 from torch import nn
 
 from .options import InputError
@@ -33,6 +32,7 @@ class Network(NamedTuple):
 # %% ../nbs/53c_libraries.ipynb #29b3905c
 def _torchvision(name, pretrained):
     "A classifier of torchvision as a `Network`."
+    import torchvision
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names: raise InputError(f'torchvision has no classifier {name!r}: it has {", ".join(names)}')
     weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -159,6 +159,7 @@ def _layers_of(path, classes):
 # %% ../nbs/53c_libraries.ipynb #cc89e4e2
 def _grey_resnet(name, classes):
     "The residual network of torchvision that `name` begins with, for one channel."
+    import torchvision
     net = torchvision.models.get_model(name.split('-')[0], weights=None, num_classes=classes)
     net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     return net
