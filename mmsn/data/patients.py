@@ -54,14 +54,16 @@ def all_channels(
                 raise InputError(f'the channel {c.name!r} is not the same in two series of the encoder')
     return list(known.values())
 
-# %% ../../nbs/29_data.patients.ipynb #21167861
-_TOLD = ('command', 'source', 'licence', 'hours', 'timestep', 'size', 'fit', 'tasks', 'rules', 'samples', 'invented')
+# %% ../../nbs/29_data.patients.ipynb #2bbfba86
+_TOLD = ('command', 'source', 'licence', 'hours', 'timestep', 'size', 'fit', 'tasks', 'rules', 'samples', 'invented', 'created')
 
 def about_data(
     cohort,   # Cohort
 )->dict:
     "What an exported encoder says of the cohort it was trained on."
-    own = {k: v for k, v in cohort.provenance.items() if k in _TOLD and isinstance(v, (str, int, float, list))}
+    options = cohort.provenance.get('options')                      # of MIMIC they lie one deeper
+    said = cohort.provenance | (options if isinstance(options, dict) else {})
+    own = {k: v for k, v in said.items() if k in _TOLD and isinstance(v, (str, int, float, list))}
     if 'source' in own: own['source'] = Path(str(own['source'])).name
     train = cohort.samples[cohort.samples.split == 'train']
     counts = {name: int(cohort.present(name)[(cohort.samples.split == 'train').to_numpy()].sum())
@@ -101,13 +103,14 @@ def scales(infos:dict)->dict:
             for info in infos.values() if info.kind == 'timeseries' for c in info.channels
             if c['kind'] == 'continuous'}
 
-# %% ../../nbs/29_data.patients.ipynb #3bc1f5f2
+# %% ../../nbs/29_data.patients.ipynb #e194296f
 def _check_names(unknown, seen, channels, where):
     "Raise InputError where a variable that is no channel is spelt almost like a channel that nobody has."
     lacking = {c.name.lower(): c.name for c in channels if c.name not in seen}
     for name in unknown:
         near = _near(str(name).strip().lower(), lacking, .85)
-        if near: raise InputError(f'{where} has the variable {name!r}: the encoder has a channel {lacking[near]!r}, which '
+        if near:
+            raise InputError(f'{where} has the variable {name!r}: the encoder has a channel {lacking[near]!r}, which '
                                   f'is nowhere in it; write it like that')
 
 # %% ../../nbs/29_data.patients.ipynb #30d334d9
@@ -160,7 +163,7 @@ class Series:
             made[name] = g.values[observed[stay]], g.lengths*observed
         return made
 
-# %% ../../nbs/29_data.patients.ipynb #bdb528fc
+# %% ../../nbs/29_data.patients.ipynb #420320f1
 def _narrow(infos):
     "The series among `infos`; InputError where there is none."
     series = {n: i for n, i in infos.items() if i.kind == 'timeseries'}
@@ -189,7 +192,8 @@ def table_series(
     last = con.execute('select stay, max(hours) as h from found group by 1').df().set_index('stay').h
     end = stays.length.fillna(last.reindex(stays.index)).fillna(0).clip(step/2, hours or None).to_numpy(float)
     ids = stays[['subject', 'stay_id'] if stays.stay_id.notna().all() else ['subject']]
-    return ids.rename(columns=dict(subject='subject_id')), Series(con, channels, end, series), _unread(rows, unknown, empty)
+    return ids.rename(columns=dict(subject='subject_id')), Series(con, channels, end, series), _unread(rows, unknown,
+                                                                                                       empty)
 
 # %% ../../nbs/29_data.patients.ipynb #723f3dba
 def _unread(rows, unknown, empty):
@@ -199,7 +203,7 @@ def _unread(rows, unknown, empty):
     if unknown: lines.append(f'not read, as they are no channels of the encoder: {", ".join(map(str, unknown[:10]))}')
     return lines + ([f'nobody has {", ".join(empty[:10])}'] if empty else [])
 
-# %% ../../nbs/29_data.patients.ipynb #6c7ab788
+# %% ../../nbs/29_data.patients.ipynb #74f6192c
 def encoder_codes(
     path,            # CSV: code (or beginning*), channel, perhaps unit, scale, offset
     channels:list,   # of the encoder
@@ -208,15 +212,20 @@ def encoder_codes(
     table, of = read_text(path, ['code', 'channel']), {c.name: (i, c) for i, c in enumerate(channels)}
     table = table.assign(code=table.code.str.strip(), channel=table.channel.str.strip())
     if table.code.isna().any() or not len(table): raise InputError(f'{path} has an empty code')
-    if table.code.duplicated().any(): raise InputError(f'{path} has the code {table.code[table.code.duplicated()].iloc[0]!r} twice')
+    if table.code.duplicated().any():
+        raise InputError(f'{path} has the code {table.code[table.code.duplicated()].iloc[0]!r} twice')
     scale, shift = (numbers(table, c, path).fillna(d) if c in table else pd.Series(d, table.index)
                     for c, d in (('scale', 1.), ('offset', 0.)))
     rows = []
-    for code, name, unit, a, b in zip(table.code, table.channel, table.get('unit', pd.Series(None, table.index)), scale, shift):
+    for code, name, unit, a, b in zip(table.code, table.channel, table.get('unit', pd.Series(None, table.index)),
+                                      scale, shift):
         number, c = of.get(name) or _no_channel(path, name, of)
-        if c.categories: raise InputError(f'the channel {name!r} of the encoder is a choice of words: codes have numbers, give a long table')
+        if c.categories:
+            raise InputError(f'the channel {name!r} of the encoder is a choice of words: codes have numbers, give a '
+                             f'long table')
         way = (1., 0.) if pd.isna(unit) or not c.unit else conversion(unit, c.unit, name)
-        if way is None: raise InputError(f'{path}: {name!r} is in {unit!r}, in the encoder in {c.unit!r}, and no factor is known')
+        if way is None:
+            raise InputError(f'{path}: {name!r} is in {unit!r}, in the encoder in {c.unit!r}, and no factor is known')
         rows.append((code, number, a*way[0], b*way[0] + way[1]))
     return pd.DataFrame(rows, columns=['code', 'channel', 'scale', 'offset'])
 
@@ -251,7 +260,7 @@ def meds_series(
     ids = w.rename(columns=dict(a='window_start', b='window_end'))
     return ids, Series(con, channels, length, series), lines + _unread([], (), empty)
 
-# %% ../../nbs/29_data.patients.ipynb #3b293d56
+# %% ../../nbs/29_data.patients.ipynb #e244fab6
 _ENDS = ('.jpg', '.jpeg', '.jpe', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.jp2', '.pgm', '.dcm', '.dicom')
 
 def list_images(
@@ -262,10 +271,12 @@ def list_images(
     if root.is_file(): return [root.name]
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob('*')
                    if p.suffix.lower() in _ENDS and p.is_file() and not p.name.startswith('.'))
-    if not names: raise InputError(f'{folder} holds no images ({", ".join(_ENDS)}), no table data/*.parquet of MEDS, and no cohort.json')
+    if not names:
+        raise InputError(f'{folder} holds no images ({", ".join(_ENDS)}), no table data/*.parquet of MEDS, and no '
+                         f'cohort.json')
     return names
 
-# %% ../../nbs/29_data.patients.ipynb #ab6deae9
+# %% ../../nbs/29_data.patients.ipynb #11fd2d44
 @dataclass
 class Pictures:
     "Image files, one a patient at most, decoded when they are asked for."
@@ -291,7 +302,8 @@ class Pictures:
     def _check(self, n):
         if len(self.bad) > self.most_bad*n:
             file, reason = self.bad[0]
-            raise InputError(f'{len(self.bad)} of {n} images cannot be used, the first is {file}: {reason} (--most-bad '
+            raise InputError(f'{len(self.bad)} of {n} images cannot be used, the first is {file}: {reason} '
+                             f'(--most-bad '
                              f'1 goes on without them)')
 
 def _placed(files, done, side):
@@ -301,27 +313,34 @@ def _placed(files, done, side):
     images[at] = done.images
     return images[:, None], np.isin(np.arange(len(files)), at)
 
-# %% ../../nbs/29_data.patients.ipynb #9582f8ae
+# %% ../../nbs/29_data.patients.ipynb #9021f164
 def fact_matrix(
     table,              # DataFrame
     info:ModalityInfo,  # of the encoder
     where,              # what to call the table in messages
 )->np.ndarray:          # (N, F) float32, NaN where unknown
     "Facts in the columns of an encoder: numbers as they are, words as 0 and 1. Raises InputError."
-    text = table.astype(object).where(table.notna(), None).map(lambda v: v if v is None else str(v).strip()).astype('string')
+    text = table.astype(object).where(table.notna(),
+                                      None).map(lambda v: v if v is None else str(v).strip()).astype('string')
     made = {c: _fact_numbers(text[c], c, where) for c in info.columns if c in text}
     for c in (c for c in info.columns if c not in text):
         base = max((n for n in text if c.startswith(f'{n}_')), key=len, default=None)
-        if base is None: raise InputError(f'{where} has no column {c!r}, which the encoder reads (it has {", ".join(map(str, text))})')
+        if base is None:
+            raise InputError(f'{where} has no column {c!r}, which the encoder reads (it has '
+                             f'{", ".join(map(str, text))})')
         made[c] = (text[base] == c[len(base) + 1:]).astype(float).where(text[base].notna())
         words = {w[len(base) + 1:] for w in info.columns if w.startswith(f'{base}_')}
         odd = sorted(set(text[base].dropna()) - words)
-        if odd: raise InputError(f'column {base!r} of {where} holds {odd[0]!r}: the encoder knows {", ".join(sorted(words))}')
+        if odd:
+            raise InputError(f'column {base!r} of {where} holds {odd[0]!r}: the encoder knows '
+                             f'{", ".join(sorted(words))}')
     for i, c in enumerate(info.columns):
         if made[c] is None and text[c].notna().any(): raise InputError(f'column {c!r} of {where} should hold numbers')
         made[c] = pd.Series(np.nan, text.index) if made[c] is None else made[c]
         known = made[c].dropna()
-        if len(known): _check_median(c, '', len(known), 0, float(known.median()), None, None, (float(info.mean[i]), float(info.std[i])), where)
+        if len(known):
+            _check_median(c, '', len(known), 0, float(known.median()), None, None, (float(info.mean[i]),
+                                                                                    float(info.std[i])), where)
     return pd.DataFrame(made)[list(info.columns)].to_numpy(np.float32)
 
 # %% ../../nbs/29_data.patients.ipynb #60e2d474
@@ -404,7 +423,7 @@ def _blocks_of(picture, cuts):
     if isinstance(picture, Pictures): return picture.blocks(cuts)
     return ((picture[0][a:b], picture[1][a:b]) for a, b in cuts)
 
-# %% ../../nbs/29_data.patients.ipynb #b39e74c7
+# %% ../../nbs/29_data.patients.ipynb #087fad5a
 def batches(
     p:Patients,
     cuts:list,   # (first, last) of each block
@@ -416,7 +435,8 @@ def batches(
         for a, b in cuts:
             pictures, series = {n: next(r) for n, r in readers.items()}, _series_of(p, a, b)
             parts = {n: _values_of(p, n, a, b, series, pictures) for n in p.infos}
-            t = {n: [None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in v] for n, v in parts.items()}
+            t = {n: [None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in v] for n,
+                 v in parts.items()}
             yield Batch(torch.arange(a, b), {n: v[0] for n, v in t.items()},
                         {n: v[1] for n, v in t.items() if v[1] is not None}, {n: v[2] for n, v in t.items()},
                         torch.zeros(b - a, 0))
@@ -433,14 +453,15 @@ def _by_id(name, value):
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim >= 2): return None, value
     raise InputError(f'{name} should be a list, an array, a dict by id or a data frame, not {type(value).__name__}')
 
-# %% ../../nbs/29_data.patients.ipynb #4fdabd7e
+# %% ../../nbs/29_data.patients.ipynb #ba9f46a2
 def _picture(x, who, info, fit):
     "(H, W) uint8 of an image in Python; a file stays what it is."
     side = info.height
     if isinstance(x, Image.Image): x = np.asarray(x if x.mode == 'L' else x.convert('L'))
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim not in (2, 3):
         got = f'an array of {x.dtype} {x.shape}' if isinstance(x, np.ndarray) else type(x).__name__
-        raise InputError(f'{info.name} of patient {who!r} should be an array of uint8 (height, width), 0 to 255, a PIL '
+        raise InputError(f'{info.name} of patient {who!r} should be an array of uint8 (height, width), 0 to 255, a '
+                         f'PIL '
                          f'image or a file, not {got}')
     if x.ndim == 3: x = np.asarray(Image.fromarray(x.squeeze()).convert('L'))
     if x.shape == (side, info.info['width']): return x
@@ -457,12 +478,13 @@ def _pictures(info, values, ids, fit):
         out[i, 0], has[i] = _picture(x, who, info, fit), True
     return out, has
 
-# %% ../../nbs/29_data.patients.ipynb #6dfe27c5
+# %% ../../nbs/29_data.patients.ipynb #ac0355ee
 def _check_array(x, who, info):
     "(hours, C) float32 of one patient's series. Raises InputError."
     if not isinstance(x, np.ndarray) or x.ndim != 2 or x.shape[1] != info.width or x.dtype.kind not in 'fiu':
         got = f'{x.dtype} {x.shape}' if isinstance(x, np.ndarray) else type(x).__name__
-        raise InputError(f'{info.name} of patient {who!r} should be a data frame, or an array (hours, {info.width}) of numbers: '
+        raise InputError(f'{info.name} of patient {who!r} should be a data frame, or an array (hours, {info.width}) '
+                         f'of numbers: '
                          f'the columns {", ".join(info.columns[:3])} …; it is {got}')
     if not np.isfinite(x).all(): raise InputError(f'{info.name} of patient {who!r} holds values that are not finite')
     x = x.astype(np.float32)
@@ -472,10 +494,11 @@ def _check_array(x, who, info):
         v, (low, high) = x[seen, c['columns'][0]], (c.get('low'), c.get('high'))
         outside = int(((v < (-np.inf if low is None else low)) | (v > (np.inf if high is None else high))).sum())
         scale = float(info.mean[c['columns'][0]]), float(info.std[c['columns'][0]])
-        _check_median(c['name'], c.get('unit') or '', len(v), outside, float(np.median(v)), low, high, scale, f'{info.name} of patient {who!r}')
+        _check_median(c['name'], c.get('unit') or '', len(v), outside, float(np.median(v)), low, high, scale,
+                      f'{info.name} of patient {who!r}')
     return x
 
-# %% ../../nbs/29_data.patients.ipynb #91f0f382
+# %% ../../nbs/29_data.patients.ipynb #4ac505c3
 def _stacked(info, values, ids):
     "One wide frame (subject_id, time, a column a channel) of a frame for each patient."
     parts = []
@@ -483,7 +506,8 @@ def _stacked(info, values, ids):
         if x is None: continue
         known = {c['name'] for c in info.channels}
         if not any(str(c).strip() in known for c in x):
-            raise InputError(f'no column of {info.name} of patient {who!r} is a channel: it has {", ".join(map(str, x.columns[:10]))}, '
+            raise InputError(f'no column of {info.name} of patient {who!r} is a channel: it has '
+                             f'{", ".join(map(str, x.columns[:10]))}, '
                              f'the encoder {", ".join(sorted(known)[:10])}')
         time = x['time'] if 'time' in x else pd.Series(x.index, x.index)
         parts.append(x.drop(columns='time', errors='ignore').assign(subject_id=str(who), time=time.to_numpy()))
@@ -501,15 +525,18 @@ def _frame_series(name, frame, infos, stack, prepared):
     except (ValueError, TypeError, ArithmeticError) as e:
         raise InputError(f'the frame {name!r} cannot be read as a table: {str(e).splitlines()[0][:200]}') from None
 
-# %% ../../nbs/29_data.patients.ipynb #838afc65
+# %% ../../nbs/29_data.patients.ipynb #93305d5e
 def _people(given):
     "The ids of everybody, and for each modality which are its own; InputError where ids and orders do not go together."
     named = {n: [str(i) for i in ids] for n, (ids, _) in given.items() if ids is not None}
     sizes = {n: len(v) for n, (ids, v) in given.items() if ids is None}
     if named and sizes:
-        raise InputError(f'{next(iter(named))} is given by id and {next(iter(sizes))} by order: give both by id, {next(iter(sizes))} as a dict')
-    if len(set(sizes.values())) > 1: raise InputError(f'not equally many patients: {", ".join(f"{n} {k}" for n, k in sizes.items())}')
-    return list(dict.fromkeys(i for ids in named.values() for i in ids)) if named else list(range(next(iter(sizes.values()))))
+        raise InputError(f'{next(iter(named))} is given by id and {next(iter(sizes))} by order: give both by id, '
+                         f'{next(iter(sizes))} as a dict')
+    if len(set(sizes.values())) > 1:
+        raise InputError(f'not equally many patients: {", ".join(f"{n} {k}" for n, k in sizes.items())}')
+    if named: return list(dict.fromkeys(i for ids in named.values() for i in ids))
+    return list(range(next(iter(sizes.values()))))
 
 def _aligned(ids, own, values):
     "`values` in the order of `ids`, None where somebody has none."
@@ -540,21 +567,24 @@ def gather(
     made.ids = pd.DataFrame(dict(subject_id=ids))
     return made
 
-# %% ../../nbs/29_data.patients.ipynb #abcaf608
+# %% ../../nbs/29_data.patients.ipynb #954c28ae
 def _facts(info, ids, own, values):
     "(N, F) facts of everybody, and who has a row. Raises InputError."
     if isinstance(values, pd.DataFrame):
         x = fact_matrix(values, info, f'the frame {info.name!r}')
         rows = pd.Series(range(len(values)), index=[str(i) for i in values.subject_id] if own else range(len(values)))
-        if rows.index.has_duplicates: raise InputError(f'the frame {info.name!r} has patient {rows.index[rows.index.duplicated()][0]!r} twice')
+        if rows.index.has_duplicates:
+            raise InputError(f'the frame {info.name!r} has patient {rows.index[rows.index.duplicated()][0]!r} twice')
         at = rows.reindex(ids).fillna(-1).astype(int).to_numpy()
         return x[at], at >= 0
     out, rows = np.zeros((len(ids), info.width), np.float32), _aligned(ids, own, values)
     for i, x in enumerate(rows):
         if x is None: continue
-        row = fact_matrix(pd.DataFrame([x]), info, f'{info.name} of patient {ids[i]!r}') if isinstance(x, dict) else np.asarray(x)
+        row = fact_matrix(pd.DataFrame([x]), info, f'{info.name} of patient '
+                                                   f'{ids[i]!r}') if isinstance(x, dict) else np.asarray(x)
         if row.size != info.width or row.dtype.kind not in 'fiu':
-            raise InputError(f'{info.name} of patient {ids[i]!r} should be {info.width} numbers: {", ".join(info.columns)}')
+            raise InputError(f'{info.name} of patient {ids[i]!r} should be {info.width} numbers: '
+                             f'{", ".join(info.columns)}')
         out[i] = row.reshape(-1)
     return out, np.array([x is not None for x in rows])
 
@@ -570,6 +600,7 @@ def _laid(name, frame, info, ids, made, prepared):
 def _series(info, ids, values, made, prepared):
     "The same, of an array or a frame for each patient."
     frames = [isinstance(x, pd.DataFrame) for x in values if x is not None]
-    if not any(frames): return [None if x is None or not len(x) else _check_array(x, i, info) for i, x in zip(ids, values)]
+    if not any(frames):
+        return [None if x is None or not len(x) else _check_array(x, i, info) for i, x in zip(ids, values)]
     if not all(frames): raise InputError(f'{info.name} should be frames or arrays for everybody, not both')
     return _laid(info.name, _stacked(info, values, ids), info, ids, made, prepared)
