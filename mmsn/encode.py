@@ -7,7 +7,7 @@ After training comes use: patients who were in no cohort, in a hospital that has
 # %% auto #0
 __all__ = ['encode_patients', 'Sources', 'read_patients', 'CohortPatients', 'encode_source', 'parser', 'main']
 
-# %% ../nbs/93_encode.ipynb #777db96d
+# %% ../nbs/93_encode.ipynb #2732ba96
 import hashlib, json, os, re, shutil, tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from .data.folders import image_names
 from .data.images import inside
 from .data.tables import connect, read_text
 from .data.times import TIME_UNITS
-from .files import fsync, read_json, read_sealed, write_sealed
+from .files import beside, fsync, read_sealed, sweep, write_sealed
 from .options import InputError
 from .progress import Progress
 
@@ -294,7 +294,7 @@ def _typed_ids(ids):
         made[c] = text.astype('int64') if whole else text.astype(object).where(text.notna(), None)
     return made
 
-# %% ../nbs/93_encode.ipynb #a84aaefd
+# %% ../nbs/93_encode.ipynb #b3a26c62
 def encode_source(
     encoder,             # of `open_encoder`, on the device where it should run; or what that opens
     source,              # path of a cohort, images, a table or MEDS; or `Sources`
@@ -310,7 +310,8 @@ def encode_source(
     if isinstance(encoder, (str, Path)):
         from mmsn.sources import open_encoder
         encoder = open_encoder(encoder)
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as near:
+    sweep(out)       # what a killed run has left, its finished parts aside
+    with tempfile.TemporaryDirectory(prefix=beside(out), dir=out.parent) as near:
         p = CohortPatients(s.source, encoder) if s.kind == 'cohort' else read_patients(s, encoder, Path(near)/'spill')
         with p.closing:
             p.ids = _typed_ids(p.ids)

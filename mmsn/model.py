@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mmsn
+from .card import write_card
 from .config import _walk, build, check, spaces, to_dict
 from .data.cohort import Batch, ModalityInfo
 from .data.entries import check_modality
@@ -89,7 +90,7 @@ class MMSN(nn.Module):
             raise InputError(f'the config wants modality {missing[0]!r}, which the cohort does not have (it has '
                              f'{", ".join(infos)})')
         self.config, self.infos = config, {name: infos[name] for name in config.modalities}
-        self.data = {}    # what an exported encoder says of its cohort: `about_data`
+        self.data, self.folder = {}, None    # what an exported encoder says of its cohort (`about_data`), and where it lies
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             self.views = Views(config.modalities, self.infos)
@@ -436,6 +437,7 @@ def save_pretrained(self:MMSN,
                      data=self.data,
                      weights=sha256(new/'model.safetensors'))
         (new/'config.json').write_text(json.dumps(seal(about), indent=1), encoding='utf-8')
+        write_card(new)
         if folder.exists(): folder.rename(old)
         new.rename(folder)
     finally:
@@ -516,5 +518,5 @@ def from_pretrained(cls:MMSN,
     except RuntimeError as e:
         raise InputError(f'the weights in {source} do not fit its config.json: {" ".join(str(e).split())[:200]}')
     data = read_json(local_folder(source)/'config.json', 'export the encoder again').get('data')
-    model.data = data if isinstance(data, dict) else {}
+    model.data, model.folder = data if isinstance(data, dict) else {}, local_folder(source)
     return model.eval()

@@ -35,6 +35,7 @@ from .encoders.stems import hide_patches
 from .encoders.vit import ViT, resize_positions
 from .model import MMSN, local_folder, is_mmsn_encoder, _read
 from .options import ImageEncoder, InputError, SIZES
+from .share import push_folder                     # and `push_to_hub` of an MMSN
 from .views.images import patch_keep, to_float
 from .views.random import make_key
 from .weights import _one_network, read_weights

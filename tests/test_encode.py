@@ -197,7 +197,7 @@ def test_killed(tmp_path):
     toy_cohort(tmp_path/'cohort', 400)
     trained(Cohort.open(tmp_path/'cohort'), tmp_path/'encoder', 'cxr', 'ehr')
     words = [sys.executable, '-m', 'mmsn.encode', 'encoder', 'cohort']
-    run = lambda out, *more: subprocess.Popen([*words, out, '--batch-size', '4', *more], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    run = lambda out, *more: subprocess.Popen([*words, out, '--batch-size', '16', *more], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     p, parts = run('a.parquet'), tmp_path/'.a.parquet-parts'
     while p.poll() is None and len(list(parts.glob('0*.parquet'))) < 3: time.sleep(.01)
     p.kill()

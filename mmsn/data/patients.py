@@ -113,7 +113,7 @@ def _check_names(unknown, seen, channels, where):
             raise InputError(f'{where} has the variable {name!r}: the encoder has a channel {lacking[near]!r}, which '
                                   f'is nowhere in it; write it like that')
 
-# %% ../../nbs/29_data.patients.ipynb #30d334d9
+# %% ../../nbs/29_data.patients.ipynb #0d72527e
 def check_events(
     con,             # DuckDB connection with `found` (stay, hours, channel, value)
     channels:list,   # of Channel
@@ -122,12 +122,11 @@ def check_events(
     where,           # what to call the table in messages
 )->list:             # names of channels without a value
     "Raise InputError where a channel is misspelt or in another unit."
-    limits = pd.DataFrame([(i, c.low, c.high) for i, c in enumerate(channels) if not c.categories],
-                          columns=['channel', 'low', 'high']).astype(float)
-    con.register('limits', limits)
-    rows = con.execute('''select channel::int, count(*), count(*) filter (value < low or value > high), median(value)
-        from found join limits using (channel) group by 1 order by 1''').fetchall()
-    con.unregister('limits')
+    number = lambda x: 'null' if x is None else repr(float(x))
+    limits = ', '.join(f'({i}, {number(c.low)}::double, {number(c.high)}::double)' for i, c in enumerate(channels)
+                       if not c.categories) or '(-1, null::double, null::double)'
+    rows = con.execute(f"""select channel::int, count(*), count(*) filter (value < low or value > high), median(value)
+        from found join (values {limits}) l(channel, low, high) using (channel) group by 1 order by 1""").fetchall()
     known = scales(infos)
     seen = {channels[i].name for i, in con.execute('select distinct channel::int from found').fetchall()}
     _check_names(unknown, seen, channels, where)
