@@ -7,8 +7,8 @@ What a run exports is for other people and other programs. Two ways lead there: 
 # %% auto #0
 __all__ = ['Exported', 'export_onnx', 'push_folder']
 
-# %% ../nbs/53c_share.ipynb #68cf0e25
-import re, shutil, tempfile
+# %% ../nbs/53c_share.ipynb #184a03a3
+import re, shutil, tempfile, warnings
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ class Exported(nn.Module):
         return [f'{n}{end}' for n, kind in self.kinds.items()
                 for end in ('', *(['_hours'] if kind == 'timeseries' else []), '_present')]
 
-# %% ../nbs/53c_share.ipynb #ba21af87
+# %% ../nbs/53c_share.ipynb #6a71c155
 @patch
 def inputs_of(self:Exported, batch)->tuple:
     "The tensors of a `Batch`, in the order of `inputs`."
@@ -66,6 +66,13 @@ def _plain(self:Exported, name, x, hours):
     return part.normalise(x), None
 
 @patch
+def _joined(self:Exported, h, present):
+    "`fuse` without a number of patients in it, which a tracer would take for a constant."
+    if len(h) == 1: return next(iter(h.values()))
+    return self.target.join(torch.cat([torch.where(present[n][:, None], x, self.target.missing[n]) for n,
+                                       x in h.items()], 1))
+
+@patch
 def forward(self:Exported, *tensors):
     "(B, d) of each of `outputs`."
     given, h, present = iter(tensors), {}, {}
@@ -74,11 +81,11 @@ def forward(self:Exported, *tensors):
         present[n] = next(given)
         embedded = self.target.encoders[n](*self._plain(n, x, hours))
         h[n] = torch.where(present[n][:, None], embedded, torch.zeros_like(embedded))
-    joint, nothing = self.target.fuse(h, present), {n: ~p[:, None] for n, p in present.items()}
+    joint, nothing = self._joined(h, present), {n: ~p[:, None] for n, p in present.items()}
     if len(h) == 1: joint = joint.masked_fill(next(iter(nothing.values())), float('nan'))
     return (*(x.masked_fill(nothing[n], float('nan')) for n, x in h.items()), joint)
 
-# %% ../nbs/53c_share.ipynb #1ecd887d
+# %% ../nbs/53c_share.ipynb #52e7ea5f
 def export_onnx(
     model:MMSN,   # of `open_encoder`
     path,         # file to write, ending in .onnx
@@ -86,7 +93,7 @@ def export_onnx(
     "Write an encoder as an ONNX graph; returns the path. Raises InputError without the package, or for what ONNX cannot hold."
     path = Path(path)
     if path.suffix != '.onnx': raise InputError(f'{path} should end in .onnx')
-    try: import onnx                                                                      # noqa: F401
+    try: import onnx, onnxruntime                                                         # noqa: F401
     except ImportError: raise InputError('ONNX needs the packages onnx and onnxruntime: pip install "mmsn[onnx]"')
     graph, free = Exported(model).eval(), {}
     for n, kind in graph.kinds.items():
@@ -96,24 +103,47 @@ def export_onnx(
     free |= {n: {0: 'patients'} for n in (f'{o}_embedding' for o in graph.outputs)}
     temporary = path.with_name(f'.{path.name}')
     try:
-        torch.onnx.export(graph, _example(model), str(temporary), input_names=graph.inputs, dynamic_axes=free,
-                          opset_version=18,
-                          output_names=[f'{o}_embedding' for o in graph.outputs], dynamo=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')           # of the tracer, about what is constant: the widths of the network
+            torch.onnx.export(graph, _example(model), str(temporary), input_names=graph.inputs, dynamic_axes=free,
+                              opset_version=18,
+                              output_names=[f'{o}_embedding' for o in graph.outputs], dynamo=False)
+        _check_graph(graph, model, temporary)
         temporary.replace(path)
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as e:
+    except InputError: raise
+    except Exception as e:                       # of many kinds: an operator that ONNX lacks, a graph that does not run
         raise InputError(f'this encoder cannot be written as ONNX: {str(e).splitlines()[0][:200]}') from None
     finally: temporary.unlink(missing_ok=True)
     return path
 
-def _example(model):
-    "Two patients of zeros who have everything, for the tracer."
-    made = []
-    for n, i in model.infos.items():
-        x = dict(image=lambda: torch.zeros(2, 1, i.height, i.info['width'], dtype=torch.uint8),
-                 timeseries=lambda: torch.zeros(2, 16, i.width),
-                 tabular=lambda: torch.zeros(2, i.width))[i.kind]()
-        made += [x, *([torch.tensor([16, 9])] if i.kind == 'timeseries' else []), torch.ones(2, dtype=torch.bool)]
+def _example(model, n_patients=2, n_hours=16, noise=0.):
+    "Patients who have everything, for the tracer; with noise, and one who lacks it, for the check."
+    made, drawn = [], torch.Generator().manual_seed(0)
+    for i in model.infos.values():
+        shape = dict(image=(1, i.height, i.info['width']) if i.kind == 'image' else (), timeseries=(n_hours, i.width),
+                     tabular=(i.width,))[i.kind]
+        x = noise*torch.randn(n_patients, *shape, generator=drawn)
+        if i.kind == 'image': x = (128 + 50*x).clamp(0, 255).to(torch.uint8)
+        else: x = torch.as_tensor(i.mean) + x*torch.as_tensor(i.std)
+        has = torch.ones(n_patients, dtype=torch.bool)
+        if noise: has[-1] = False
+        hours = [torch.arange(n_patients) % n_hours + 1] if i.kind == 'timeseries' else []
+        made += [x, *hours, has]
     return tuple(made)
+
+def _check_graph(graph, model, path):
+    "Raise InputError unless the file gives what torch gives, for other numbers of patients and hours than it was made with."
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    for patients, hours in ((5, 24), (1, 8)):
+        tensors = _example(model, patients, hours, 1.)
+        given = {n: x.numpy() for n, x in zip(graph.inputs, tensors)}
+        found = session.run(None, {i.name: given[i.name] for i in session.get_inputs()})
+        with torch.no_grad(): expected = graph(*tensors)
+        for name, x, y in zip(graph.outputs, expected, found):
+            if not torch.allclose(x, torch.from_numpy(y), atol=1e-4, equal_nan=True):
+                raise InputError(f'this encoder cannot be written as ONNX: {name} of {patients} patients is not '
+                                 f'what torch gives')
 
 # %% ../nbs/53c_share.ipynb #5220e738
 _PUSHED = ['config.json', 'model.safetensors', 'README.md']

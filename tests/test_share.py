@@ -88,8 +88,9 @@ def test_own_readme_stays(cohort, tmp_path):
 
 @pytest.mark.parametrize('names, changes', [
     (('cxr',), {}), (('ehr',), {}), (('cxr', 'ehr', 'labs', 'facts'), {}), (('cxr', 'ehr'), dict(cxr=dict(views=dict(random=1, focal=2, random_size=12, focal_size=8, patch_drop=.25)))),
-    (('ehr',), dict(ehr=dict(encoder=dict(name='transformer', hidden=32, dim=32, heads=2, pool='mean')))), (('ehr',), dict(ehr=dict(encoder=dict(name='gru', hidden=16, dim=16, pool=['max', 'last']))))],
-    ids=['image', 'series', 'everything', 'shrunk', 'transformer', 'gru'])
+    (('ehr',), dict(ehr=dict(encoder=dict(name='transformer', hidden=32, dim=32, heads=2, pool='mean')))), (('ehr',), dict(ehr=dict(encoder=dict(name='gru', hidden=16, dim=16, pool=['max', 'last'])))),
+    (('cxr',), dict(cxr=dict(encoder=dict(dim=32, depth=1, heads=2, patch=4, pool='cls')))), (('ehr',), dict(ehr=dict(encoder=dict(name='axial', hidden=16, dim=16, heads=2))))],
+    ids=['image', 'series', 'everything', 'shrunk', 'transformer', 'gru', 'cls', 'axial'])
 def test_onnx(cohort, tmp_path, names, changes):
     "The file gives what torch gives, to 1e-4, for other numbers of patients and hours than it was written with."
     onnxruntime = pytest.importorskip('onnxruntime')
@@ -104,3 +105,12 @@ def test_onnx(cohort, tmp_path, names, changes):
         given = dict(zip(graph.inputs, (x.numpy() for x in graph.inputs_of(batch))))
         found = dict(zip(graph.outputs, session.run([f'{o}_embedding' for o in graph.outputs], {i.name: given[i.name] for i in session.get_inputs()})))
         for name, x in encoder.encode(batch).items(): np.testing.assert_allclose(found[name], x.numpy(), atol=1e-4, equal_nan=True)
+
+
+def test_onnx_says_what_it_cannot(cohort, tmp_path, capsys):
+    "A recurrent network of both directions either is exported right or is refused in one line; never a wrong file."
+    pytest.importorskip('onnxruntime'), pytest.importorskip('onnx')
+    exported(cohort, tmp_path/'e', 'ehr', ehr=dict(encoder=dict(name='lstm', hidden=16, dim=16, bidirectional=True)))
+    try: convert([str(tmp_path/'e'), '--onnx', str(tmp_path/'e.onnx')])
+    except SystemExit as e:
+        assert e.code == 2 and 'cannot be written as ONNX' in capsys.readouterr().err and not (tmp_path/'e.onnx').exists()
