@@ -26,6 +26,7 @@ setup(
         xrv=['torchxrayvision'],
         slurm=['submitit'],
         dicom=['pydicom>=3'],
+        onnx=['onnx>=1.16', 'onnxruntime>=1.18'],
     ),
     packages=find_packages(include=['mmsn', 'mmsn.*']),
     package_data={'mmsn': ['presets/*.yaml', 'accelerate_configs/*.yaml', 'data/mimic/icd.csv.gz']},

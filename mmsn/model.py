@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mmsn
+from .card import write_card
 from .config import _walk, build, check, spaces, to_dict
 from .data.cohort import Batch, ModalityInfo
 from .data.entries import check_modality
+from .data.patients import about_data, gather, prepared_of
 from .encoders.fusion import JointEncoder
 from .files import check_seal, not_finite, read_json, read_tensors, seal, sha256
 from .heads import ProjectionHead, Space, _prior, _prototypes, prediction_head
@@ -88,6 +90,7 @@ class MMSN(nn.Module):
             raise InputError(f'the config wants modality {missing[0]!r}, which the cohort does not have (it has '
                              f'{", ".join(infos)})')
         self.config, self.infos = config, {name: infos[name] for name in config.modalities}
+        self.data, self.folder = {}, None    # what an exported encoder says of its cohort (`about_data`), and where it lies
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             self.views = Views(config.modalities, self.infos)
@@ -116,14 +119,18 @@ class MMSN(nn.Module):
     def from_config(cls, config:Config, cohort):
         "A fresh model for `config` on `cohort`; raises InputError where they do not fit."
         cohort.check_has({name: m.kind for name, m in config.modalities.items()}, 'the config')
-        return cls(config, cohort.modalities)
+        model = cls(config, cohort.modalities)
+        model.data = about_data(cohort)
+        return model
 
 # %% ../nbs/53_model.ipynb #4a174434
 @patch
 def untrained(self:MMSN, seed:int=None):
     "The same network at the random start of `seed`; of its own seed by default, as it was before the first step."
     train = self.config.train if seed is None else replace(self.config.train, seed=seed)
-    return MMSN(replace(self.config, train=train), self.infos)
+    model = MMSN(replace(self.config, train=train), self.infos)
+    model.data = self.data
+    return model
 
 # %% ../nbs/53_model.ipynb #0b91a2a8
 @patch
@@ -328,7 +335,7 @@ def update_target(self:MMSN,
 @patch
 @torch.no_grad()
 def encode(self:MMSN,
-    batch:Batch,         # in physical units, on the model's device
+    batch:Batch,         # in physical units, on the model's device; or new patients: a dict of arrays, frames, images
     drop=(),             # modalities treated as missing
     patches:float=0.,    # fraction of image patches hidden
     corrupt=None,        # function (name, view) -> view, applied to every plain view
@@ -340,6 +347,7 @@ def encode(self:MMSN,
         raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {", ".join(self.infos)})')
     if not 0 <= patches < 1:
         raise InputError(f'the fraction of hidden patches should be at least 0 and below 1, not {patches}')
+    if isinstance(batch, dict): batch = self.new_patients(batch).whole().to(self.prototypes.device)
     present = {name: batch.present[name] & (name not in ([drop] if isinstance(drop, str) else drop))
                for name in self.infos}
     h = {}
@@ -352,6 +360,13 @@ def encode(self:MMSN,
     joint = self.target.fuse(h, present)
     if len(h) == 1: joint = joint.masked_fill(*none.values(), math.nan)
     return {name: x.masked_fill(none[name], math.nan).float() for name, x in h.items()} | dict(joint=joint.float())
+
+@patch
+def new_patients(self:MMSN,
+    patients:dict,   # name of a modality -> what is known of the patients, as in `mmsn.data.patients.gather`
+):                   # `Patients`
+    "Patients in Python as this encoder reads them: in its channels, units and sizes. Raises InputError."
+    return gather(patients, self.infos, prepared_of(self.data))
 
 # %% ../nbs/53_model.ipynb #d8f833ef
 @patch
@@ -419,8 +434,10 @@ def save_pretrained(self:MMSN,
         save_file(state, new/'model.safetensors', dict(format='pt'))
         infos = {name: info.to_dict() for name, info in self.infos.items()}
         about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), modalities=infos,
+                     data=self.data,
                      weights=sha256(new/'model.safetensors'))
         (new/'config.json').write_text(json.dumps(seal(about), indent=1), encoding='utf-8')
+        write_card(new)
         if folder.exists(): folder.rename(old)
         new.rename(folder)
     finally:
@@ -500,4 +517,6 @@ def from_pretrained(cls:MMSN,
     try: model.load_state_dict(state)
     except RuntimeError as e:
         raise InputError(f'the weights in {source} do not fit its config.json: {" ".join(str(e).split())[:200]}')
+    data = read_json(local_folder(source)/'config.json', 'export the encoder again').get('data')
+    model.data, model.folder = data if isinstance(data, dict) else {}, local_folder(source)
     return model.eval()

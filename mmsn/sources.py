@@ -16,7 +16,7 @@ __all__ = ['torchvision', 'IMAGENET', 'transformers_names', 'installed_layout', 
            'shape_of', 'from_published', 'fold_channels', 'unfold_channels', 'renormalise', 'ImageWeights',
            'for_images', 'read_source', 'load_encoder', 'init_model', 'ImageModel', 'open_encoder']
 
-# %% ../nbs/54_sources.ipynb #b17cf82a
+# %% ../nbs/54_sources.ipynb #7489efdf
 import json, math, re
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -29,12 +29,14 @@ from fastcore.basics import patch
 from torch import nn
 
 from .commands import later
-from .data.cohort import Cohort
+from .data.cohort import Cohort, ModalityInfo
+from .data.patients import gather
 from .encoders.stems import hide_patches
 from .encoders.vit import ViT, resize_positions
 from .libraries import LIBRARIES
 from .model import MMSN, local_folder, is_mmsn_encoder, _read
 from .options import ImageEncoder, InputError, SIZES
+from .share import push_folder                     # and `push_to_hub` of an MMSN
 from .views.images import patch_keep, to_float
 from .views.random import make_key
 from .weights import _one_network, read_weights
@@ -421,8 +423,9 @@ def untrained(self:ImageModel, seed:int=0):
 @patch
 @torch.no_grad()
 def encode(self:ImageModel, batch, drop=(), patches=0., seed=0):
-    """Name and 'joint' -> (B, d) float32 of a `Batch`, NaN rows where there is no image; `patches` is the fraction
+    """Name and 'joint' -> (B, d) float32 of a `Batch` or of new patients (a dict), NaN rows where there is no image; `patches` is the fraction
     hidden. Raises InputError."""
+    if isinstance(batch, dict): batch = self.new_patients(batch).whole().to(self.mean.device)
     drop = [drop] if isinstance(drop, str) else drop
     if unknown := [d for d in drop if d != self.name]:
         raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {self.name})')
@@ -434,6 +437,17 @@ def encode(self:ImageModel, batch, drop=(), patches=0., seed=0):
                           (self.size//self.patch)**2, patches)
     x = self.embed(self.plain(batch.data[self.name]), keep).float().masked_fill(~present[:, None], torch.nan)
     return {self.name: x, 'joint': x}
+
+@patch(as_prop=True)
+def infos(self:ImageModel)->dict:
+    "The size of its images, for new patients."
+    info = dict(height=self.size, width=self.size, mean=self.mean.mean().item(), std=self.std.mean().item())
+    return {self.name: ModalityInfo(self.name, 'image', info)}
+
+@patch
+def new_patients(self:ImageModel, patients:dict):
+    "Images in Python as this encoder reads them (`mmsn.data.patients.gather`). Raises InputError."
+    return gather(patients, self.infos)
 
 # %% ../nbs/54_sources.ipynb #c6caa37b
 def _image_modality(cohort, modality):
