@@ -22,13 +22,14 @@ from PIL import Image
 from .cohort import Batch, ModalityInfo, _read_rows, _read_series, offsets
 from .folders import _fact_numbers, image_names
 from .formats import Columns
-from .images import _FEW, _cores, _resize, _results, inside
+from .images import _FEW, _resize, _results, inside
 from .long import match_long
 from .meds import _is, _windows, load_found, load_mapped, open_meds
 from .tables import _near, _need, connect, numbers, read_text, run
 from .timeseries import Channel, grid, layout
 from .units import conversion
 from ..options import InputError
+from ..threads import cores
 
 # %% ../../nbs/29_data.patients.ipynb #595e257e
 def channels_of(
@@ -290,7 +291,7 @@ class Pictures:
         "For each (a, b) of `cuts`: images (n, 1, H, W) uint8, and who has one."
         own = [[f for f in self.files[a:b] if f is not None] for a, b in cuts]
         n = sum(f is not None for f in self.files)
-        workers = 1 if n < _FEW else self.workers or _cores()
+        workers = 1 if n < _FEW else self.workers or cores()
         jobs = [(f, self.info.height, self.fit, None) for f in own]
         with closing(_results(jobs, min(workers, max(len(jobs), 1)))) as results:
             for (a, b), files, done in zip(cuts, own, results):
