@@ -360,10 +360,11 @@ def init_model(
                                  model.infos[name], name)
         for network in (model.online, model.target): network.encoders[name].load_state_dict(state)
         lines.append(line)
-    q, shape = weights.prototypes, tuple(model.prototypes.shape)
+    q, ours = weights.prototypes, getattr(model, 'prototypes', None)
+    shape = () if ours is None else tuple(ours.shape)
     taken = q is not None and tuple(q.shape) == shape
-    if taken: model.prototypes.copy_(q)
-    not_taken = 'there are none' if q is None else f'not taken, {tuple(q.shape)} are not {shape}'
+    if taken: ours.copy_(q)
+    not_taken = 'there are none' if q is None or ours is None else f'not taken, {tuple(q.shape)} are not {shape}'
     fits = f'{shape[0]} x {shape[1]} taken' if taken else not_taken
     lines.append(f'prototypes: {fits}')
     others = [n for n in model.config.modalities if n not in names]

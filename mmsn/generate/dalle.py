@@ -154,14 +154,15 @@ def pick(
     total = logits.softmax(1).cumsum(1)
     return (total <= u[:, None]*total[:, -1:]).sum(1).clamp(max=logits.shape[1] - 1)
 
-# %% ../../nbs/56_generate.dalle.ipynb #acd4074d
+# %% ../../nbs/56_generate.dalle.ipynb #23530370
 @patch
 @torch.no_grad()
 def generate(self:DALLE,
     tokens,                # (B, T) int64, the reports
     lengths,               # (B,) int64, their lengths
     seed:int=0,
-    index=None,            # (B,) int64, the numbers of the images; 0 to B - 1 by default
+    index=None,            # (B,) int64, the numbers of the reports; 0 to B - 1 by default
+    copy=0,                # (B,) int64, which image of the report; 0 by default
     temperature:float=1.,
     top_k:int=0,           # most likely words that may be drawn; 0: all
 ):                         # (B, side*side) int64
@@ -170,7 +171,7 @@ def generate(self:DALLE,
     if not 0 <= top_k: raise InputError(f'top_k should be 0 (all words) or more, not {top_k}')
     B, N, device = len(tokens), self.side**2, tokens.device
     index = torch.arange(B, device=device) if index is None else index.to(device)
-    u = uniform(make_key(seed, 0, index, 0, 'image words'), N)
+    u = uniform(make_key(seed, 0, index, copy, 'image words'), N)
     memories = [Memory() for _ in self.blocks]
     x, drawn = self._embed_text(self.padded(tokens, lengths)), torch.zeros(B, 0, dtype=torch.long, device=device)
     for i in range(N):
