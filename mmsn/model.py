@@ -7,7 +7,7 @@ The stage of the flow where views become a loss, and patients become features: t
 # %% auto #0
 __all__ = ['embed', 'Output', 'MMSN', 'Term', 'is_mmsn_encoder', 'local_folder']
 
-# %% ../nbs/53_model.ipynb #29bf3a5a
+# %% ../nbs/53_model.ipynb #464ed50a
 import copy, json, math, os, re, shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mmsn
+from .arguments import check_encoding
 from .config import _walk, build, check, spaces, to_dict
 from .data.cohort import Batch, ModalityInfo
 from .data.entries import check_modality
@@ -324,7 +325,7 @@ def update_target(self:MMSN,
     for online, target in pairs:
         for b, a in zip(target.buffers(), online.buffers()): b.copy_(a)
 
-# %% ../nbs/53_model.ipynb #7d3db4b7
+# %% ../nbs/53_model.ipynb #d782da8a
 @patch
 @torch.no_grad()
 def encode(self:MMSN,
@@ -336,12 +337,8 @@ def encode(self:MMSN,
 )->dict:
     """Name -> (B, d) float32 for each modality (NaN rows where missing) and 'joint', from the target network.
     Raises InputError."""
-    if unknown := [d for d in ([drop] if isinstance(drop, str) else drop) if d not in self.infos]:
-        raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {", ".join(self.infos)})')
-    if not 0 <= patches < 1:
-        raise InputError(f'the fraction of hidden patches should be at least 0 and below 1, not {patches}')
-    present = {name: batch.present[name] & (name not in ([drop] if isinstance(drop, str) else drop))
-               for name in self.infos}
+    drop = check_encoding(self.infos, batch, drop, patches, seed)
+    present = {name: batch.present[name] & (name not in drop) for name in self.infos}
     h = {}
     for name, view in self.views.plain(batch).items():
         if corrupt is not None: view = corrupt(name, view)
