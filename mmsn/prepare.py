@@ -10,8 +10,8 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 __all__ = ['free_place', 'replacing', 'Teller', 'attention', 'finish', 'synthetic', 'mimic', 'physionet2012', 'nih', 'iu',
            'images', 'table', 'medfuse', 'meds', 'join', 'parser', 'main']
 
-# %% ../nbs/28_prepare.ipynb #30ccf0c3
-import argparse, inspect, re, tempfile, time, typing
+# %% ../nbs/28_prepare.ipynb #59ff6228
+import argparse, inspect, os, re, tempfile, time, typing
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
