@@ -34,7 +34,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ['Cohort', 'MMSN', 'load_config', 'prepare', 'train', 'evaluate', 'open_encoder']
 _WHERE = dict(Cohort='data.cohort', MMSN='model', load_config='config', open_encoder='sources')   # the others are modules that can be called
 

@@ -7,7 +7,7 @@ The stage of the flow where views become a loss, and patients become features: t
 # %% auto #0
 __all__ = ['Output', 'MMSN', 'Term', 'is_mmsn_encoder', 'local_folder']
 
-# %% ../nbs/53_model.ipynb #b905a56f
+# %% ../nbs/53_model.ipynb #456efde1
 import copy, json, math, os, re, shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mmsn
+from .arguments import check_encoding
 from .card import write_card
 from .config import _walk, build, check, spaces, to_dict
 from .data.cohort import Batch, ModalityInfo
@@ -282,7 +283,7 @@ def update_target(self:MMSN,
     for online, target in pairs:
         for b, a in zip(target.buffers(), online.buffers()): b.copy_(a)
 
-# %% ../nbs/53_model.ipynb #7d3db4b7
+# %% ../nbs/53_model.ipynb #374b30bd
 @patch
 @torch.no_grad()
 def encode(self:MMSN,
@@ -294,13 +295,9 @@ def encode(self:MMSN,
 )->dict:
     """Name -> (B, d) float32 for each modality (NaN rows where missing) and 'joint', from the target network.
     Raises InputError."""
-    if unknown := [d for d in ([drop] if isinstance(drop, str) else drop) if d not in self.infos]:
-        raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {", ".join(self.infos)})')
-    if not 0 <= patches < 1:
-        raise InputError(f'the fraction of hidden patches should be at least 0 and below 1, not {patches}')
-    if isinstance(batch, dict): batch = self.new_patients(batch).whole().to(self.prototypes.device)
-    present = {name: batch.present[name] & (name not in ([drop] if isinstance(drop, str) else drop))
-               for name in self.infos}
+    if isinstance(batch, dict): batch = self.new_patients(batch).whole().to(next(self.parameters()).device)
+    drop = check_encoding(self.infos, batch, drop, patches, seed)
+    present = {name: batch.present[name] & (name not in drop) for name in self.infos}
     h = {}
     for name, view in self.views.plain(batch).items():
         if corrupt is not None: view = corrupt(name, view)

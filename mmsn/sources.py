@@ -16,8 +16,8 @@ __all__ = ['torchvision', 'IMAGENET', 'transformers_names', 'installed_layout', 
            'shape_of', 'from_published', 'fold_channels', 'unfold_channels', 'renormalise', 'ImageWeights',
            'for_images', 'read_source', 'load_encoder', 'init_model', 'ImageModel', 'open_encoder']
 
-# %% ../nbs/54_sources.ipynb #7489efdf
-import json, math, re
+# %% ../nbs/54_sources.ipynb #59eb1332
+import json, math, os, re
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
+from .arguments import check_encoding, check_kind
 from .commands import later
 from .data.cohort import Cohort, ModalityInfo
 from .data.patients import gather
@@ -420,18 +421,18 @@ def untrained(self:ImageModel, seed:int=0):
     return ImageModel(self.again(), self.name, self.size, self.mean.flatten().tolist(), self.std.flatten().tolist(),
                       'untrained', self.again)
 
-# %% ../nbs/54_sources.ipynb #c6cf0267
+# %% ../nbs/54_sources.ipynb #78cee1f6
 @patch
 @torch.no_grad()
-def encode(self:ImageModel, batch, drop=(), patches=0., seed=0):
-    """Name and 'joint' -> (B, d) float32 of a `Batch` or of new patients (a dict), NaN rows where there is no image; `patches` is the fraction
-    hidden. Raises InputError."""
+def encode(self:ImageModel,
+    batch,         # a `Batch` of `cohort.batch(rows)`, or a dict of new patients, in physical units
+    drop=(),       # modalities treated as missing: here the image, so that every row is NaN
+    patches=0.,    # fraction of image patches hidden, at least 0 and below 1
+    seed=0,        # of the hidden patches
+)->dict:
+    "Name of the modality and 'joint' -> (B, d) float32, NaN rows where there is no image. Raises InputError."
     if isinstance(batch, dict): batch = self.new_patients(batch).whole().to(self.mean.device)
-    drop = [drop] if isinstance(drop, str) else drop
-    if unknown := [d for d in drop if d != self.name]:
-        raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {self.name})')
-    if not 0 <= patches < 1:
-        raise InputError(f'the fraction of hidden patches should be at least 0 and below 1, not {patches}')
+    drop = check_encoding([self.name], batch, drop, patches, seed)
     present, keep = batch.present[self.name] & (self.name not in drop), None
     if patches:
         keep = patch_keep(make_key(seed, 0, batch.index, 0, f'hidden patches of {self.name}'),
@@ -462,15 +463,21 @@ def _image_modality(cohort, modality):
         raise InputError(f'cohort {cohort.name!r} has several image modalities: choose {" or ".join(names)}')
     return modality or names[0]
 
-# %% ../nbs/54_sources.ipynb #918ab937
+# %% ../nbs/54_sources.ipynb #834a4868
 def open_encoder(
     source,                # of the table above
     cohort:Cohort=None,    # whose patients it will be given, checked to fit; none: nothing is checked
     modality:str='',       # of an image network; '': the only one of the cohort, or cxr without a cohort
     pretrained:bool=True,  # for other libraries: their weights (downloaded), or random ones from torch's generator
 )->nn.Module:
-    """The encoder at `source`, in evaluation mode: it has `.config.modalities`, `.encode(batch, drop=, patches=)`
-    -> {name: (B, d)} and `.untrained(seed)`. Raises InputError."""
+    """The encoder at `source`, in evaluation mode. `.encode(batch, drop=(), patches=0., seed=0)` gives {name: (B, d)
+    float32} for each modality and 'joint', NaN where one is missing: `batch` is `cohort.batch(rows)`, `drop` a name or
+    names to treat as missing, `patches` the fraction of image patches hidden, `seed` says which. `.untrained(seed)` is
+    the same network at a random start, `.config.modalities` what it reads. Raises InputError."""
+    check_kind('source', source, (str, os.PathLike), 'a path, or a name such as hub:OWNER/NAME')
+    check_kind('cohort', cohort, (Cohort, type(None)), 'an open cohort (Cohort.open(FOLDER))')
+    check_kind('modality', modality, str, 'the name of a modality')
+    check_kind('pretrained', pretrained, bool, 'True or False')
     library, _, name = str(source).partition(':')
     if library in LIBRARIES and name: return _library_model(library, name, cohort, modality, pretrained)
     folder = Path(source)/'encoder' if (Path(source)/'encoder'/'config.json').is_file() else source
