@@ -306,7 +306,8 @@ def _batch_row(axes, batch, name):
         if image: ax.imshow(x[i, 0], cmap='gray', vmin=low, vmax=high)
         else:
             scaled = (x[i] - low)/np.maximum(high - low, 1e-9)
-            ax.imshow(scaled[:int(batch.lengths[name][i])] if name in batch.lengths else scaled, aspect='auto', cmap='viridis', vmin=0, vmax=1,
+            hours = int(batch.lengths[name][i]) if name in batch.lengths else None
+            ax.imshow(scaled[:hours], aspect='auto', cmap='viridis', vmin=0, vmax=1,
                       interpolation='nearest')
     axes[0].set_ylabel(name, fontsize=8)
 
