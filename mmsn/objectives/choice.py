@@ -7,17 +7,23 @@ The last page on objectives: it knows all of them by name, makes the one that a 
 # %% auto #0
 __all__ = ['OBJECTIVE_CLASSES', 'make_objective', 'objective_step']
 
-# %% ../../nbs/52z_objectives.choice.ipynb #662cd40d
+# %% ../../nbs/52z_objectives.choice.ipynb #43a59426
 import torch
 
 from ..groups import anchor_only, embed, fused
+from .dino import DINOObjective
+from .mae import MAEObjective
+from .pairs import PairsObjective
 from .simclr import SimCLRObjective
+from .simsiam import SimSiamObjective
+from .vicreg import VICRegObjective
 from ..options import Config
 from ..terms import Step, add_terms, state_readers
 from ..watch import effective_rank
 
-# %% ../../nbs/52z_objectives.choice.ipynb #aa1faa26
-OBJECTIVE_CLASSES = dict(simclr=SimCLRObjective)
+# %% ../../nbs/52z_objectives.choice.ipynb #7b1c29e5
+OBJECTIVE_CLASSES = dict(simclr=SimCLRObjective, simsiam=SimSiamObjective, vicreg=VICRegObjective, mae=MAEObjective,
+                         dino=DINOObjective, clip=PairsObjective, siglip=PairsObjective)
 
 # %% ../../nbs/52z_objectives.choice.ipynb #7879376c
 def make_objective(
