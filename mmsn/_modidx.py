@@ -1699,6 +1699,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mmsn.objectives.base.through': ('objectives.base.html#through', 'mmsn/objectives/base.py'),
                                       'mmsn.objectives.base.weighted': ('objectives.base.html#weighted', 'mmsn/objectives/base.py')},
             'mmsn.objectives.choice': { 'mmsn.objectives.choice._taught': ('objectives.choice.html#_taught', 'mmsn/objectives/choice.py'),
+                                        'mmsn.objectives.choice.compared_with': ( 'objectives.choice.html#compared_with',
+                                                                                  'mmsn/objectives/choice.py'),
                                         'mmsn.objectives.choice.make_objective': ( 'objectives.choice.html#make_objective',
                                                                                    'mmsn/objectives/choice.py'),
                                         'mmsn.objectives.choice.objective_step': ( 'objectives.choice.html#objective_step',
