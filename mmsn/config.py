@@ -13,8 +13,8 @@ config.optim
 # %% auto #0
 __all__ = ['build', 'check', 'spaces', 'contrasted', 'check_single', 'presets', 'load_config', 'to_dict', 'save_config']
 
-# %% ../nbs/01_config.ipynb #6f69ab16
-import dataclasses, difflib, types, typing
+# %% ../nbs/01_config.ipynb #c8957ed2
+import dataclasses, difflib, os, types, typing
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from .commands import cli
+from .arguments import check_kind, check_overrides
 from .dials import Objectives, OBJECTIVES
 from .options import Config, Fusion, InputError, Loss, MODALITIES, PROTOCOLS, SIZES
 from .ranges import check_numbers, short
@@ -316,12 +317,14 @@ def _read_yaml(source)->dict:
         raise InputError(f'{str(source)[:200]} cannot be read: {getattr(e, "strerror", None) or e}')
     raise InputError(f'no config at {str(source)[:200]}: give a YAML file or a preset ({", ".join(presets())})')
 
-# %% ../nbs/01_config.ipynb #71435ed5
+# %% ../nbs/01_config.ipynb #8237e7ea
 def load_config(
     source,          # a preset's name, or a YAML file
     overrides=(),    # `key=value` strings, dotted: ['optim.lr=0.001']
 )->Config:
     "The checked config of `source` with `overrides` on top; raises InputError."
+    check_kind('source', source, (str, os.PathLike), "a preset's name, or a YAML file")
+    overrides = check_overrides(overrides)
     changes, tree = read_changes(overrides), OmegaConf.create(_read_yaml(source))
     try: values = OmegaConf.to_container(OmegaConf.merge(tree, changes), resolve=False)
     except Exception as e:       # OmegaConf has no word for which key it is

@@ -39,8 +39,8 @@ from .launch import hardest_rows, make_trackers, profiled, speed_options
 from .loss import gather
 from .model import MMSN
 from .options import Config, InputError, Train
-from .processes import launcher, launcher_gone, stopping
-from .run import Metrics, _flat, as_started, only_here, open_run, run_hash, start_run
+from .processes import launcher, launcher_gone, settle_threads, stopping
+from .run import Metrics, _flat, as_started, only_here, open_run, read_run, run_hash, start_run
 from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
 from .watch import collapsed
@@ -363,7 +363,8 @@ def _loop(self:Trainer):
     "The files, the steps, and the last checkpoint."
     t, self.warned = self.config.train, False
     if self.main:
-        if not (self.run/'config.yaml').is_file(): start_run(self.run, self.config, self.cohort, self.started_on)
+        threads = settle_threads(self, read_run(self.run).get('threads'), tqdm.write)
+        if not (self.run/'config.yaml').is_file(): start_run(self.run, self.config, self.cohort, self.started_on, threads)
         for left in self.run.glob('.encoder-*'): shutil.rmtree(left, ignore_errors=True)    # by a process that was killed
     self.metrics = Metrics(self.run, self.step) if self.main else None
     self.probed = self.step//max(t.probe_every, 1)

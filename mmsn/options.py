@@ -320,7 +320,7 @@ class Train:
     log_every: int = 10              # steps between rows of metrics
     # steps between small probes on validation labels, compared with the random start; 0: none
     probe_every: int = 0
-    threads: int = 0                 # CPU threads of torch; 0 leaves torch's choice
+    threads: int = 0                 # CPU threads of torch; 0: those that are quickest in a trial before the first step
     tracker: str = ''  # 'tensorboard', 'trackio', 'wandb' or 'mlflow' through Accelerate, offline; none by default
     # compute transformer blocks again in the backward pass instead of keeping them
     activation_checkpointing: bool = False
