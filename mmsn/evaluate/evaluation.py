@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #0e20d2a3
+# %% ../../nbs/83_evaluate.evaluation.ipynb #f8befdf7
 import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -42,6 +42,7 @@ from .task import asked_task, make_draws, Task, too_few
 from .trees import fit_booster
 from ..model import MMSN
 from ..arguments import check_kind, check_overrides
+from ..objectives.choice import compared_with
 from ..options import Config, Evaluate, InputError
 from ..run import find_cohort, read_run, run_config, subjects_of_run
 from ..safe import file_word, read_table, write_table
@@ -459,7 +460,7 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     own = dict(training=record.get('command', ''), config=record.get('config', ''),
                seed=str(ev.config.train.seed)) if record else {}
     seen = seen_subjects(run, ev.cohort, ev.task)
-    about = dict(name=ev.config.name, sentence=sentence, inputs=ev.inputs, prototypes=ev.config.loss.prototypes,
+    about = dict(name=ev.config.name, sentence=sentence, inputs=ev.inputs, prototypes=compared_with(ev.config),
                  transductive=seen, notices=ev.notices + [seen['notice']]*bool(seen['notice']),
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')

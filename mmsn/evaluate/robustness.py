@@ -320,7 +320,7 @@ def _sides(m, cohort, rows, query, gallery, cache):
     tables = _left_alone(m, cohort, rows, list(m.config.modalities), (query, gallery), cache)
     q, g = (feature_matrix(t, 'joint').astype(np.float64) for t in tables)
     yield 'embedding', q - q.mean(0), g - g.mean(0)
-    if 'contrast' not in getattr(m, 'auxiliary', {}): return
+    if 'contrast' not in getattr(m, 'auxiliary', {}) and not hasattr(getattr(m, 'objective', None), 'space'): return
     device = next(m.parameters()).device
     own = {n: torch.tensor(feature_matrix(t, n), device=device) for n, t in zip((query, gallery), tables)}
     z = m.contrast_space(own)
