@@ -2087,6 +2087,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mmsn.sources.ImageWeights': ('sources.html#imageweights', 'mmsn/sources.py'),
                               'mmsn.sources._check_fits': ('sources.html#_check_fits', 'mmsn/sources.py'),
                               'mmsn.sources._depth': ('sources.html#_depth', 'mmsn/sources.py'),
+                              'mmsn.sources._draws': ('sources.html#_draws', 'mmsn/sources.py'),
                               'mmsn.sources._fits': ('sources.html#_fits', 'mmsn/sources.py'),
                               'mmsn.sources._from_file': ('sources.html#_from_file', 'mmsn/sources.py'),
                               'mmsn.sources._from_ours': ('sources.html#_from_ours', 'mmsn/sources.py'),
