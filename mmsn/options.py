@@ -277,7 +277,8 @@ class Loss:
 # %% ../nbs/00_options.ipynb #861e8f18
 @dataclass(frozen=True)
 class Optim:
-    "AdamW and its schedules, all of them functions of the step."
+    "The optimiser and its schedules, all of them functions of the step."
+    optimizer: str = 'adamw'         # or 'radam' (arXiv 1908.03265); Adam is AdamW with weight decay 0
     # samples a process and micro-batch at the start; a run keeps their sum over processes, which is what Sinkhorn and
     # me-max see
     batch_size: int = 64
