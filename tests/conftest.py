@@ -21,6 +21,13 @@ SMALL = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=1', 'mod
          'optim.batch_size=16', 'optim.epochs=2', 'optim.warmup_epochs=0.5', 'train.log_every=1', 'train.threads=1']
 
 
+# files whose tests take longest begin first, so that two workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) end together
+LONG = ['test_ends.py', 'test_launch.py', 'test_distributed.py', 'test_train.py', 'test_options.py', 'test_mimic.py', 'test_inputs.py', 'test_hostile_report.py', 'test_fuzz.py']
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def run(module, *words, code=0, fork=None, env=None, cwd=None, **kwargs):
     """Run `python -m module …`; asserts its exit code; returns the finished process. Commands of mmsn are forked from a process that has imported what they need
     (`forks`), unless `fork` is false: then it starts as it does for a user."""
