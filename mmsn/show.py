@@ -241,11 +241,20 @@ def _facts(ax, x, info):
     ax.text(0, 1, '\n'.join(lines[:12]), va='top', fontsize=8, linespacing=1.4, transform=ax.transAxes)
     ax.set_title(info.name)
 
+# %% ../nbs/02_show.ipynb #4b61e4c9
+def _draw_text(ax, text, width=30, most=14):
+    "Lines of a text, those of each section apart."
+    _blank(ax)
+    lines = [line for section in text.splitlines() for line in [*textwrap.wrap(section, width), '']][:-1]
+    if len(lines) > most: lines = [*lines[:most - 1], '…']
+    ax.text(0, 1, '\n'.join(lines), va='top', fontsize=7, linespacing=1.3, transform=ax.transAxes)
+
 # %% ../nbs/02_show.ipynb #aaec0502
 def _draw_part(ax, x, info):
-    "An image or a table of one patient."
+    "An image, a table or a text of one patient."
     ax.set_title(info.name)
     if x is None: _blank(ax, 'missing')
+    elif info.kind == 'text': _draw_text(ax, x)
     elif info.kind == 'image':
         _blank(ax)
         _draw_image(ax, x)
@@ -289,6 +298,7 @@ def show_patient(
 def _batch_row(axes, batch, name):
     "One modality of the samples of a batch."
     x, image = _array(batch.data[name]), batch.data[name].ndim == 4
+    if x.ndim == 2: x = x[..., None].astype(float)          # numbers of tokens, or facts
     low, high = (0, 255) if image else (x.min((0, 1)), x.max((0, 1)))
     for i, ax in enumerate(axes):
         _blank(ax, '' if batch.present[name][i] else 'missing')
@@ -296,7 +306,7 @@ def _batch_row(axes, batch, name):
         if image: ax.imshow(x[i, 0], cmap='gray', vmin=low, vmax=high)
         else:
             scaled = (x[i] - low)/np.maximum(high - low, 1e-9)
-            ax.imshow(scaled[:int(batch.lengths[name][i])], aspect='auto', cmap='viridis', vmin=0, vmax=1,
+            ax.imshow(scaled[:int(batch.lengths[name][i])] if name in batch.lengths else scaled, aspect='auto', cmap='viridis', vmin=0, vmax=1,
                       interpolation='nearest')
     axes[0].set_ylabel(name, fontsize=8)
 
@@ -307,7 +317,7 @@ def show_batch(
     most:int=8,    # samples shown
 ):
     "The first samples of a batch, a column each: images as they are, series scaled over the batch, hours downwards."
-    names = [n for n, x in batch.data.items() if x.ndim > 2]
+    names = [n for n, x in batch.data.items() if x.ndim > 2] or [*batch.data]
     n = min(batch.size, most)
     fig, axes = plt.subplots(len(names), n, figsize=(max(1.05*n, 2.), 1.2*len(names) + .2), dpi=100, squeeze=False)
     for row, name in zip(axes, names): _batch_row(row, batch, name)

@@ -188,7 +188,7 @@ def embed(self:ViT,
     inside = (seen,) if self.config.mask_stem and seen is not None else ()
     x = self.patch_embed(_masked(x, seen), *inside) + pos[:, n_cls:]
     if keep is not None and keep.dtype != torch.bool: x = x.gather(1, keep[..., None].expand(-1, -1, self.dim))
-    return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1) if n_cls else x
+    return torch.cat([(self.cls_token + pos[:, :1]).expand(x.shape[0], -1, -1).to(x.dtype), x], 1) if n_cls else x
 
 # %% ../../nbs/30_encoders.vit.ipynb #055e279f
 @patch

@@ -20,7 +20,7 @@ def parser():
                                             'tables and a report.')
     p.add_argument('runs', nargs='*', metavar='RUN',
                    help='folder that mmsn-train wrote, its encoder folder, hub:OWNER/NAME, published weights, '
-                   'torchvision:NAME or timm:NAME; several are compared with the first')
+                   'torchvision:, timm:, hf: or xrv:NAME; several are compared with the first')
     p.add_argument('overrides', nargs='*', metavar='key=value',
                    help='changes: protocols=[low_shot,knn] draws=10 labels=[Pneumonia] baselines=false '
                    'corruptions=all data.cohort=cohorts/other')

@@ -75,7 +75,8 @@ def feature_matrix(
 
 # %% ../../nbs/70_evaluate.features.ipynb #2726af63
 # parts of an MMSN that `encode` does not read
-_UNREAD = 'online.', 'head.', 'target_head.', 'predictor.', 'prototypes', 'prior', 'spaces.', 'target_heads.'
+_UNREAD = ('online.', 'head.', 'target_head.', 'predictor.', 'prototypes', 'prior', 'spaces.', 'target_heads.',
+           'objective.')
 
 def fingerprint(
     model,   # `MMSN`, or any module with `config.modalities`
