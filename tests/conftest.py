@@ -11,7 +11,7 @@ import pytest
 from forks import Command
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {f'mmsn.{name}' for name in ('prepare', 'train', 'evaluate', 'convert', 'demo')}
+COMMANDS = {f'mmsn.{name}' for name in ('prepare', 'train', 'evaluate', 'convert', 'encode', 'demo')}
 # a shell starts jobs in the background with Ctrl-C ignored, and what they start ignores it too: tests that send one would wait
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
