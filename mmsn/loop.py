@@ -369,8 +369,9 @@ def _loop(self:Trainer):
     "The files, the steps, and the last checkpoint."
     t, self.warned = self.config.train, False
     if self.main:
-        threads = settle_threads(self, read_run(self.run).get('threads'), tqdm.write)
-        if not (self.run/'config.yaml').is_file(): start_run(self.run, self.config, self.cohort, self.started_on, threads)
+        begun = (self.run/'config.yaml').is_file()
+        threads = settle_threads(self, read_run(self.run).get('threads') if begun else None, tqdm.write)
+        if not begun: start_run(self.run, self.config, self.cohort, self.started_on, threads)
         for left in self.run.glob('.encoder-*'): shutil.rmtree(left, ignore_errors=True)    # by a process that was killed
     self.metrics = Metrics(self.run, self.step) if self.main else None
     self.probed = self.step//max(t.probe_every, 1)

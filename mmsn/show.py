@@ -122,7 +122,7 @@ def save_figure(
     dpi:int=160,      # of the PNG
 )->list[Path]:
     "Write PATH.png and PATH.svg (its text stays text), renamed into place; the same figure makes the same bytes."
-    fig.draw_without_rendering()
+    if (layout := fig.get_layout_engine()) and fig.axes: layout.execute(fig)
     fig.set_layout_engine('none')     # the layout is settled once: each further drawing would move it by a hair
     out = []
     for end, meta in (('png', dict(Software=None)), ('svg', dict(Date=None, Creator=None))):
