@@ -32,7 +32,7 @@ import mmsn
 from .checkpoint import load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from .config import to_dict
 from .data.cohort import Cohort
-from .data.loader import loader
+from .data.loader import cores, loader
 from .early import LEARNED, EarlyWarning, change_from_start, verdict
 from .files import not_finite
 from .launch import hardest_rows, make_trackers, profiled, speed_options
@@ -40,6 +40,7 @@ from .loss import gather
 from .model import MMSN
 from .options import Config, InputError, Train
 from .processes import launcher, launcher_gone, stopping
+from .progress import Progress
 from .run import Metrics, _flat, as_started, only_here, open_run, run_hash, start_run
 from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
@@ -239,7 +240,7 @@ def batches(self:Trainer):
         epoch, done = divmod(self.step, self.steps_per_epoch)
         reader = iter(loader(self.cohort, self.rows, names, optim.batch_size, shuffle=True, seed=seed, epoch=epoch,
                              rank=a.process_index, world=a.num_processes, start=done*optim.accumulation,
-                             workers=data.workers, drop_last=True, partner=partner, size=self.batch))
+                             workers=min(data.workers, cores()), drop_last=True, partner=partner, size=self.batch))
         for _ in range(self.steps_per_epoch - done): yield epoch, [next(reader) for _ in range(optim.accumulation)]
 
 # %% ../nbs/64_loop.ipynb #b67e44bd
@@ -371,8 +372,7 @@ def _loop(self:Trainer):
     if t.tracker:
         values = {k: str(v) for k, v in _flat(to_dict(self.config)).items()}
         self.accelerator.init_trackers(self.config.name, values, init_kwargs=self.tracking)
-    bar = tqdm(total=self.total, initial=self.step, desc=self.config.name, unit='step', mininterval=1,
-               dynamic_ncols=True, **({} if self.main else dict(disable=True)))
+    bar = Progress(self.total, self.config.name, 'steps', self.step, silent=not self.main)
     self.accelerator.unwrap_model(self.model).train()
     with stopping(self), bar:
         self._steps(bar)
@@ -394,7 +394,7 @@ def _steps(self:Trainer, bar):
         if self.step % t.log_every == 0 or self.step == self.total:
             now = time.perf_counter()
             row = self.log(out, norm, values, sharpen, (now - before)/t.log_every)
-            bar.set_postfix_str(f'loss {row["loss"]:.3f}, above floor {row["loss_above_floor"]:.3f}, '
+            bar.note(f'loss {row["loss"]:.3f}, above floor {row["loss_above_floor"]:.3f}, '
                                 f'prototypes {row["used"]:.0f}, {row["samples_per_s"]:.0f} samples/s')
             before = now
         if self.step % t.checkpoint_every == 0 and self.step < self.total: self.save()

@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from omegaconf import OmegaConf
 
 import mmsn
+from ..card import write_card
 from ..checkpoint import publish
 from ..commands import check_writable
 from ..config import build, check, load_config, save_config
@@ -37,11 +38,13 @@ from .predictions import BASELINES, Predictions, differences, save_predictions
 from .probes import knn, linear_probe, low_shot, probe_solver, summarise
 from .pictures import write_pictures
 from .report import write_report
+from .steps import Steps, plan_of
 from .robustness import CORRUPTIONS, missing, retrieval, robustness
 from .task import asked_task, make_draws, Task, too_few
 from .trees import fit_booster
-from ..model import MMSN
+from ..model import MMSN, is_mmsn_encoder
 from ..options import Config, Evaluate, InputError
+from ..progress import time_left
 from ..run import find_cohort, read_run, run_config, subjects_of_run
 from ..safe import file_word, read_table, write_table
 from ..safe_yaml import read_changes
@@ -160,6 +163,7 @@ class Evaluation:
         self.predictions = {}                        # encoder -> input -> `Predictions`
         self.scores = []                             # tables of `low_shot`'s columns
         self.means = {}                              # the macro means of every resample, for paired differences
+        self.steps = None                            # `Steps`, where protocols that are done are kept
         self._check()
         self._settle_inputs()
         for line in self.notices: say(f'WARNING: {line}')
@@ -403,9 +407,11 @@ def _left_out(ev, name, error):
 def evaluate_protocols(ev:Evaluation)->dict:
     "Every table of a report, by its name; raises InputError where no protocol could be done."
     out, failed = {}, []
-    for name in [p for p in PROTOCOL_TABLES if p in ev.options.protocols]:
-        ev.say(name.replace('_', ' '))
-        try: out |= PROTOCOL_TABLES[name](ev) or {}
+    names, begun = [p for p in PROTOCOL_TABLES if p in ev.options.protocols], time.perf_counter()
+    for i, name in enumerate(names):
+        left = time_left(time.perf_counter() - begun, i, len(names) - i)
+        ev.say(f'{name.replace("_", " ")} ({i + 1} of {len(names)}' + (f', about {left} left)' if left else ')'))
+        try: out |= ev.steps.do(name, PROTOCOL_TABLES[name], ev) if ev.steps else PROTOCOL_TABLES[name](ev) or {}
         except InputError as error: failed.append(_left_out(ev, name, error))
     if failed and not (out or ev.scores or ev.predictions): raise failed[0]
     if ev.predictions: out |= _prediction_tables(ev)
@@ -506,13 +512,16 @@ def evaluate(
     say = _teller(time.perf_counter())
     opened = open_weights(source, config, verify) if config else open_evaluated(source, overrides, verify)
     folder, ev = Path(out or opened.folder/'report'), Evaluation(opened, say)
+    ev.steps = Steps(folder.with_name(f'{folder.name}-parts'), plan_of(ev), say)
     if notice := seen_subjects(opened.folder, ev.cohort, ev.task)['notice']: say(f'WARNING: {notice}')
     def write(temporary):
         _write_tables(temporary, evaluate_protocols(ev), ev.predictions)
         if ev.options.pictures: write_pictures(ev, temporary)
         write_about(ev, temporary, opened.folder, ' '.join(['mmsn-evaluate', str(source), *overrides]))
-        say(f'report: {folder}/report.html')
     path = _write_whole(folder, write, page)
+    ev.steps.remove()
+    if is_mmsn_encoder(opened.folder/'encoder'): write_card(opened.folder/'encoder', folder)
+    if page: say(f'report: {path}')
     if (folder/'summary.csv').is_file(): print(headline(read_table(folder/'summary.csv')))
     return path
 
