@@ -32,6 +32,7 @@ from ..data.cohort import Cohort
 from .features import (beside, channel_recall, extract_features, feature_matrix, joint_facts,
                                     plain_baselines, table_names)
 from .inspect import representation_points
+from .meds import write_meds
 from .metrics import Calibration, metric_table, subgroup_columns, subgroups
 from .networks import EndToEndEncoder, PlainViews, finetune, network_scores, supervised
 from .predictions import BASELINES, Predictions, differences, save_predictions
@@ -516,6 +517,7 @@ def evaluate(
     if notice := seen_subjects(opened.folder, ev.cohort, ev.task)['notice']: say(f'WARNING: {notice}')
     def write(temporary):
         _write_tables(temporary, evaluate_protocols(ev), ev.predictions)
+        if own := ev.predictions.get('pretrained', {}).get(ev.inputs[0]): write_meds(temporary, ev.cohort, own)
         if ev.options.pictures: write_pictures(ev, temporary)
         write_about(ev, temporary, opened.folder, ' '.join(['mmsn-evaluate', str(source), *overrides]))
     path = _write_whole(folder, write, page)
