@@ -24,11 +24,12 @@ from fastcore.basics import patch
 from omegaconf import OmegaConf
 
 import mmsn
-from ..card import write_card
+from ..card import origin_of, write_card
 from ..checkpoint import publish
 from ..commands import check_writable
 from ..config import build, check, load_config, save_config
 from ..data.cohort import Cohort
+from ..data.patients import about_data
 from .features import (beside, channel_recall, extract_features, feature_matrix, joint_facts,
                                     plain_baselines, table_names)
 from .inspect import representation_points
@@ -465,7 +466,8 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     own = dict(training=record.get('command', ''), config=record.get('config', ''),
                seed=str(ev.config.train.seed)) if record else {}
     seen = seen_subjects(run, ev.cohort, ev.task)
-    about = dict(name=ev.config.name, sentence=sentence, inputs=ev.inputs, prototypes=ev.config.loss.prototypes,
+    about = dict(name=Path(run).resolve().name if record else ev.config.name, cohort=ev.cohort.name, date=time.strftime('%Y-%m-%d'),
+                 origin=origin_of(about_data(ev.cohort)), sentence=sentence, inputs=ev.inputs, prototypes=ev.config.loss.prototypes,
                  transductive=seen, notices=ev.notices + [seen['notice']]*bool(seen['notice']),
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')

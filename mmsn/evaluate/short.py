@@ -7,8 +7,8 @@ Somebody opens a report and reads ten lines. They have to say on whom the number
 # %% auto #0
 __all__ = ['WORDS', 'NOTICE', 'pays', 'in_short']
 
-# %% ../../nbs/81b_evaluate.short.ipynb #c41cc1c8
-import json
+# %% ../../nbs/81b_evaluate.short.ipynb #b8ecf826
+import json, re
 from pathlib import Path
 
 import pandas as pd
@@ -57,7 +57,7 @@ def pays(
         said.append('**On this cohort pre-training has not been shown to pay.**')
     return ' '.join(filter(None, said))
 
-# %% ../../nbs/81b_evaluate.short.ipynb #3a0ec283
+# %% ../../nbs/81b_evaluate.short.ipynb #2113301c
 NOTICE = dict(invented='These patients are invented: no number here says anything about medicine.',
               credentialed='These numbers come from credentialed data: share the report as its data use agreement allows.')
 
@@ -69,9 +69,10 @@ def in_short(
     if not (folder/'about.json').is_file(): raise InputError(f'{folder} holds no results: run mmsn-evaluate first')
     about = json.loads((folder/'about.json').read_text(encoding='utf-8'))
     facts, lines = about.get('facts', {}), []
-    who = ' · '.join(plain_text(x) for x in (f'cohort {about["cohort"]}' if about.get('cohort') else '',
-                                             about.get('date', ''),
-                                             f'mmsn {facts["mmsn"]}' if facts.get('mmsn') else '') if x)
+    date = about.get('date', '')
+    who = ' · '.join(filter(None, (f'cohort {plain_text(about["cohort"])}' if about.get('cohort') else '',
+                                   date if re.fullmatch(r'\d{4}-\d\d-\d\d', str(date)) else '',
+                                   f'mmsn {plain_text(facts["mmsn"])}' if facts.get('mmsn') else '')))
     if notice := NOTICE.get(about.get('origin')): lines.append(f'**{notice}**')
     if (folder/'summary.csv').is_file() and (folder/'differences.csv').is_file():
         s, g = read_table(folder/'summary.csv'), read_table(folder/'differences.csv')
