@@ -937,6 +937,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mmsn.encode._add_fact_codes': ('encode.html#_add_fact_codes', 'mmsn/encode.py'),
                              'mmsn.encode._add_facts': ('encode.html#_add_facts', 'mmsn/encode.py'),
                              'mmsn.encode._add_images': ('encode.html#_add_images', 'mmsn/encode.py'),
+                             'mmsn.encode._add_tables': ('encode.html#_add_tables', 'mmsn/encode.py'),
                              'mmsn.encode._check_options': ('encode.html#_check_options', 'mmsn/encode.py'),
                              'mmsn.encode._check_out': ('encode.html#_check_out', 'mmsn/encode.py'),
                              'mmsn.encode._check_series': ('encode.html#_check_series', 'mmsn/encode.py'),

@@ -44,6 +44,7 @@ def _rows(header, rows):
     lines = [header, ['---']*len(header), *rows]
     return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in lines)
 
+# %% ../nbs/52c_card.ipynb #864c4c2c
 def _channels(modalities):
     "Tables of what each modality reads."
     parts = []
@@ -84,6 +85,7 @@ def _scores(report):
              f'{r.low:.3f} – {r.high:.3f}'] for r in s.itertuples() if r.auroc == r.auroc]
     return _rows(['input', 'encoder', 'AUROC', '95 % interval'], rows)
 
+# %% ../nbs/52c_card.ipynb #e558d9f9
 def _groups(report):
     "The same among groups of patients, from report/subgroups.csv."
     g = read_table(report/'subgroups.csv')
@@ -94,6 +96,7 @@ def _groups(report):
             for r in g.itertuples()]
     return _rows([*names, 'subjects', 'AUROC', '95 % interval'], rows)
 
+# %% ../nbs/52c_card.ipynb #3f6cde75
 def _evaluation(report):
     "The section of the card about an evaluation, or that there is none."
     none = 'No evaluation has been written into this card yet: `mmsn-evaluate RUN` does it.'

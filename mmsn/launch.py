@@ -92,7 +92,7 @@ def parameter_counts(
         counts[_part(name)] = counts.get(_part(name), 0) + p.numel()
     return counts
 
-# %% ../nbs/63_launch.ipynb #193aafd6
+# %% ../nbs/63_launch.ipynb #158cc27a
 _PATIENCE = 60.      # seconds that a dry run may spend on a step
 
 def _small_steps(trainer, say):
@@ -110,6 +110,7 @@ def _small_steps(trainer, say):
     say(f'a step of {whole} samples would take about {_span(seconds/n*whole)} here: it is estimated from {n} samples')
     return n, seconds, count_flops(lambda: trainer.trial(n)), memory.bytes
 
+# %% ../nbs/63_launch.ipynb #193aafd6
 def dry_run(
     trainer,  # .batches(), .take(batches), .model, .accelerator, .config, .step, .total, .run
     say=len,  # told what is going on

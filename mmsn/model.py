@@ -119,8 +119,7 @@ class MMSN(nn.Module):
     def from_config(cls, config:Config, cohort):
         "A fresh model for `config` on `cohort`; raises InputError where they do not fit."
         cohort.check_has({name: m.kind for name, m in config.modalities.items()}, 'the config')
-        model = cls(config, cohort.modalities)
-        model.data = about_data(cohort)
+        (model := cls(config, cohort.modalities)).data = about_data(cohort)
         return model
 
 # %% ../nbs/53_model.ipynb #4a174434

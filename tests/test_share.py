@@ -145,3 +145,25 @@ def test_aces_labels_and_predictions(tmp_path, name):
     assert [(f.name, f.type) for f in schema] == [('subject_id', pa.int64()), ('prediction_time', pa.timestamp('us')), ('boolean_value', pa.bool_()), ('predicted_boolean_value', pa.bool_()), ('predicted_boolean_probability', pa.float64())]
     t = pd.read_parquet(tmp_path/'report'/'meds'/f'{name}.parquet')
     assert (t.boolean_value == t.subject_id % 2).all() and t.predicted_boolean_probability.between(0, 1).all() and len(t) == (cohort.samples.split == 'test').sum()
+
+
+def test_meds_dev(tmp_path):
+    "The three commands of benchmarks/meds_dev/model.yaml, filled in as MEDS-DEV's runner does, end in its predictions."
+    import subprocess, sys
+    from pathlib import Path
+
+    import yaml
+    here = Path(__file__).resolve().parents[1]/'benchmarks'/'meds_dev'
+    meds_of(tmp_path, 80)
+    (tmp_path/'labels').mkdir()
+    (tmp_path/'in_meds.parquet').rename(tmp_path/'labels'/'0.parquet')
+    commands = yaml.safe_load((here/'model.yaml').read_text(encoding='utf-8'))['commands']
+    words = dict(dataset_dir=tmp_path/'meds', model_dir=here, demo=True, labels_dir=tmp_path/'labels', split='held_out')
+    steps = [(commands['unsupervised']['train'], 'a', ''), (commands['supervised']['train'], 'b', 'a'), (commands['supervised']['predict'], 'c', 'b')]
+    for command, out, before in steps:
+        text = command.format(**words, output_dir=tmp_path/out, model_initialization_dir=tmp_path/before).replace('python ', f'{sys.executable} ', 1)
+        done = subprocess.run(text, shell=True, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    t = pd.read_parquet(tmp_path/'c'/'predictions.parquet')
+    assert list(t) == ['subject_id', 'prediction_time', 'boolean_value', 'predicted_boolean_value', 'predicted_boolean_probability'] and len(t) > 3
+    assert (t.boolean_value == t.subject_id % 2).all() and t.predicted_boolean_probability.between(0, 1).all()

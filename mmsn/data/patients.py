@@ -169,6 +169,7 @@ def _narrow(infos):
     if not series: raise InputError(f'the encoder reads no time series (it reads {", ".join(infos)})')
     return series
 
+# %% ../../nbs/29_data.patients.ipynb #c0ce75d0
 def table_series(
     con,                         # of `connect`
     path,                        # CSV or parquet, long or wide
@@ -228,6 +229,7 @@ def encoder_codes(
         rows.append((code, number, a*way[0], b*way[0] + way[1]))
     return pd.DataFrame(rows, columns=['code', 'channel', 'scale', 'offset'])
 
+# %% ../../nbs/29_data.patients.ipynb #10a9d9bc
 def _no_channel(path, name, known):
     near = _near(str(name), known)
     raise InputError(f'{path}: the encoder has no channel {name!r}'
@@ -305,6 +307,7 @@ class Pictures:
                              f'(--most-bad '
                              f'1 goes on without them)')
 
+# %% ../../nbs/29_data.patients.ipynb #d8a22e1b
 def _placed(files, done, side):
     "Decoded images at the places of their patients."
     images, good = np.zeros((len(files), side, side), np.uint8), [not r for r in done.reasons]
@@ -417,6 +420,7 @@ def _series_of(p, a, b):
         made[name] = np.concatenate(part), np.array([len(x) for x in part], np.int64)
     return made
 
+# %% ../../nbs/29_data.patients.ipynb #ec984627
 def _blocks_of(picture, cuts):
     "Blocks of images: of files, or of arrays that are there already."
     if isinstance(picture, Pictures): return picture.blocks(cuts)
@@ -466,6 +470,7 @@ def _picture(x, who, info, fit):
     if x.shape == (side, info.info['width']): return x
     return _resize(Image.fromarray(x), side, fit)
 
+# %% ../../nbs/29_data.patients.ipynb #787f8435
 def _pictures(info, values, ids, fit):
     "Images of every patient as one array, and who has one. Raises InputError."
     out, has = np.zeros((len(values), 1, info.height, info.info['width']), np.uint8), np.zeros(len(values), bool)
@@ -512,6 +517,7 @@ def _stacked(info, values, ids):
         parts.append(x.drop(columns='time', errors='ignore').assign(subject_id=str(who), time=time.to_numpy()))
     return pd.concat(parts, ignore_index=True) if parts else None
 
+# %% ../../nbs/29_data.patients.ipynb #92f61b53
 def _frame_series(name, frame, infos, stack, prepared):
     "`table_series` of a frame: it is written to a temporary file, which DuckDB reads as any other."
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='mmsn-')))
@@ -537,6 +543,7 @@ def _people(given):
     if named: return list(dict.fromkeys(i for ids in named.values() for i in ids))
     return list(range(next(iter(sizes.values()))))
 
+# %% ../../nbs/29_data.patients.ipynb #4a6b66ea
 def _aligned(ids, own, values):
     "`values` in the order of `ids`, None where somebody has none."
     if own is None: return list(values)
@@ -587,6 +594,7 @@ def _facts(info, ids, own, values):
         out[i] = row.reshape(-1)
     return out, np.array([x is not None for x in rows])
 
+# %% ../../nbs/29_data.patients.ipynb #5ed53498
 def _laid(name, frame, info, ids, made, prepared):
     "A list of (hours, C) or None of everybody, of one frame."
     found, series, lines = _frame_series(name, frame, {name: info}, made.closing, prepared)
@@ -596,6 +604,7 @@ def _laid(name, frame, info, ids, made, prepared):
     at = {str(s): x for s, x, n in zip(found.subject_id, parts, lengths) if n}
     return [at.get(str(i)) for i in ids]
 
+# %% ../../nbs/29_data.patients.ipynb #51f0d681
 def _series(info, ids, values, made, prepared):
     "The same, of an array or a frame for each patient."
     frames = [isinstance(x, pd.DataFrame) for x in values if x is not None]

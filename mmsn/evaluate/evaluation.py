@@ -161,8 +161,7 @@ class Evaluation:
         everybody = np.arange(len(self.cohort))
         self.cohort_facts = joint_facts(self.cohort, everybody, self.task.rows[at], self.kinds) if others else None
         self.ours = isinstance(source.model, MMSN)   # an architecture that can be trained from scratch
-        self.networks = {}                           # input -> network trained from scratch
-        self.predictions = {}                        # encoder -> input -> `Predictions`
+        self.networks, self.predictions = {}, {}     # input -> network from scratch; encoder -> input -> `Predictions`
         self.scores = []                             # tables of `low_shot`'s columns
         self.means = {}                              # the macro means of every resample, for paired differences
         self.steps = None                            # `Steps`, where protocols that are done are kept

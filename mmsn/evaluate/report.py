@@ -205,7 +205,7 @@ METHODS = dict(tsne='t-SNE', umap='UMAP', pca='The two first principal component
 _LEARNED = [
     Section('summary.csv', '''## What was learned
 
-Test AUROC by the number of labels that may be used, with the 95 % interval of resampled subjects.''', '''
+Test AUROC by the number of labels, with 95 % intervals from resampled subjects.''', '''
 show("low_shot", low_shot_figure, read("summary"),
      alt="Test AUROC by number of labels, a panel for each input, a line for each encoder")'''),
     Section('summary.csv', '''### In numbers
@@ -244,8 +244,7 @@ neat(t.pivot_table(index="label", columns=["split", "variable"], values="value",
             '''Average precision (AUPRC): the fraction of positives of a label is what guessing gets.''', '''
 rare = labels[labels.metric == "auprc"]
 share = (rare.positives/(rare.rows*rare.labels)).groupby(rare.label, sort=False).first().rename("positives")
-table = by_encoder(rare, "label")
-table.insert(0, ("", "guessing"), share)
+(table := by_encoder(rare, "label")).insert(0, ("", "guessing"), share)
 neat(table)''')]
 
 # %% ../../nbs/82_evaluate.report.ipynb #e8200016

@@ -25,6 +25,7 @@ def _gap(row):
     "A difference with its interval."
     return f'{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})'
 
+# %% ../../nbs/81b_evaluate.short.ipynb #17f1de3e
 def _against(gaps, baseline):
     "Whether the encoder lies above a baseline, as a sentence; '' where nobody compared them."
     g = gaps[gaps.baseline == baseline]

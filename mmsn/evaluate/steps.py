@@ -40,6 +40,7 @@ def plan_of(
 # %% ../../nbs/82c_evaluate.steps.ipynb #75868d0e
 def _before(ev): return len(ev.scores), set(ev.predictions), set(ev.means), set(ev.networks), len(ev.notices)
 
+# %% ../../nbs/82c_evaluate.steps.ipynb #43bd043d
 def _changes(ev, before, tables):
     "What a protocol has added to an evaluation."
     n, predicted, means, networks, told = before
@@ -81,6 +82,7 @@ def _network(ev, name, path):
     net.load_state_dict(load_file(path))
     return net.to(ev.device)
 
+# %% ../../nbs/82c_evaluate.steps.ipynb #51a8419d
 def _read(folder, ev):
     "What `_write` has written, put back into an evaluation; returns the tables."
     about = json.loads((folder/'step.json').read_text(encoding='utf-8'))
