@@ -148,7 +148,10 @@ def save_styles(
         plt.close(fig)
 
 def _in_words(fig):
-    "Legends of a figure in the words of the tables."
+    "Legends and titles of a figure in the words of the tables."
+    for ax in fig.axes:
+        first, colon, rest = ax.get_title(loc='left').partition(':')
+        if colon and first in ENCODERS: ax.set_title(f'{ENCODERS[first]}:{rest}', loc='left')
     for text in (t for legend in fig.findobj(Legend) for t in legend.get_texts()):
         first, _, rest = text.get_text().partition(' ')
         if first in ENCODERS: text.set_text(f'{ENCODERS[first]} {rest}'.strip())

@@ -50,8 +50,10 @@ def pays(
     g = g[(g.encoder == 'pretrained') & (g.metric == 'auroc')]
     plain = [b for b in ('plain', 'booster') if b in s.index and not pd.isna(s.auroc[b])]
     best = max(plain, key=lambda b: s.auroc[b], default='')
+    n = int(own.get('counted', own.get('labels', 1)))
+    of = f', mean over {n} labels' if n > 1 else ''
     said = [f'With {fraction:.0%} of the labels, {WORDS["pretrained"]} reaches a test AUROC of **{own.auroc:.3f}** '
-            f'({own.low:.3f} to {own.high:.3f}) on {name}, mean over {own.get("counted", own.get("labels", 1)):.0f} labels.']
+            f'({own.low:.3f} to {own.high:.3f}) on {name}{of}.']
     said += [_against(g, b) for b in ('random', 'scratch', best) if b]
     start = g[g.baseline == 'random']
     if len(start) and not start.low.iloc[0] > 0:
@@ -73,11 +75,11 @@ def in_short(
     date = about.get('date', '')
     who = ' · '.join(filter(None, (f'cohort {plain_text(about["cohort"])}' if about.get('cohort') else '',
                                    date if re.fullmatch(r'\d{4}-\d\d-\d\d', str(date)) else '',
-                                   f'mmsn {plain_text(facts["mmsn"])}' if facts.get('mmsn') else '')))
+                                   f'mmsn {facts["mmsn"]}' if re.fullmatch(r'[\w.+]+', str(facts.get('mmsn', ''))) else '')))
     if notice := NOTICE.get(about.get('origin')): lines.append(f'**{notice}**')
     if (folder/'summary.csv').is_file() and (folder/'differences.csv').is_file():
         s, g = read_table(folder/'summary.csv'), read_table(folder/'differences.csv')
-        name, fractions = about['inputs'][0] if about.get('inputs') else s.input.iloc[0], sorted(s.fraction.dropna().unique())
-        lines += [pays(s, g, name, f) for f in dict.fromkeys([fractions[-1], fractions[0]])]
+        name, fractions = about['inputs'][0] if about.get('inputs') else s.input.iloc[0], sorted(s.fraction[s.shots.fillna(0) == 0].unique())
+        lines += [pays(s, g, name, f) for f in dict.fromkeys([*fractions[-1:], *fractions[:1]])]
     lines = [line for line in lines if line]
     return '\n>\n'.join([f'> **In short** · {who}', *(f'> {line}' for line in lines)]) if who or lines else ''
