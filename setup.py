@@ -23,6 +23,7 @@ setup(
         maps=['umap-learn'],
         trackers=['tensorboard', 'trackio', 'wandb', 'mlflow'],
         vision=['transformers', 'timm'],
+        xrv=['torchxrayvision'],
         slurm=['submitit'],
         dicom=['pydicom>=3'],
         onnx=['onnx>=1.16', 'onnxruntime>=1.18'],

@@ -60,6 +60,7 @@ def _channels(modalities):
                          f'what was not measured is '
                          f'carried forward, before that normal.\n\n' + _rows(['channel', 'unit', 'normal', 'range'],
                                                                              rows))
+        elif m.get('kind') == 'text': parts.append(f'**{plain_text(name)}**: text, in the words of its vocabulary.')
         else: parts.append(f'**{plain_text(name)}**: {", ".join(map(plain_text, m.get("columns", [])))}.')
     return '\n\n'.join(parts)
 

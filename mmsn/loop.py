@@ -16,7 +16,7 @@ pd.Series(losses).plot(style='.-', xlabel='step', ylabel='loss', figsize=(5, 2))
 __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'NonFinite', 'train_step', 'gather_rows',
            'make_accelerator', 'Trainer']
 
-# %% ../nbs/64_loop.ipynb #e83e69b0
+# %% ../nbs/64_loop.ipynb #3da0e4d8
 import hashlib, math, os, resource, shutil, signal, time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -39,9 +39,9 @@ from .launch import hardest_rows, make_trackers, profiled, speed_options
 from .loss import gather
 from .model import MMSN
 from .options import Config, InputError, Train
-from .processes import launcher, launcher_gone, stopping
+from .processes import launcher, launcher_gone, settle_threads, stopping
 from .progress import Progress
-from .run import Metrics, _flat, as_started, only_here, open_run, run_hash, start_run
+from .run import Metrics, _flat, as_started, only_here, open_run, read_run, run_hash, start_run
 from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
 from .watch import collapsed
@@ -358,13 +358,14 @@ def _say_learned(self:Trainer):
         tqdm.write(f'warning: the encoder hardly differs from its random start: of its embedding of {n} {split} '
                    f'patients {new:.2g} is new (1 - CKA; less than {LEARNED}): train longer, or raise optim.lr')
 
-# %% ../nbs/64_loop.ipynb #935cab14
+# %% ../nbs/64_loop.ipynb #2fd66bd1
 @patch
 def _loop(self:Trainer):
     "The files, the steps, and the last checkpoint."
     t, self.warned = self.config.train, False
     if self.main:
-        if not (self.run/'config.yaml').is_file(): start_run(self.run, self.config, self.cohort, self.started_on)
+        threads = settle_threads(self, read_run(self.run).get('threads'), tqdm.write)
+        if not (self.run/'config.yaml').is_file(): start_run(self.run, self.config, self.cohort, self.started_on, threads)
         for left in self.run.glob('.encoder-*'): shutil.rmtree(left, ignore_errors=True)    # by a process that was killed
     self.metrics = Metrics(self.run, self.step) if self.main else None
     self.probed = self.step//max(t.probe_every, 1)
@@ -382,7 +383,7 @@ def _loop(self:Trainer):
     if self.step >= self.total: self._say_learned()
     else: self._say_stop(_anywhere(self.accelerator, self.stop == signal.SIGINT))
 
-# %% ../nbs/64_loop.ipynb #c14d5b8f
+# %% ../nbs/64_loop.ipynb #1743c047
 @patch
 def _steps(self:Trainer, bar):
     "The steps from the current one to the end."
@@ -394,8 +395,9 @@ def _steps(self:Trainer, bar):
         if self.step % t.log_every == 0 or self.step == self.total:
             now = time.perf_counter()
             row = self.log(out, norm, values, sharpen, (now - before)/t.log_every)
-            bar.note(f'loss {row["loss"]:.3f}, above floor {row["loss_above_floor"]:.3f}, '
-                                f'prototypes {row["used"]:.0f}, {row["samples_per_s"]:.0f} samples/s')
+            siamese = 'loss_above_floor' in row
+            more = f', above floor {row["loss_above_floor"]:.3f}, prototypes {row["used"]:.0f}' if siamese else ''
+            bar.note(f'loss {row["loss"]:.3f}{more}, {row["samples_per_s"]:.0f} samples/s')
             before = now
         if self.step % t.checkpoint_every == 0 and self.step < self.total: self.save()
     batches.close()                               # which writes the trace of a run shorter than it

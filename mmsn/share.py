@@ -99,6 +99,8 @@ def export_onnx(
     if path.suffix != '.onnx': raise InputError(f'{path} should end in .onnx')
     try: import onnx, onnxruntime                                                         # noqa: F401
     except ImportError: raise InputError('ONNX needs the packages onnx and onnxruntime: pip install "mmsn[onnx]"')
+    if odd := [n for n, i in model.infos.items() if i.kind == 'text']:
+        raise InputError(f'{odd[0]} is text, which ONNX files of mmsn do not read')
     graph, free = Exported(model).eval(), {}
     for n, kind in graph.kinds.items():
         free |= {n: {0: 'patients', 1: 'hours'} if kind == 'timeseries' else {0: 'patients'},

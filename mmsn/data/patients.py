@@ -19,16 +19,17 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .cohort import Batch, ModalityInfo, _read_rows, _read_series, offsets
+from .cohort import Batch, ModalityInfo, _read_series, _read_tokens, offsets
 from .folders import _fact_numbers, image_names
 from .formats import Columns
-from .images import _FEW, _cores, _resize, _results, inside
+from .images import _FEW, _resize, _results, inside
 from .long import match_long
 from .meds import _is, _windows, load_found, load_mapped, open_meds
 from .tables import _near, _need, connect, numbers, read_text, run
 from .timeseries import Channel, grid, layout
 from .units import conversion
 from ..options import InputError
+from ..threads import cores
 
 # %% ../../nbs/29_data.patients.ipynb #595e257e
 def channels_of(
@@ -292,7 +293,7 @@ class Pictures:
         "For each (a, b) of `cuts`: images (n, 1, H, W) uint8, and who has one."
         own = [[f for f in self.files[a:b] if f is not None] for a, b in cuts]
         n = sum(f is not None for f in self.files)
-        workers = 1 if n < _FEW else self.workers or _cores()
+        workers = 1 if n < _FEW else self.workers or cores()
         jobs = [(f, self.info.height, self.fit, None) for f in own]
         with closing(_results(jobs, min(workers, max(len(jobs), 1)))) as results:
             for (a, b), files, done in zip(cuts, own, results):
@@ -399,6 +400,9 @@ class Patients:
 def _values_of(p, name, a, b, series, pictures):
     "(data, lengths or None, present) of one modality for the patients a to b."
     info, n = p.infos[name], b - a
+    if info.kind == 'text':                                    # nobody has one: see `gather`
+        none = np.zeros(n, np.int64)
+        return _read_tokens(np.zeros(0, np.uint16), none, none, info.vocabulary.pad), none, none > 0
     if info.kind == 'image':
         if name in pictures: return (pictures[name][0], None, pictures[name][1])
         return np.zeros((n, 1, info.height, info.info['width']), np.uint8), None, np.zeros(n, bool)
@@ -560,6 +564,8 @@ def gather(
     prepared = prepared or prepared_of(None)
     if odd := [n for n in patients if n not in infos]:
         raise InputError(f'the encoder reads no {odd[0]!r}: it reads {", ".join(infos)}')
+    if odd := [n for n in patients if infos[n].kind == 'text' and patients[n] is not None]:
+        raise InputError(f'{odd[0]} is text, which is read from a cohort only: prepare one, or leave it out')
     given = {n: _by_id(n, v) for n, v in patients.items() if v is not None}
     if not given: raise InputError(f'no patient is given: the encoder reads {", ".join(infos)}')
     ids, made = _people(given), Patients(None, infos)

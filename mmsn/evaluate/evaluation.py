@@ -9,8 +9,8 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #6d07d5fd
-import hashlib, importlib.util, json, platform, re, shutil, time
+# %% ../../nbs/83_evaluate.evaluation.ipynb #41c1fc43
+import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from inspect import signature
@@ -45,6 +45,7 @@ from .robustness import CORRUPTIONS, missing, retrieval, robustness
 from .task import asked_task, make_draws, Task, too_few
 from .trees import fit_booster
 from ..model import MMSN, is_mmsn_encoder
+from ..arguments import check_kind, check_overrides
 from ..options import Config, Evaluate, InputError
 from ..progress import time_left
 from ..run import find_cohort, read_run, run_config, subjects_of_run
@@ -501,7 +502,7 @@ def _teller(start):
     "Print a line with the seconds since `start`."
     return lambda text: print(f'  {time.perf_counter() - start:4.0f} s  {text}', flush=True)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #ce7c95bd
+# %% ../../nbs/83_evaluate.evaluation.ipynb #028a5796
 def evaluate(
     source,            # a run's folder, or whatever `open_encoder` opens
     overrides=(),      # key=value changes: evaluate.* and data.cohort
@@ -511,7 +512,8 @@ def evaluate(
     verify:bool=False, # compare every file of the cohort with its hash, also those that were compared before
 )->Path:
     "Evaluate an encoder beside its baselines; returns the path of the report's page. Raises InputError."
-    say = _teller(time.perf_counter())
+    check_kind('source', source, (str, os.PathLike), "a run's folder, or a name such as hub:OWNER/NAME")
+    say, overrides = _teller(time.perf_counter()), check_overrides(overrides)
     opened = open_weights(source, config, verify) if config else open_evaluated(source, overrides, verify)
     folder, ev = Path(out or opened.folder/'report'), Evaluation(opened, say)
     ev.steps = Steps(folder.with_name(f'{folder.name}-parts'), plan_of(ev), say)
