@@ -63,12 +63,11 @@ def score_table(
     order = [(i, e) for i in dict.fromkeys(summary.input) for e in [*ENCODERS.values(), *s.encoder.unique()]
              if ((s.input == i) & (s.encoder == e)).any()]
     order, columns = list(dict.fromkeys(order)), list(dict.fromkeys(s.column))
-    value, text = (s.pivot(index=['input', 'encoder'], columns='column', values=v).loc[order,
-            columns].rename_axis(columns=None) for v in (metric, 't'))
-    best = value.notna() & False
+    text = s.pivot(index=['input', 'encoder'], columns='column', values='t').loc[order, columns].rename_axis(columns=None)
+    clear = pd.DataFrame(False, text.index, text.columns)
     mark = 'clear' if metric == 'auroc' else f'{metric}_clear'
-    if mark in s: best = s.pivot(index=['input', 'encoder'], columns='column', values=mark).loc[order, columns].eq(True)
-    return text.style.apply(lambda _: best.map(lambda b: 'font-weight: bold' if b else ''),
+    if mark in s: clear = s.pivot(index=['input', 'encoder'], columns='column', values=mark).loc[order, columns].eq(True)
+    return text.style.apply(lambda _: clear.map(lambda b: 'font-weight: bold' if b else ''),
                             axis=None).format(na_rep='').format_index(escape='html').hide(names=True)
 
 # %% ../../nbs/82_evaluate.report.ipynb #76d4b0d6
@@ -82,6 +81,7 @@ def neat(
     made = bare.style.format(precision=digits, na_rep='', escape='html')
     return made.format_index(escape='html').format_index(escape='html', axis=1)
 
+# %% ../../nbs/82_evaluate.report.ipynb #one0row1
 def one_row(
     table:pd.DataFrame,   # with a column label: names, macro, macro GROUP
 )->pd.DataFrame:
@@ -149,6 +149,7 @@ def save_styles(
             save_figure(fig, Path(folder)/'figures'/f'{name}{"" if s == "light" else f"-{s}"}')
         plt.close(fig)
 
+# %% ../../nbs/82_evaluate.report.ipynb #in0words
 def _in_words(fig):
     "Legends and titles of a figure in the words of the tables."
     for ax in fig.axes:
@@ -407,7 +408,8 @@ _END = '''## How to get this again
 |---|---|
 {facts}
 
-The code of every figure is in `report.ipynb` beside this page, the numbers in its tables.'''
+The code of every figure is in `report.ipynb` beside this page, the numbers in its tables:
+{tables}.'''
 
 # %% ../../nbs/82_evaluate.report.ipynb #f2711eb6
 class _NotebookFormat:
@@ -437,7 +439,8 @@ def report_notebook(
     for needs, text, source in (*_COMPARED, *_LEARNED, *_PREDICTED, *_TESTED, *_SEEN):
         if (folder/needs).exists(): cells += [md(text)]*bool(text) + [code(source.strip())]
     facts = '\n'.join(f'| {plain_text(k)} | <code>{plain_text(v)}</code> |' for k, v in about['facts'].items())
-    cells += [md(_END.format(facts=facts))]
+    tables = ', '.join(f'`{p.name}`' for p in sorted(folder.glob('*.csv')))
+    cells += [md(_END.format(facts=facts, tables=tables))]
     cells += [md('The whole config:'),
               code('print(Path("config.yaml").read_text())')] if (folder/'config.yaml').is_file() else []
     for i, cell in enumerate(cells): cell['id'] = f'report-{i:02d}'
