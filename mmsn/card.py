@@ -54,7 +54,7 @@ def _channels(modalities):
                          f'255.')
         elif m.get('kind') == 'timeseries':
             rows = [[plain_text(c['name']), plain_text(c.get('unit') or ''), plain_text(c.get('normal')),
-                     '' if c.get('low') is None else f'{c["low"]:g} to {c["high"]:g}' if c.get('high') is not None else f'from {c["low"]:g}']
+                     ' to '.join(f'{c[k]:g}' if c.get(k) is not None else '…' for k in ('low', 'high'))]
                     for c in m.get('channels', [])]
             parts.append(f'**{plain_text(name)}**: {m.get("timestep", 1.):g} hours a row, the last value of each; '
                          f'what was not measured is '
@@ -129,12 +129,13 @@ features = encoder.encode(dict({example}=…))      # arrays, data frames or ima
 ```
 
 In a shell: `mmsn-encode FOLDER SOURCE OUT.parquet`, for a folder of images, a table of measurements, MEDS, or a cohort of mmsn.'''
-_INTENDED = '''Research on representations of patients: features for a model of your own, trained and evaluated on your own labels.
-**Not a medical device**: not for diagnosis, triage, or any decision about a patient.
+_INTENDED = '''Research on representations of patients: features for a model of your own, trained and evaluated on your own
+labels. **Not a medical device**: not for diagnosis, triage, or any decision about a patient.
 
-Limits. The encoder has seen patients of one source, of its time, its hospital and its way of measuring; elsewhere it has to be
-evaluated again, also by groups of patients. It reads the channels and units below and nothing else. What is measured, and when,
-is itself a decision of clinicians, and the encoder has learned from it. A number above is a mean over labels: single labels differ.'''
+Limits. The encoder has seen patients of one source, of its time, its hospital and its way of measuring; elsewhere it
+has to be evaluated again, also by groups of patients. It reads the channels and units below and nothing else. What is
+measured, and when, is itself a decision of clinicians, and the encoder has learned from it. A number above is a mean
+over labels: single labels differ.'''
 
 # %% ../nbs/52c_card.ipynb #2c2492b5
 def model_card(
@@ -156,10 +157,12 @@ def model_card(
              ['prototypes', plain_text(loss.get('prototypes', ''))], ['weights (sha256)',
                                                                       f'`{plain_text(str(about.get("weights", ""))[:16])}`']]
     parts = [_FRONT.format(kinds=kinds), _MARK, f'# {name}',
-             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by masked siamese networks with mmsn.',
-             f'> **{SHARING[origin]}**', '## How to use it', use, '## Trained on', _data(data), '## How well it does', _evaluation(report),
-             '## Intended use and limits', _INTENDED, '## What it reads', _channels(modalities), '## Licence', licence, '## Details',
-             _rows(['', ''], facts), 'The whole config is in `config.json`.']
+             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by masked siamese '
+             f'networks with mmsn.', f'> **{SHARING[origin]}**']
+    for title, text in {'How to use it': use, 'Trained on': _data(data), 'How well it does': _evaluation(report),
+                        'Intended use and limits': _INTENDED, 'What it reads': _channels(modalities), 'Licence': licence,
+                        'Details': _rows(['', ''], facts) + '\n\nThe whole config is in `config.json`.'}.items():
+        parts += [f'## {title}', text]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/52c_card.ipynb #28615f87

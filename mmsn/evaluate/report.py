@@ -434,8 +434,8 @@ def report_notebook(
     md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
     notices = ''.join(f'\n\n> **{plain_text(line)}**' for line in about.get('notices', ()))
     short = in_short(folder)
-    cells = [md(f'# {plain_text(about["name"])}\n\n' + (f'{short}\n\n' if short else '') + f'{plain_text(about["sentence"])}{notices}'),
-             code(_SETUP)]
+    first = '\n\n'.join(filter(None, (f'# {plain_text(about["name"])}', short, plain_text(about["sentence"]) + notices)))
+    cells = [md(first), code(_SETUP)]
     for needs, text, source in (*_COMPARED, *_LEARNED, *_PREDICTED, *_TESTED, *_SEEN):
         if (folder/needs).exists(): cells += [md(text)]*bool(text) + [code(source.strip())]
     facts = '\n'.join(f'| {plain_text(k)} | <code>{plain_text(v)}</code> |' for k, v in about['facts'].items())
@@ -465,11 +465,14 @@ p {{ max-width: 44rem; }} a {{ color: var(--link); }}
 nav {{ font-size: .9rem; color: var(--soft); line-height: 1.9; }}
 nav a {{ margin-right: 1.1em; white-space: nowrap; text-decoration: none; }}
 .figure, .table, pre {{ overflow-x: auto; }}
-.table {{ background: linear-gradient(90deg, var(--paper) 40%, transparent) local, linear-gradient(270deg, var(--paper) 40%, transparent) right/100% local,
-          linear-gradient(90deg, #8886, transparent) 0 0/14px 100% scroll, linear-gradient(270deg, #8886, transparent) 100% 0/14px 100% scroll;
-          background-repeat: no-repeat; background-size: 40px 100%, 40px 100%, 14px 100%, 14px 100%; }}
+.table {{ background:
+    linear-gradient(90deg, var(--paper) 40%, transparent) 0 0/40px 100% no-repeat local,
+    linear-gradient(270deg, var(--paper) 40%, transparent) 100% 0/40px 100% no-repeat local,
+    linear-gradient(90deg, #8886, transparent) 0 0/14px 100% no-repeat scroll,
+    linear-gradient(270deg, #8886, transparent) 100% 0/14px 100% no-repeat scroll; }}
 .table tbody tr:nth-child(even) {{ background: color-mix(in srgb, var(--stripe) 70%, transparent); }}
-blockquote {{ margin: 1rem 0; padding: .6rem 1rem; border-left: 4px solid var(--link); background: var(--stripe); max-width: 46rem; }}
+blockquote {{ margin: 1rem 0; padding: .6rem 1rem; border-left: 4px solid var(--link); background: var(--stripe);
+             max-width: 46rem; }}
 blockquote p {{ margin: .35rem 0; }} .figure img {{ max-width: 100%; height: auto; }}
 table {{ border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; margin: .5rem 0; }}
 th, td {{ padding: .22rem .6rem; text-align: right; vertical-align: top; border: 0; }}

@@ -79,7 +79,8 @@ def in_short(
     if notice := NOTICE.get(about.get('origin')): lines.append(f'**{notice}**')
     if (folder/'summary.csv').is_file() and (folder/'differences.csv').is_file():
         s, g = read_table(folder/'summary.csv'), read_table(folder/'differences.csv')
-        name, fractions = about['inputs'][0] if about.get('inputs') else s.input.iloc[0], sorted(s.fraction[s.shots.fillna(0) == 0].unique())
+        name = about['inputs'][0] if about.get('inputs') else s.input.iloc[0]
+        fractions = sorted(s.fraction[s.shots.fillna(0) == 0].unique())
         lines += [pays(s, g, name, f) for f in dict.fromkeys([*fractions[-1:], *fractions[:1]])]
     lines = [line for line in lines if line]
     return '\n>\n'.join([f'> **In short** · {who}', *(f'> {line}' for line in lines)]) if who or lines else ''
