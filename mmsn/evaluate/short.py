@@ -53,7 +53,7 @@ def pays(
     n = int(own.get('counted', own.get('labels', 1)))
     of = f', mean over {n} labels' if n > 1 else ''
     said = [f'With {fraction:.0%} of the labels, {WORDS["pretrained"]} reaches a test AUROC of **{own.auroc:.3f}** '
-            f'({own.low:.3f} to {own.high:.3f}) on {name}{of}.']
+            f'({own.low:.3f} to {own.high:.3f}) on {plain_text(name)}{of}.']
     said += [_against(g, b) for b in ('random', 'scratch', best) if b]
     start = g[g.baseline == 'random']
     if len(start) and not start.low.iloc[0] > 0:
