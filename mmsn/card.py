@@ -44,6 +44,7 @@ def _rows(header, rows):
     lines = [header, ['---']*len(header), *rows]
     return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in lines)
 
+# %% ../nbs/52c_card.ipynb #864c4c2c
 def _channels(modalities):
     "Tables of what each modality reads."
     parts = []
@@ -53,12 +54,13 @@ def _channels(modalities):
                          f'255.')
         elif m.get('kind') == 'timeseries':
             rows = [[plain_text(c['name']), plain_text(c.get('unit') or ''), plain_text(c.get('normal')),
-                     '' if c.get('low') is None else f'{c["low"]:g} to {c["high"]:g}' if c.get('high') is not None else f'from {c["low"]:g}']
+                     ' to '.join(f'{c[k]:g}' if c.get(k) is not None else '…' for k in ('low', 'high'))]
                     for c in m.get('channels', [])]
             parts.append(f'**{plain_text(name)}**: {m.get("timestep", 1.):g} hours a row, the last value of each; '
                          f'what was not measured is '
                          f'carried forward, before that normal.\n\n' + _rows(['channel', 'unit', 'normal', 'range'],
                                                                              rows))
+        elif m.get('kind') == 'text': parts.append(f'**{plain_text(name)}**: text, in the words of its vocabulary.')
         else: parts.append(f'**{plain_text(name)}**: {", ".join(map(plain_text, m.get("columns", [])))}.')
     return '\n\n'.join(parts)
 
@@ -84,6 +86,7 @@ def _scores(report):
              f'{r.low:.3f} – {r.high:.3f}'] for r in s.itertuples() if r.auroc == r.auroc]
     return _rows(['input', 'encoder', 'AUROC', '95 % interval'], rows)
 
+# %% ../nbs/52c_card.ipynb #e558d9f9
 def _groups(report):
     "The same among groups of patients, from report/subgroups.csv."
     g = read_table(report/'subgroups.csv')
@@ -94,6 +97,7 @@ def _groups(report):
             for r in g.itertuples()]
     return _rows([*names, 'subjects', 'AUROC', '95 % interval'], rows)
 
+# %% ../nbs/52c_card.ipynb #3f6cde75
 def _evaluation(report):
     "The section of the card about an evaluation, or that there is none."
     none = 'No evaluation has been written into this card yet: `mmsn-evaluate RUN` does it.'
@@ -125,12 +129,13 @@ features = encoder.encode(dict({example}=…))      # arrays, data frames or ima
 ```
 
 In a shell: `mmsn-encode FOLDER SOURCE OUT.parquet`, for a folder of images, a table of measurements, MEDS, or a cohort of mmsn.'''
-_INTENDED = '''Research on representations of patients: features for a model of your own, trained and evaluated on your own labels.
-**Not a medical device**: not for diagnosis, triage, or any decision about a patient.
+_INTENDED = '''Research on representations of patients: features for a model of your own, trained and evaluated on your own
+labels. **Not a medical device**: not for diagnosis, triage, or any decision about a patient.
 
-Limits. The encoder has seen patients of one source, of its time, its hospital and its way of measuring; elsewhere it has to be
-evaluated again, also by groups of patients. It reads the channels and units below and nothing else. What is measured, and when,
-is itself a decision of clinicians, and the encoder has learned from it. A number above is a mean over labels: single labels differ.'''
+Limits. The encoder has seen patients of one source, of its time, its hospital and its way of measuring; elsewhere it
+has to be evaluated again, also by groups of patients. It reads the channels and units below and nothing else. What is
+measured, and when, is itself a decision of clinicians, and the encoder has learned from it. A number above is a mean
+over labels: single labels differ.'''
 
 # %% ../nbs/52c_card.ipynb #2c2492b5
 def model_card(
@@ -152,10 +157,12 @@ def model_card(
              ['prototypes', plain_text(loss.get('prototypes', ''))], ['weights (sha256)',
                                                                       f'`{plain_text(str(about.get("weights", ""))[:16])}`']]
     parts = [_FRONT.format(kinds=kinds), _MARK, f'# {name}',
-             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by masked siamese networks with mmsn.',
-             f'> **{SHARING[origin]}**', '## How to use it', use, '## Trained on', _data(data), '## How well it does', _evaluation(report),
-             '## Intended use and limits', _INTENDED, '## What it reads', _channels(modalities), '## Licence', licence, '## Details',
-             _rows(['', ''], facts), 'The whole config is in `config.json`.']
+             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by masked siamese '
+             f'networks with mmsn.', f'> **{SHARING[origin]}**']
+    for title, text in {'How to use it': use, 'Trained on': _data(data), 'How well it does': _evaluation(report),
+                        'Intended use and limits': _INTENDED, 'What it reads': _channels(modalities), 'Licence': licence,
+                        'Details': _rows(['', ''], facts) + '\n\nThe whole config is in `config.json`.'}.items():
+        parts += [f'## {title}', text]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/52c_card.ipynb #28615f87

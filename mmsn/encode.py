@@ -41,6 +41,7 @@ def _table(ids, outputs):
     parts = [pd.DataFrame(x, columns=[f'{n}.{i}' for i in range(x.shape[1])]) for n, x in blocks.items()]
     return pd.concat([ids.reset_index(drop=True), *parts], axis=1)
 
+# %% ../nbs/93_encode.ipynb #6c3b596b
 def encode_patients(
     encoder,             # of `open_encoder`
     patients:dict,       # modality name -> arrays, frames or images of the patients
@@ -134,6 +135,7 @@ def _image_info(infos):
                      f'image' if names else
                      f'the encoder reads no images (it reads {", ".join(infos)})')
 
+# %% ../nbs/93_encode.ipynb #b4c047b6
 def _add_images(p:Patients, s:Sources, folder, fit, keys):
     "Images of the patients by name or list, and patients who have nothing else."
     name, info = _image_info(p.infos)
@@ -178,6 +180,7 @@ def _from_images(s, infos, prepared):
     return Patients(ids, infos, pictures={name: Pictures([inside(folder, f) for f in files], info, prepared['fit'],
                                                          s.workers, s.most_bad)})
 
+# %% ../nbs/93_encode.ipynb #6d0b93b2
 def read_patients(
     s:Sources,
     encoder,            # of `open_encoder`: its `infos`, and `data` where it is of mmsn
@@ -202,6 +205,7 @@ def read_patients(
     if s.facts: _add_facts(p, s)
     return p
 
+# %% ../nbs/93_encode.ipynb #fd73bdbb
 def _add_fact_codes(p, con, s):
     "Facts of MEDS codes."
     name, info = next(((n, i) for n, i in p.infos.items() if i.kind == 'tabular'), (None, None))
@@ -226,6 +230,7 @@ class CohortPatients:
     def cuts(self, size): return [(a, min(a + size, len(self))) for a in range(0, len(self), size)]
     def batches(self, cuts): return (self.cohort.batch(self.rows[a:b], self.names, []) for a, b in cuts)
 
+# %% ../nbs/93_encode.ipynb #eb3ffa53
 def _check_series(cohort, infos):
     "Raise InputError where a channel has another unit, or a row another length, than the encoder's."
     for name, info in ((n, i) for n, i in infos.items() if i.kind == 'timeseries'):
@@ -246,6 +251,7 @@ def _stamp_of(path):
     files = [path] if path.is_file() else visible(sorted(p for p in path.rglob('*') if p.is_file()))
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
+# %% ../nbs/93_encode.ipynb #6bb41acf
 def _plan(encoder, s:Sources, n, cuts):
     "A hash of everything that the parts depend on."
     from mmsn.evaluate.features import fingerprint
@@ -265,11 +271,13 @@ def _parts_of(out, plan):
         note.write_text(plan, encoding='utf-8')
     return folder
 
+# %% ../nbs/93_encode.ipynb #6b7682a8
 def _kept(path):
     "A part that is whole, or None."
     try: return read_sealed(path, old=False) if path.is_file() else None
     except InputError: return None
 
+# %% ../nbs/93_encode.ipynb #a37346a6
 def _join(paths, out, about):
     "The parts one after the other as `out`, in one rename."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -330,6 +338,7 @@ def _check_out(out, overwrite):
     check_writable(out.parent/f'.{out.name}-tried')
     out.parent.mkdir(parents=True, exist_ok=True)
 
+# %% ../nbs/93_encode.ipynb #23d9c9bc
 def _write(encoder, s, p, out, batch_size, say):
     "Embed the blocks that are not there yet, and join all of them."
     cuts = p.cuts(batch_size)
@@ -348,6 +357,28 @@ def _write(encoder, s, p, out, batch_size, say):
     _join(paths, out, {b'mmsn-encode': mmsn.__version__.encode()})
     shutil.rmtree(folder)
     say(f'{len(p):,} patients, {", ".join(encoder.config.modalities)}: {out}')
+
+# %% ../nbs/93_encode.ipynb #7c44a182
+def _add_tables(add):
+    "The options of a table and of MEDS."
+    add('--starts', default='', metavar='FILE', help='of a table: CSV or parquet of stays: subject_id, start, '
+                                                     'perhaps end, stay_id')
+    for name, what in dict(subject='the patient', stay='the stay', time='hours or timestamps', variable='the channel',
+                           value='the number', unit='the unit').items():
+        add(f'--{name}', default=getattr(Columns(), name), metavar='COLUMN', help=f'column of {what} in a table '
+                                                                                  f'(default {getattr(Columns(), name)})')
+    add('--time-unit', choices=TIME_UNITS, default='auto', help='what times are that are numbers (default '
+                                                                'recognised, or hours)')
+    add('--outside', type=float, default=.5, help='largest share of measurements that may lie outside their stays '
+                                                  '(default 0.5)')
+    add('--codes', default='', metavar='FILE', help='of MEDS: CSV code (or beginning*), channel, perhaps unit, '
+                                                    'scale, offset')
+    add('--labels', default='', metavar='FOLDERS', help='of MEDS: labels, whose prediction times end the windows, '
+                                                        'separated by commas')
+    add('--start', default='', metavar='CODE', help='of MEDS: event where a window begins, such as ICU_ADMISSION//*')
+    add('--end', default='', metavar='CODE', help='of MEDS: event where it ends')
+    add('--fact-codes', default='', metavar='CODES', help='of MEDS: codes of facts, as mmsn-prepare meds --facts '
+                                                          'had them')
 
 # %% ../nbs/93_encode.ipynb #917701e8
 def parser():
@@ -372,24 +403,7 @@ def parser():
                                     '48)')
     add('--fit', choices=('crop', 'squash'), default='', help='how an image becomes square (default as in the '
                                                               'cohort of the encoder, or crop)')
-    add('--starts', default='', metavar='FILE', help='of a table: CSV or parquet of stays: subject_id, start, '
-                                                     'perhaps end, stay_id')
-    for name, what in dict(subject='the patient', stay='the stay', time='hours or timestamps', variable='the channel',
-                           value='the number', unit='the unit').items():
-        add(f'--{name}', default=getattr(Columns(), name), metavar='COLUMN', help=f'column of {what} in a table '
-                                                                                  f'(default {getattr(Columns(), name)})')
-    add('--time-unit', choices=TIME_UNITS, default='auto', help='what times are that are numbers (default '
-                                                                'recognised, or hours)')
-    add('--outside', type=float, default=.5, help='largest share of measurements that may lie outside their stays '
-                                                  '(default 0.5)')
-    add('--codes', default='', metavar='FILE', help='of MEDS: CSV code (or beginning*), channel, perhaps unit, '
-                                                    'scale, offset')
-    add('--labels', default='', metavar='FOLDERS', help='of MEDS: labels, whose prediction times end the windows, '
-                                                        'separated by commas')
-    add('--start', default='', metavar='CODE', help='of MEDS: event where a window begins, such as ICU_ADMISSION//*')
-    add('--end', default='', metavar='CODE', help='of MEDS: event where it ends')
-    add('--fact-codes', default='', metavar='CODES', help='of MEDS: codes of facts, as mmsn-prepare meds --facts '
-                                                          'had them')
+    _add_tables(add)
     add('--most-bad', type=float, default=.01, help='largest share of images that cannot be used; they get no '
                                                     'embedding (default 0.01)')
     add('--batch-size', type=int, default=256, help='patients at a time (default 256)')
@@ -411,6 +425,7 @@ def _sources(a):
                    names(a.fact_codes), a.hours,
                    a.fit, columns, a.time_unit, a.outside, a.most_bad, a.workers)
 
+# %% ../nbs/93_encode.ipynb #bebb51d0
 @cli
 def main(argv=None):
     "Embed patients; exits with code 2 and one line if the input is wrong."

@@ -92,13 +92,43 @@ def parameter_counts(
         counts[_part(name)] = counts.get(_part(name), 0) + p.numel()
     return counts
 
+# %% ../nbs/63_launch.ipynb #158cc27a
+_PATIENCE = 60.      # seconds that a dry run may spend on a step
+
+def _small_steps(trainer, say):
+    """(samples, seconds, flops, bytes) of a small step, where whole ones would take more than a minute each; None
+    where they will not, or where several processes have to step together."""
+    if trainer.accelerator.num_processes > 1 or not hasattr(trainer, 'trial'): return None
+    optim, n = trainer.config.optim, min(4, trainer.config.optim.batch_size)
+    trainer.trial(n)                                               # the first pays for what is made once
+    with PeakMemory(trainer.accelerator.device) as memory:
+        start = time.perf_counter()
+        trainer.trial(n)
+        seconds = time.perf_counter() - start
+    whole = optim.batch_size*optim.accumulation
+    if seconds/n*whole < _PATIENCE: return None
+    say(f'a step of {whole} samples would take about {_span(seconds/n*whole)} here: it is estimated from {n} samples')
+    return n, seconds, count_flops(lambda: trainer.trial(n)), memory.bytes
+
 # %% ../nbs/63_launch.ipynb #193aafd6
 def dry_run(
     trainer,  # .batches(), .take(batches), .model, .accelerator, .config, .step, .total, .run
+    say=len,  # told what is going on
 )->dict:
-    "What a run would cost, from two steps: parameters, flops and bytes a process and step, seconds, steps to go. Writes nothing."
-    batches, steps, device = trainer.batches(), trainer.total - trainer.step, trainer.accelerator.device
+    """What a run would cost, from two steps, or from small ones where a step takes minutes: parameters, flops and
+    bytes a process and step, seconds, steps to go. Writes nothing."""
+    steps, device = trainer.total - trainer.step, trainer.accelerator.device
     trainer.accelerator.unwrap_model(trainer.model).train()
+    optim, a = trainer.config.optim, trainer.accelerator
+    costs = dict(parameters=parameter_counts(a.unwrap_model(trainer.model)), steps=steps, samples=optim.batch_size*optim.accumulation,
+                 processes=a.num_processes, device=str(device), run=str(trainer.run))
+    say(f'taking a step of a few samples on {a.num_processes} × {device.type}')
+    if small := _small_steps(trainer, say):
+        n, seconds, flops, size = small
+        more = costs['samples']/n
+        return costs | dict(flops=round(flops*more), bytes=size, seconds=seconds*more, estimated=n)
+    say(f'taking two steps of {costs["samples"]} samples')
+    batches = trainer.batches()
     flops = count_flops(lambda: trainer.take(batches))
     if trainer.config.train.compile: trainer.take(batches)
     with PeakMemory(device) as memory:
@@ -106,10 +136,7 @@ def dry_run(
         trainer.take(batches)
         if device.type == 'cuda': torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    optim, a = trainer.config.optim, trainer.accelerator
-    return dict(parameters=parameter_counts(a.unwrap_model(trainer.model)), flops=flops, bytes=memory.bytes,
-                seconds=seconds, steps=steps, samples=optim.batch_size*optim.accumulation,
-                processes=a.num_processes, device=str(device), run=str(trainer.run))
+    return costs | dict(flops=flops, bytes=memory.bytes, seconds=seconds, estimated=0)
 
 # %% ../nbs/63_launch.ipynb #41eacf77
 def _short(n, units=('', 'k', 'M', 'G', 'T', 'P')):
@@ -131,13 +158,15 @@ def describe(
     "A dry run as lines to read."
     parts, device = dict(costs['parameters']), 'GPU' if costs['device'].startswith('cuda') else 'process'
     target, flops, seconds = parts.pop('target', 0), costs['flops'], costs['seconds']
+    n = costs.get('estimated', 0)         # samples of the step that the others are estimated from
     each = ', '.join(f'{name} {_short(n)}' for name, n in parts.items())
     lines = dict(
         parameters=f'{each}: {_short(sum(parts.values()))} trained; {_short(target)} of the target follow',
         batch=f'{costs["samples"]} samples × {costs["processes"]} processes on {costs["device"]}',
-        memory=f'{costs["bytes"]/2**30:.2f} GB a {device}',
+        memory=f'{costs["bytes"]/2**30:.2f} GB a {device}' + (f' with {n} samples; --find-batch looks for the largest batch' if n else ''),
         arithmetic=f'{_short(flops)}FLOP a step and process, {_short(flops/seconds)}FLOP a second',
-        time=f'{seconds:.3g} s a step × {costs["steps"]} steps to go = {_span(seconds*costs["steps"])}, checkpoints not counted',
+        time=f'{seconds:.3g} s a step × {costs["steps"]} steps to go = {_span(seconds*costs["steps"])}, checkpoints not counted'
+             + (f'; estimated from a step of {n}' if n else ''),
         files=f'{costs["run"]}/config.yaml, run.json, metrics.jsonl, metrics.csv, checkpoints/, encoder/; '
               'nothing has been written')
     return '\n'.join(f'{key:<11} {value}' for key, value in lines.items())

@@ -16,7 +16,7 @@ pd.Series(losses).plot(style='.-', xlabel='step', ylabel='loss', figsize=(5, 2))
 __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'NonFinite', 'train_step', 'gather_rows',
            'make_accelerator', 'Trainer']
 
-# %% ../nbs/64_loop.ipynb #e83e69b0
+# %% ../nbs/64_loop.ipynb #a6cc1c8c
 import hashlib, math, os, resource, shutil, signal, time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,7 +32,7 @@ import mmsn
 from .checkpoint import load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from .config import to_dict
 from .data.cohort import Cohort
-from .data.loader import loader
+from .data.loader import cores, loader
 from .dials import DRAWING
 from .early import LEARNED, EarlyWarning, change_from_start, verdict
 from .files import not_finite
@@ -42,6 +42,7 @@ from .generate.model import build_model, check_same_vae
 from .model import MMSN
 from .options import Config, InputError, Train
 from .processes import launcher, launcher_gone, settle_threads, stopping
+from .progress import Progress
 from .run import Metrics, _flat, as_started, only_here, open_run, read_run, run_hash, start_run
 from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
@@ -243,7 +244,7 @@ def batches(self:Trainer):
         epoch, done = divmod(self.step, self.steps_per_epoch)
         reader = iter(loader(self.cohort, self.rows, names, optim.batch_size, shuffle=True, seed=seed, epoch=epoch,
                              rank=a.process_index, world=a.num_processes, start=done*optim.accumulation,
-                             workers=data.workers, drop_last=True, partner=partner, size=self.batch))
+                             workers=min(data.workers, cores()), drop_last=True, partner=partner, size=self.batch))
         for _ in range(self.steps_per_epoch - done): yield epoch, [next(reader) for _ in range(optim.accumulation)]
 
 # %% ../nbs/64_loop.ipynb #b67e44bd
@@ -363,7 +364,7 @@ def _say_learned(self:Trainer):
         tqdm.write(f'warning: the encoder hardly differs from its random start: of its embedding of {n} {split} '
                    f'patients {new:.2g} is new (1 - CKA; less than {LEARNED}): train longer, or raise optim.lr')
 
-# %% ../nbs/64_loop.ipynb #935cab14
+# %% ../nbs/64_loop.ipynb #3bae5383
 @patch
 def _loop(self:Trainer):
     "The files, the steps, and the last checkpoint."
@@ -379,8 +380,7 @@ def _loop(self:Trainer):
     if t.tracker:
         values = {k: str(v) for k, v in _flat(to_dict(self.config)).items()}
         self.accelerator.init_trackers(self.config.name, values, init_kwargs=self.tracking)
-    bar = tqdm(total=self.total, initial=self.step, desc=self.config.name, unit='step', mininterval=1,
-               dynamic_ncols=True, **({} if self.main else dict(disable=True)))
+    bar = Progress(self.total, self.config.name, 'steps', self.step, silent=not self.main)
     self.accelerator.unwrap_model(self.model).train()
     with stopping(self), bar:
         self._steps(bar)
@@ -390,7 +390,7 @@ def _loop(self:Trainer):
     if self.step >= self.total: self._say_learned()
     else: self._say_stop(_anywhere(self.accelerator, self.stop == signal.SIGINT))
 
-# %% ../nbs/64_loop.ipynb #c14d5b8f
+# %% ../nbs/64_loop.ipynb #779128bd
 @patch
 def _steps(self:Trainer, bar):
     "The steps from the current one to the end."
@@ -403,7 +403,7 @@ def _steps(self:Trainer, bar):
             now = time.perf_counter()
             row = self.log(out, norm, values, sharpen, (now - before)/t.log_every)
             more = f', above floor {row["loss_above_floor"]:.3f}, prototypes {row["used"]:.0f}' if 'used' in row else ''
-            bar.set_postfix_str(f'loss {row["loss"]:.3f}{more}, {row["samples_per_s"]:.0f} samples/s')
+            bar.note(f'loss {row["loss"]:.3f}{more}, {row["samples_per_s"]:.0f} samples/s')
             before = now
         if self.step % t.checkpoint_every == 0 and self.step < self.total: self.save()
     batches.close()                               # which writes the trace of a run shorter than it

@@ -45,7 +45,7 @@ class Output(NamedTuple):
     loss: torch.Tensor   # scalar, to call backward on
     metrics: dict        # name -> detached scalar tensor; per group of anchors 'joint/cross_entropy', …
 
-# %% ../nbs/53_model.ipynb #6972262a
+# %% ../nbs/53_model.ipynb #4c19d7e1
 class MMSN(nn.Module):
     "Multi-modal masked siamese network."
     def __init__(self,
@@ -86,7 +86,7 @@ class MMSN(nn.Module):
         self.target.eval()
         return self
 
-# %% ../nbs/53_model.ipynb #81929ad2
+# %% ../nbs/53_model.ipynb #93e2b9c1
 @patch(cls_method=True)
 def from_config(cls:MMSN, config:Config, cohort):
     "A fresh model for `config` on `cohort`; raises InputError where they do not fit."

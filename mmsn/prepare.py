@@ -304,7 +304,7 @@ def meds(
     folder,                # with data/ and metadata/
     codes,                 # CSV, a row a code: code (or beginning*), channel, unit, low, high, normal, scale, offset
     out,                   # folder of the cohort; new, or empty
-    labels:list=(),        # folders of MEDS labels, one a label, separated by commas
+    labels:list=(),        # MEDS labels, or a parquet file of ACES: folders or files, one a label, separated by commas
     start:str='',          # event where a window begins, such as ICU_ADMISSION//*
     end:str='',            # event where it ends; with --start, without --labels
     hours:float=48,        # longest window; 0: no limit

@@ -7,8 +7,8 @@ Training, evaluation and embedding take minutes to days. On a terminal they draw
 # %% auto #0
 __all__ = ['time_left', 'Progress']
 
-# %% ../nbs/03b_progress.ipynb #e2d7b8f0
-import sys, time
+# %% ../nbs/03b_progress.ipynb #a0b04a33
+import os, sys, time
 
 from tqdm import tqdm
 
@@ -23,7 +23,7 @@ def time_left(
     s = round(seconds/done*left)
     return f'{s//3600}:{s//60 % 60:02d}:{s % 60:02d}' if s >= 3600 else f'{s//60}:{s % 60:02d}'
 
-# %% ../nbs/03b_progress.ipynb #538988f3
+# %% ../nbs/03b_progress.ipynb #b21f06c1
 class Progress:
     "Draws a bar on a terminal; elsewhere writes a line at the first unit, every minute, and at the end."
     def __init__(self,
@@ -33,12 +33,13 @@ class Progress:
         initial:int=0,      # done before
         file=None,          # standard error by default
         every:float=60.,    # seconds between lines
-        silent:bool=False,  # say nothing, as processes beside the main one
+        silent:bool=False,  # say nothing, as processes beside the main one; so does TQDM_DISABLE in the environment
     ):
         self.total, self.what, self.unit, self.n, self.initial = total, what, unit, initial, initial
-        self.file, self.every, self.silent, self.said = file or sys.stderr, every, silent, ''
+        self.file, self.every, self.said = file or sys.stderr, every, ''
+        self.silent = silent or bool(os.environ.get('TQDM_DISABLE')) and file is None
         self.start, self.last, self.bar = time.monotonic(), -float('inf'), None
-        if not silent and self.file.isatty():
+        if not self.silent and self.file.isatty():
             self.bar = tqdm(total=total, initial=initial, desc=what, unit=unit or 'it', mininterval=1,
                             dynamic_ncols=True, file=self.file)
 
@@ -46,7 +47,8 @@ class Progress:
         "So many more are done."
         self.n += n
         if self.bar is not None: self.bar.update(n)
-        elif not self.silent and (self.n < self.total or self.last < 0) and time.monotonic() - self.last >= self.every: self._line()
+        elif not self.silent and (self.n < self.total or self.last < 0) and time.monotonic() - self.last >= self.every:
+            self._line()
 
     def note(self, text:str):
         "What stands behind the numbers from now on."
@@ -58,10 +60,11 @@ class Progress:
         if self.bar is not None: self.bar.close()
         elif not self.silent and self.n > self.initial: self._line()
 
-# %% ../nbs/03b_progress.ipynb #c3f93c1b
+# %% ../nbs/03b_progress.ipynb #957c2fcf
 def _line(self):
     left = time_left(time.monotonic() - self.start, self.n - self.initial, self.total - self.n)
-    parts = [f'{self.what}: {self.n:,} of {self.total:,} {self.unit}'.rstrip(), f'{left} left' if left else '', self.said]
+    parts = [f'{self.what}: {self.n:,} of {self.total:,} {self.unit}'.rstrip(), f'{left} left' if left else '',
+             self.said]
     print(', '.join(filter(None, parts)), file=self.file, flush=True)
     self.last = time.monotonic()
 

@@ -28,6 +28,7 @@ def _shrinking(size, to):
     return F.interpolate(torch.eye(size)[None, None], (to, size), mode='bilinear', antialias=True,
                          align_corners=False)[0, 0]
 
+# %% ../nbs/53c_share.ipynb #2d1ae163
 class Exported(nn.Module):
     "The plain encoder of an MMSN as a function of tensors."
     def __init__(self, model:MMSN):
@@ -57,6 +58,7 @@ def inputs_of(self:Exported, batch)->tuple:
         made += [batch.data[n], *([batch.lengths[n]] if kind == 'timeseries' else []), batch.present[n]]
     return tuple(made)
 
+# %% ../nbs/53c_share.ipynb #0fffb0ad
 @patch
 def _plain(self:Exported, name, x, hours):
     "What the encoder of one modality takes."
@@ -65,6 +67,7 @@ def _plain(self:Exported, name, x, hours):
     x = getattr(self, f'{name}_rows') @ to_float(x) @ getattr(self, f'{name}_columns')
     return part.normalise(x), None
 
+# %% ../nbs/53c_share.ipynb #3da17132
 @patch
 def _joined(self:Exported, h, present):
     "`fuse` without a number of patients in it, which a tracer would take for a constant."
@@ -72,6 +75,7 @@ def _joined(self:Exported, h, present):
     return self.target.join(torch.cat([torch.where(present[n][:, None], x, self.target.missing[n]) for n,
                                        x in h.items()], 1))
 
+# %% ../nbs/53c_share.ipynb #00f053f2
 @patch
 def forward(self:Exported, *tensors):
     "(B, d) of each of `outputs`."
@@ -95,6 +99,8 @@ def export_onnx(
     if path.suffix != '.onnx': raise InputError(f'{path} should end in .onnx')
     try: import onnx, onnxruntime                                                         # noqa: F401
     except ImportError: raise InputError('ONNX needs the packages onnx and onnxruntime: pip install "mmsn[onnx]"')
+    if odd := [n for n, i in model.infos.items() if i.kind == 'text']:
+        raise InputError(f'{odd[0]} is text, which ONNX files of mmsn do not read')
     graph, free = Exported(model).eval(), {}
     for n, kind in graph.kinds.items():
         free |= {n: {0: 'patients', 1: 'hours'} if kind == 'timeseries' else {0: 'patients'},
@@ -116,6 +122,7 @@ def export_onnx(
     finally: temporary.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/53c_share.ipynb #e46ed4f0
 def _example(model, n_patients=2, n_hours=16, noise=0.):
     "Patients who have everything, for the tracer; with noise, and one who lacks it, for the check."
     made, drawn = [], torch.Generator().manual_seed(0)
@@ -131,6 +138,7 @@ def _example(model, n_patients=2, n_hours=16, noise=0.):
         made += [x, *hours, has]
     return tuple(made)
 
+# %% ../nbs/53c_share.ipynb #2edc077e
 def _check_graph(graph, model, path):
     "Raise InputError unless the file gives what torch gives, for other numbers of patients and hours than it was made with."
     import onnxruntime

@@ -94,11 +94,14 @@ def _panels(n, width=3., height=2.5, columns=3, **kw):
 
 # %% ../nbs/02_show.ipynb #106de059
 def _legend(fig, axes, most=5):
-    "One legend below the panels, each name once."
+    "One legend below the panels, each name once, in as many columns as the figure is wide."
     handles = {}
     for ax in axes:
         for handle, name in zip(*ax.get_legend_handles_labels()): handles.setdefault(name, handle)
-    if len(handles) > 1: fig.legend(handles.values(), handles, loc='outside lower center', ncols=min(len(handles), most))
+    if len(handles) < 2: return
+    entry = .55 + .085*max(map(len, handles))              # inches of the widest, line and gap included
+    columns = max(1, min(len(handles), most, int(fig.get_figwidth()/entry)))
+    fig.legend(handles.values(), handles, loc='outside lower center', ncols=columns)
 
 # %% ../nbs/02_show.ipynb #975662c0
 agg, svg = later('matplotlib.backends.backend_agg'), later('matplotlib.backends.backend_svg')

@@ -18,13 +18,13 @@ __all__ = ['train', 'look_ahead', 'missing_processes', 'start_processes', 'chose
            'queue_run', 'main']
 
 # %% ../nbs/66_train.ipynb #b4eacee3
-import os, signal, socket, subprocess, sys, time
+import argparse, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 from . import callable_module
 from .arguments import check_kind
 from .commands import Parser, check_writable, cli, disk_fault
-from .config import load_config, presets, to_dict
+from .config import load_config, preset_words, presets, to_dict
 from .data.cohort import Cohort
 from .dials import DRAWING
 from .options import Config, InputError
@@ -64,11 +64,15 @@ def train(
 # %% ../nbs/66_train.ipynb #98ddc87e
 def look_ahead(config:Config, batch:bool):
     "What `config` would cost, or with `batch` the largest batch that fits, printed. Writes nothing; raises InputError."
+    begun, parts = time.perf_counter(), ', '.join(config.modalities)
+    tell = lambda line: print(f'[{time.perf_counter() - begun:5.1f} s] {line}', file=sys.stderr, flush=True)
+    say = tell if os.environ.get('RANK', '0') == '0' else len
+    say(f'building {config.name} ({parts}) for {config.data.cohort}')
     from mmsn.launch import describe, dry_run, find_batch
     from mmsn.loop import Trainer
     trainer = Trainer(config)
     if not batch:
-        costs = dry_run(trainer)                    # every process takes part
+        costs = dry_run(trainer, say)               # every process takes part
         if trainer.main: print(describe(costs))
         return
     if trainer.accelerator.num_processes > 1:
@@ -175,15 +179,18 @@ def queue_run(config:Config, words, slurm):
 def _parser():
     p = Parser(
         'mmsn-train', description='Pretrain an encoder on a cohort. The same command resumes an interrupted run.',
-        epilog='All keys, with their values in CONFIG: mmsn-train CONFIG --keys. What each means: mmsn.options. '
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='presets:\n' + ''.join(f'  {n:26} {t}\n' for n, t in preset_words().items()) +
+               '\nAll keys, with their values in CONFIG: mmsn-train CONFIG --keys. What each means: mmsn.options.\n'
                'On a cluster add slurm.partition=… slurm.nodes=2 slurm.gpus_per_node=8 slurm.time=1000: mmsn.launch.')
-    p.add_argument('config', nargs='?', help=f'a preset ({", ".join(presets())}) or a YAML file')
+    p.add_argument('config', nargs='?', help='one of the presets below, or a YAML file')
     p.add_argument('overrides', nargs='*', metavar='key=value',
                    help='changes to the config: data.cohort=cohorts/mine train.run=runs/mine optim.lr=0.001')
     p.add_argument('--keys', action='store_true',
                    help='print every key of the config with its value, and do nothing else')
     p.add_argument('--dry-run', action='store_true',
-                   help='build everything, take two steps, say what the run would cost; nothing is written')
+                   help='build everything, take two steps (small ones where a step takes minutes), say what the run would '
+                        'cost; nothing is written')
     p.add_argument('--find-batch', action='store_true',
                    help='find the largest optim.batch_size that fits in memory; nothing is written')
     p.add_argument('--verify', action='store_true',

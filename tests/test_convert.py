@@ -45,7 +45,7 @@ def test_published_small_model_full_size(tmp_path):
     vit = write(tmp_path/'s16.pth.tar', 224, prototypes=(1024, 256), size='small', patch=16)
     out = run('mmsn.convert', tmp_path/'s16.pth.tar', tmp_path/'out').stdout
     assert '384/12/6' in out and '224 pixels' in out and 'prototypes 1024 x 256' in out
-    assert {p.name for p in (tmp_path/'out').iterdir()} == {'config.json', 'model.safetensors'}
+    assert {p.name for p in (tmp_path/'out').iterdir()} == {'config.json', 'model.safetensors', 'README.md'}
     model = MMSN.from_pretrained(tmp_path/'out')
     info = model.infos['cxr']
     rgb, one = grey(2, 224, float(info.mean[0]), float(info.std[0]))

@@ -114,3 +114,56 @@ def test_onnx_says_what_it_cannot(cohort, tmp_path, capsys):
     try: convert([str(tmp_path/'e'), '--onnx', str(tmp_path/'e.onnx')])
     except SystemExit as e:
         assert e.code == 2 and 'cannot be written as ONNX' in capsys.readouterr().err and not (tmp_path/'e.onnx').exists()
+
+
+def meds_of(folder, n=40):
+    "Events of a rate of 40 subjects over two days, and labels as ACES writes them in either form."
+    rng, start = np.random.default_rng(0), pd.Timestamp('2150-01-01')
+    rows = [(i, start + pd.Timedelta(hours=float(h)), 'HR', float(rng.normal(80 + 20*(i % 2), 5)), None) for i in range(n) for h in np.sort(rng.uniform(0, 48, 9))]
+    table = pd.DataFrame(rows, columns=['subject_id', 'time', 'code', 'numeric_value', 'text_value']).astype(dict(text_value='string'))
+    (folder/'meds'/'data').mkdir(parents=True)
+    table.to_parquet(folder/'meds'/'data'/'0.parquet', index=False)
+    (folder/'codes.csv').write_text('code,channel,unit,low,high,normal\nHR,Heart Rate,bpm,0,350,86\n', encoding='utf-8')
+    when, came = [start + pd.Timedelta(hours=48)]*n, [i % 2 for i in range(n)]
+    meds = pd.DataFrame(dict(subject_id=range(n), prediction_time=when, boolean_value=[bool(c) for c in came], integer_value=None, float_value=None, categorical_value=None))
+    meds.to_parquet(folder/'in_meds.parquet', index=False)
+    pd.DataFrame(dict(subject_id=range(n), trigger=start, index_timestamp=when, label=came)).to_parquet(folder/'in_aces.parquet', index=False)
+
+
+@pytest.mark.parametrize('name', ['in_meds', 'in_aces'])
+def test_aces_labels_and_predictions(tmp_path, name):
+    "A parquet file of ACES in either form gives labels; the evaluation leaves predictions in the schema of meds-evaluation."
+    import pyarrow as pa, pyarrow.parquet as pq
+    from mmsn import prepare
+    from mmsn.evaluate.evaluation import evaluate
+    meds_of(tmp_path)
+    cohort = prepare.meds(tmp_path/'meds', tmp_path/'codes.csv', tmp_path/'cohort', labels=[str(tmp_path/f'{name}.parquet')])
+    assert cohort.labels == [name] and cohort.samples[name].tolist() == [i % 2 for i in range(40)]
+    exported(cohort, tmp_path/'e', 'ehr')
+    evaluate(tmp_path/'e', ['protocols=[linear_probe]', 'bootstrap=10', 'pictures=false', 'map_samples=20', 'baselines=false', f'data.cohort={tmp_path/"cohort"}'], tmp_path/'report', page=False)
+    schema = pq.read_schema(tmp_path/'report'/'meds'/f'{name}.parquet')
+    assert [(f.name, f.type) for f in schema] == [('subject_id', pa.int64()), ('prediction_time', pa.timestamp('us')), ('boolean_value', pa.bool_()), ('predicted_boolean_value', pa.bool_()), ('predicted_boolean_probability', pa.float64())]
+    t = pd.read_parquet(tmp_path/'report'/'meds'/f'{name}.parquet')
+    assert (t.boolean_value == t.subject_id % 2).all() and t.predicted_boolean_probability.between(0, 1).all() and len(t) == (cohort.samples.split == 'test').sum()
+
+
+def test_meds_dev(tmp_path):
+    "The three commands of benchmarks/meds_dev/model.yaml, filled in as MEDS-DEV's runner does, end in its predictions."
+    import subprocess, sys
+    from pathlib import Path
+
+    import yaml
+    here = Path(__file__).resolve().parents[1]/'benchmarks'/'meds_dev'
+    meds_of(tmp_path, 80)
+    (tmp_path/'labels').mkdir()
+    (tmp_path/'in_meds.parquet').rename(tmp_path/'labels'/'0.parquet')
+    commands = yaml.safe_load((here/'model.yaml').read_text(encoding='utf-8'))['commands']
+    words = dict(dataset_dir=tmp_path/'meds', model_dir=here, demo=True, labels_dir=tmp_path/'labels', split='held_out')
+    steps = [(commands['unsupervised']['train'], 'a', ''), (commands['supervised']['train'], 'b', 'a'), (commands['supervised']['predict'], 'c', 'b')]
+    for command, out, before in steps:
+        text = command.format(**words, output_dir=tmp_path/out, model_initialization_dir=tmp_path/before).replace('python ', f'{sys.executable} ', 1)
+        done = subprocess.run(text, shell=True, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    t = pd.read_parquet(tmp_path/'c'/'predictions.parquet')
+    assert list(t) == ['subject_id', 'prediction_time', 'boolean_value', 'predicted_boolean_value', 'predicted_boolean_probability'] and len(t) > 3
+    assert (t.boolean_value == t.subject_id % 2).all() and t.predicted_boolean_probability.between(0, 1).all()

@@ -153,6 +153,18 @@ def load_mapped(
     return [('in the data set', int(codes.n.sum())), ('of codes in the table', int(mapped)),
             ('dropped: no time or subject', int(mapped - timed))]
 
+# %% ../../nbs/27_data.meds.ipynb #65fd33ce
+_OF_ACES = dict(index_timestamp='prediction_time', label='boolean_value')
+
+def _open_labels(con, view, files, kinds):
+    "The view of label files: of MEDS, or as ACES writes them with its own names. Raises InputError."
+    names = set(header(files[0]))
+    if {'prediction_time', 'boolean_value'} & names or not set(_OF_ACES) <= names: return _open(con, view, files, kinds, kinds)
+    theirs = {next((a for a, b in _OF_ACES.items() if b == k), k): kind for k, kind in kinds.items()}
+    _open(con, f'{view}_aces', files, theirs, theirs)
+    columns = ', '.join(f'"{c}" as "{_OF_ACES.get(c, c)}"' for c in theirs)
+    con.execute(f'create or replace view {view} as select {columns} from {view}_aces')
+
 # %% ../../nbs/27_data.meds.ipynb #89ac8c96
 def load_labels(
     con,            # DuckDB connection that gets the table
@@ -164,7 +176,7 @@ def load_labels(
     kinds = dict(subject_id='bigint', prediction_time='timestamp', boolean_value='boolean')
     if len(set(names)) < len(names): raise InputError(f'two label folders have one name: {", ".join(names)}')
     for i, path in enumerate(labels):
-        _open(con, f'label_{i}', _shards(path, 'labels are parquet files, or a folder of them'), kinds, kinds)
+        _open_labels(con, f'label_{i}', _shards(path, 'labels are parquet files, or a folder of them'), kinds)
     union = ' union all '.join(f'select *, {i} as task from label_{i}' for i in range(len(names)))
     run(con, f'create or replace table answers as select * from ({union}) where subject_id is not null and '
              f'prediction_time is not null')

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .cohort import Batch, ModalityInfo, _read_rows, _read_series, offsets
+from .cohort import Batch, ModalityInfo, _read_series, _read_tokens, offsets
 from .folders import _fact_numbers, image_names
 from .formats import Columns
 from .images import _FEW, _resize, _results, inside
@@ -170,6 +170,7 @@ def _narrow(infos):
     if not series: raise InputError(f'the encoder reads no time series (it reads {", ".join(infos)})')
     return series
 
+# %% ../../nbs/29_data.patients.ipynb #c0ce75d0
 def table_series(
     con,                         # of `connect`
     path,                        # CSV or parquet, long or wide
@@ -229,6 +230,7 @@ def encoder_codes(
         rows.append((code, number, a*way[0], b*way[0] + way[1]))
     return pd.DataFrame(rows, columns=['code', 'channel', 'scale', 'offset'])
 
+# %% ../../nbs/29_data.patients.ipynb #10a9d9bc
 def _no_channel(path, name, known):
     near = _near(str(name), known)
     raise InputError(f'{path}: the encoder has no channel {name!r}'
@@ -306,6 +308,7 @@ class Pictures:
                              f'(--most-bad '
                              f'1 goes on without them)')
 
+# %% ../../nbs/29_data.patients.ipynb #d8a22e1b
 def _placed(files, done, side):
     "Decoded images at the places of their patients."
     images, good = np.zeros((len(files), side, side), np.uint8), [not r for r in done.reasons]
@@ -397,6 +400,9 @@ class Patients:
 def _values_of(p, name, a, b, series, pictures):
     "(data, lengths or None, present) of one modality for the patients a to b."
     info, n = p.infos[name], b - a
+    if info.kind == 'text':                                    # nobody has one: see `gather`
+        none = np.zeros(n, np.int64)
+        return _read_tokens(np.zeros(0, np.uint16), none, none, info.vocabulary.pad), none, none > 0
     if info.kind == 'image':
         if name in pictures: return (pictures[name][0], None, pictures[name][1])
         return np.zeros((n, 1, info.height, info.info['width']), np.uint8), None, np.zeros(n, bool)
@@ -418,6 +424,7 @@ def _series_of(p, a, b):
         made[name] = np.concatenate(part), np.array([len(x) for x in part], np.int64)
     return made
 
+# %% ../../nbs/29_data.patients.ipynb #ec984627
 def _blocks_of(picture, cuts):
     "Blocks of images: of files, or of arrays that are there already."
     if isinstance(picture, Pictures): return picture.blocks(cuts)
@@ -467,6 +474,7 @@ def _picture(x, who, info, fit):
     if x.shape == (side, info.info['width']): return x
     return _resize(Image.fromarray(x), side, fit)
 
+# %% ../../nbs/29_data.patients.ipynb #787f8435
 def _pictures(info, values, ids, fit):
     "Images of every patient as one array, and who has one. Raises InputError."
     out, has = np.zeros((len(values), 1, info.height, info.info['width']), np.uint8), np.zeros(len(values), bool)
@@ -513,6 +521,7 @@ def _stacked(info, values, ids):
         parts.append(x.drop(columns='time', errors='ignore').assign(subject_id=str(who), time=time.to_numpy()))
     return pd.concat(parts, ignore_index=True) if parts else None
 
+# %% ../../nbs/29_data.patients.ipynb #92f61b53
 def _frame_series(name, frame, infos, stack, prepared):
     "`table_series` of a frame: it is written to a temporary file, which DuckDB reads as any other."
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='mmsn-')))
@@ -538,6 +547,7 @@ def _people(given):
     if named: return list(dict.fromkeys(i for ids in named.values() for i in ids))
     return list(range(next(iter(sizes.values()))))
 
+# %% ../../nbs/29_data.patients.ipynb #4a6b66ea
 def _aligned(ids, own, values):
     "`values` in the order of `ids`, None where somebody has none."
     if own is None: return list(values)
@@ -554,6 +564,8 @@ def gather(
     prepared = prepared or prepared_of(None)
     if odd := [n for n in patients if n not in infos]:
         raise InputError(f'the encoder reads no {odd[0]!r}: it reads {", ".join(infos)}')
+    if odd := [n for n in patients if infos[n].kind == 'text' and patients[n] is not None]:
+        raise InputError(f'{odd[0]} is text, which is read from a cohort only: prepare one, or leave it out')
     given = {n: _by_id(n, v) for n, v in patients.items() if v is not None}
     if not given: raise InputError(f'no patient is given: the encoder reads {", ".join(infos)}')
     ids, made = _people(given), Patients(None, infos)
@@ -588,6 +600,7 @@ def _facts(info, ids, own, values):
         out[i] = row.reshape(-1)
     return out, np.array([x is not None for x in rows])
 
+# %% ../../nbs/29_data.patients.ipynb #5ed53498
 def _laid(name, frame, info, ids, made, prepared):
     "A list of (hours, C) or None of everybody, of one frame."
     found, series, lines = _frame_series(name, frame, {name: info}, made.closing, prepared)
@@ -597,6 +610,7 @@ def _laid(name, frame, info, ids, made, prepared):
     at = {str(s): x for s, x, n in zip(found.subject_id, parts, lengths) if n}
     return [at.get(str(i)) for i in ids]
 
+# %% ../../nbs/29_data.patients.ipynb #51f0d681
 def _series(info, ids, values, made, prepared):
     "The same, of an array or a frame for each patient."
     frames = [isinstance(x, pd.DataFrame) for x in values if x is not None]

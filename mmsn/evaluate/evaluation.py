@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #f8befdf7
+# %% ../../nbs/83_evaluate.evaluation.ipynb #1d4d7502
 import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -24,27 +24,32 @@ from fastcore.basics import patch
 from omegaconf import OmegaConf
 
 import mmsn
+from ..card import origin_of, write_card
 from ..checkpoint import publish
 from ..commands import check_writable
 from ..config import build, check, load_config, save_config
 from ..data.cohort import Cohort
+from ..data.patients import about_data
 from .features import (beside, channel_recall, extract_features, feature_matrix, joint_facts,
                                     plain_baselines, table_names)
 from .inspect import representation_points
+from .meds import write_meds
 from .metrics import Calibration, metric_table, subgroup_columns, subgroups
 from .networks import EndToEndEncoder, PlainViews, finetune, network_scores, supervised
 from .predictions import BASELINES, Predictions, differences, save_predictions
 from .probes import knn, linear_probe, low_shot, probe_solver, summarise
 from .pictures import write_pictures
 from .report import write_report
+from .steps import Steps, plan_of
 from .robustness import CORRUPTIONS, missing, retrieval, robustness
 from .text import shares_space, zero_shot
 from .task import asked_task, make_draws, Task, too_few
 from .trees import fit_booster
-from ..model import MMSN
+from ..model import MMSN, is_mmsn_encoder
 from ..arguments import check_kind, check_overrides
 from ..objectives.choice import compared_with
 from ..options import Config, Evaluate, InputError
+from ..progress import time_left
 from ..run import find_cohort, read_run, run_config, subjects_of_run
 from ..safe import file_word, read_table, write_table
 from ..safe_yaml import read_changes
@@ -159,10 +164,10 @@ class Evaluation:
         everybody = np.arange(len(self.cohort))
         self.cohort_facts = joint_facts(self.cohort, everybody, self.task.rows[at], self.kinds) if others else None
         self.ours = isinstance(source.model, MMSN)   # an architecture that can be trained from scratch
-        self.networks = {}                           # input -> network trained from scratch
-        self.predictions = {}                        # encoder -> input -> `Predictions`
+        self.networks, self.predictions = {}, {}     # input -> network from scratch; encoder -> input -> `Predictions`
         self.scores = []                             # tables of `low_shot`'s columns
         self.means = {}                              # the macro means of every resample, for paired differences
+        self.steps = None                            # `Steps`, where protocols that are done are kept
         self._check()
         self._settle_inputs()
         for line in self.notices: say(f'WARNING: {line}')
@@ -414,9 +419,11 @@ def _left_out(ev, name, error):
 def evaluate_protocols(ev:Evaluation)->dict:
     "Every table of a report, by its name; raises InputError where no protocol could be done."
     out, failed = {}, []
-    for name in [p for p in PROTOCOL_TABLES if p in ev.options.protocols]:
-        ev.say(name.replace('_', ' '))
-        try: out |= PROTOCOL_TABLES[name](ev) or {}
+    names, begun = [p for p in PROTOCOL_TABLES if p in ev.options.protocols], time.perf_counter()
+    for i, name in enumerate(names):
+        left = time_left(time.perf_counter() - begun, i, len(names) - i)
+        ev.say(f'{name.replace("_", " ")} ({i + 1} of {len(names)}' + (f', about {left} left)' if left else ')'))
+        try: out |= ev.steps.do(name, PROTOCOL_TABLES[name], ev) if ev.steps else PROTOCOL_TABLES[name](ev) or {}
         except InputError as error: failed.append(_left_out(ev, name, error))
     if failed and not (out or ev.scores or ev.predictions): raise failed[0]
     if ev.predictions: out |= _prediction_tables(ev)
@@ -456,7 +463,7 @@ def seen_subjects(
             notice += ': by their subject_id, in another cohort; ids of unrelated sources can coincide'
     return dict(known=trained is not None, **by_split, notice=notice)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #52eb9fb6
+# %% ../../nbs/83_evaluate.evaluation.ipynb #00877823
 def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     "about.json, the config and the training's metrics of a report."
     save_config(ev.config, folder/'config.yaml')
@@ -469,7 +476,8 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     own = dict(training=record.get('command', ''), config=record.get('config', ''),
                seed=str(ev.config.train.seed)) if record else {}
     seen = seen_subjects(run, ev.cohort, ev.task)
-    about = dict(name=ev.config.name, sentence=sentence, inputs=ev.inputs, prototypes=compared_with(ev.config),
+    about = dict(name=Path(run).resolve().name if record else ev.config.name, cohort=ev.cohort.name, date=time.strftime('%Y-%m-%d'),
+                 origin=origin_of(about_data(ev.cohort)), sentence=sentence, inputs=ev.inputs, prototypes=compared_with(ev.config),
                  transductive=seen, notices=ev.notices + [seen['notice']]*bool(seen['notice']),
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
@@ -504,7 +512,7 @@ def _teller(start):
     "Print a line with the seconds since `start`."
     return lambda text: print(f'  {time.perf_counter() - start:4.0f} s  {text}', flush=True)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #cdf6996b
+# %% ../../nbs/83_evaluate.evaluation.ipynb #028a5796
 def evaluate(
     source,            # a run's folder, or whatever `open_encoder` opens
     overrides=(),      # key=value changes: evaluate.* and data.cohort
@@ -518,13 +526,17 @@ def evaluate(
     say, overrides = _teller(time.perf_counter()), check_overrides(overrides)
     opened = open_weights(source, config, verify) if config else open_evaluated(source, overrides, verify)
     folder, ev = Path(out or opened.folder/'report'), Evaluation(opened, say)
+    ev.steps = Steps(folder.with_name(f'{folder.name}-parts'), plan_of(ev), say)
     if notice := seen_subjects(opened.folder, ev.cohort, ev.task)['notice']: say(f'WARNING: {notice}')
     def write(temporary):
         _write_tables(temporary, evaluate_protocols(ev), ev.predictions)
+        if own := ev.predictions.get('pretrained', {}).get(ev.inputs[0]): write_meds(temporary, ev.cohort, own)
         if ev.options.pictures: write_pictures(ev, temporary)
         write_about(ev, temporary, opened.folder, ' '.join(['mmsn-evaluate', str(source), *overrides]))
-        say(f'report: {folder}/report.html')
     path = _write_whole(folder, write, page)
+    ev.steps.remove()
+    if is_mmsn_encoder(opened.folder/'encoder'): write_card(opened.folder/'encoder', folder)
+    if page: say(f'report: {path}')
     if (folder/'summary.csv').is_file(): print(headline(read_table(folder/'summary.csv')))
     return path
 

@@ -172,7 +172,8 @@ def calibration_figure(
         edge = min(1, 1.1*max(float(np.nanmax([c.get_xdata(), c.get_ydata()])) for c in top.lines[:-1]) + .1)
         _axes(top, title=_short(name), ylabel='came', xlim=(0, edge), ylim=(0, edge))
         _axes(low, xlabel='predicted', ylabel='patients')
-        top.legend(loc='upper left', title='calibration error', title_fontsize=8)
+        low.legend(*top.get_legend_handles_labels(), loc='upper center', bbox_to_anchor=(.5, -.75), title='calibration error',
+                   title_fontsize=8)
     return fig
 
 # %% ../../nbs/80_evaluate.figures.ipynb #d2adfcaa

@@ -108,7 +108,7 @@ def representation_points(
     tables:dict,            # encoder -> table of `extract_features`, all of the same patients in the same order
     labels,                 # (N, K) 1, 0, NaN = unknown, of these patients
     names,                  # K label names
-    chosen=None,            # labels to colour by; all by default
+    chosen=None,            # labels to colour by; all by default, the nine commonest of more than nine
     inputs=None,            # such as ('joint', 'cxr'); all that the tables hold by default, joint first
     most:int=250,           # samples a class
     methods=('tsne',),      # of 'tsne', 'umap' (if umap-learn is installed), 'pca'
@@ -117,6 +117,9 @@ def representation_points(
     "Places of patients on maps of frozen features, and the fraction of neighbours of the same class beside chance. Raises InputError."
     ids, first = _same_patients(tables, labels), next(iter(tables.values()))
     found = list(dict.fromkeys(c.rpartition('.')[0] for c in first if '.' in c))
+    if chosen is None and len(names) > 9:                                  # ten colours with 'none' are as many as one can tell
+        often = np.argsort(-(np.asarray(labels, np.float64) == 1).sum(0), kind='stable')[:9]
+        chosen = [list(names)[k] for k in sorted(often)]
     classes, out = label_words(labels, names, chosen), []
     for encoder, name in itertools.product(tables, inputs or sorted(found, key=lambda n: n != 'joint')):
         x = feature_matrix(tables[encoder], name)

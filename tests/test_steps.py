@@ -1,0 +1,61 @@
+"An evaluation that is stopped goes on from its protocols, to the same tables byte for byte."
+import shutil
+
+import pandas as pd
+import pytest
+
+from mmsn import MMSN, open_encoder
+from mmsn.evaluate import evaluation
+from mmsn.evaluate.evaluation import evaluate
+from mmsn.testing import toy_cohort, toy_config
+
+OPTIONS = ['protocols=[low_shot,linear_probe,knn,supervised,robustness,missing]', 'draws=2', 'bootstrap=20', 'pictures=false', 'fractions=[0.5,1.0]', 'shots=[1]',
+           'corruptions=[contrast]', 'map_samples=20', 'scratch_epochs=1']
+
+
+def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and p.name not in ('about.json', 'config.yaml')}
+
+
+def test_stopped(tmp_path, monkeypatch, capsys):
+    toy_cohort(tmp_path/'cohort', 200)
+    MMSN.from_config(toy_config(), toy_cohort(tmp_path/'c2', 200)).save_pretrained(tmp_path/'encoder')
+    words = [*OPTIONS, f'data.cohort={tmp_path/"cohort"}']
+    evaluate(tmp_path/'encoder', words, tmp_path/'whole', page=False)
+    def stop(ev): raise KeyboardInterrupt
+    for name, before in (('knn', ['linear_probe', 'low_shot']), ('robustness', ['knn', 'linear_probe', 'low_shot', 'supervised'])):
+        with monkeypatch.context() as m:
+            m.setitem(evaluation.PROTOCOL_TABLES, name, stop)
+            with pytest.raises(KeyboardInterrupt): evaluate(tmp_path/'encoder', words, tmp_path/'report', page=False)
+        parts = tmp_path/'report-parts'
+        assert sorted(p.name for p in parts.iterdir() if p.is_dir()) == before and not (tmp_path/'report').exists()
+    assert (parts/'low_shot'/'scores.csv').is_file() and (parts/'knn'/'knn.csv').is_file()
+    capsys.readouterr()
+    evaluate(tmp_path/'encoder', words, tmp_path/'report', page=False)
+    said = capsys.readouterr().out
+    assert said.count('kept from an evaluation that was stopped') == 4 and not parts.exists()
+    assert contents(tmp_path/'report') == contents(tmp_path/'whole')
+
+
+def test_another_plan_begins_anew(tmp_path, monkeypatch, capsys):
+    "Other options, another encoder: nothing kept is used."
+    cohort = toy_cohort(tmp_path/'cohort', 120)
+    MMSN.from_config(toy_config('ehr'), cohort).save_pretrained(tmp_path/'encoder')
+    words = ['protocols=[low_shot,knn]', 'bootstrap=10', 'pictures=false', 'draws=1', 'map_samples=20', f'data.cohort={tmp_path/"cohort"}']
+    def stop(ev): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setitem(evaluation.PROTOCOL_TABLES, 'knn', stop)
+        with pytest.raises(KeyboardInterrupt): evaluate(tmp_path/'encoder', words, tmp_path/'report', page=False)
+    evaluate(tmp_path/'encoder', [*words, 'seed=1'], tmp_path/'report', page=False)
+    assert 'kept from' not in capsys.readouterr().out and not (tmp_path/'report-parts').exists()
+
+
+def test_card_gets_the_numbers(tmp_path):
+    "The evaluation of an exported encoder of a run ends in its card."
+    from mmsn.card import write_card
+    cohort = toy_cohort(tmp_path/'cohort', 120)
+    MMSN.from_config(toy_config('ehr'), cohort).save_pretrained(tmp_path/'encoder')
+    words = ['protocols=[low_shot,linear_probe]', 'bootstrap=10', 'pictures=false', 'draws=1', 'map_samples=20', f'data.cohort={tmp_path/"cohort"}']
+    evaluate(tmp_path/'encoder', words, tmp_path/'report', page=False)
+    card = write_card(tmp_path/'encoder', tmp_path/'report').read_text(encoding='utf-8')
+    value = pd.read_csv(tmp_path/'report'/'summary.csv').query("encoder == 'pretrained' and fraction == 1").auroc.iloc[0]
+    assert f'| {value:.3f} |' in card and 'No evaluation' not in card and open_encoder(tmp_path/'encoder') is not None
