@@ -13,7 +13,7 @@ config.optim
 # %% auto #0
 __all__ = ['build', 'check', 'spaces', 'contrasted', 'check_single', 'presets', 'load_config', 'to_dict', 'save_config']
 
-# %% ../nbs/01_config.ipynb #e2ebc320
+# %% ../nbs/01_config.ipynb #c8957ed2
 import dataclasses, difflib, os, types, typing
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 from .commands import cli
 from .arguments import check_kind, check_overrides
+from .dials import Objectives, OBJECTIVES
 from .options import Config, Fusion, InputError, Loss, MODALITIES, PROTOCOLS, SIZES
 from .ranges import check_numbers, short
 from .safe_yaml import read_changes, read_file, read_tree
@@ -99,7 +100,8 @@ _CHOICES = {
     'samples': ('any', 'paired'), 'resume': ('auto', 'never'), 'mixed_precision': ('no', 'bf16', 'fp16'),
     'size': ('', *SIZES), 'channels': (1, 3), 'protocols': PROTOCOLS, 'probe': ('logistic', 'sgd'),
     'select': ('cv', 'validation'),
-    'tracker': ('', 'tensorboard', 'trackio', 'wandb', 'mlflow'), 'loss': ('sigmoid', 'infonce')}
+    'tracker': ('', 'tensorboard', 'trackio', 'wandb', 'mlflow'), 'loss': ('sigmoid', 'infonce'),
+    'objective': OBJECTIVES}
 
 # %% ../nbs/01_config.ipynb #ab482e73
 def _walk(part, where=''):
@@ -136,6 +138,7 @@ def check(config:Config):
     _check_terms(config)
     _check_kinds(config)
     _check_space(config)
+    _check_objective(config)
     return config
 
 # %% ../nbs/01_config.ipynb #1fa47d7e
@@ -230,7 +233,7 @@ def spaces(config:Config)->list:
     "Names of the modalities that have a head and prototypes of their own."
     drop = config.fusion.drop
     fraction = {name: m.alone*(drop if m.drop is None else m.drop) for name, m in config.modalities.items()}
-    own = config.fusion.space == 'own' and len(fraction) > 1
+    own = config.objective == 'msn' and config.fusion.space == 'own' and len(fraction) > 1
     return [name for name in fraction if fraction[name]] if own else []
 
 # %% ../nbs/01_config.ipynb #a29e10bd
@@ -249,11 +252,39 @@ def _check_contrast(config:Config):
         if not c.weight and getattr(c, f.name) != f.default:
             raise InputError(f'fusion.contrast.{f.name} has no effect while fusion.contrast.weight is 0')
 
+# %% ../nbs/01_config.ipynb #15bfd6d3
+def _check_objective(config:Config):
+    "Raise InputError where a config has no use for its objective, or parts that it leaves untrained."
+    o, kinds = config.objective, config.modalities
+    between, several = o in ('clip', 'siglip'), len(kinds) > 1
+    if not (between or o == 'mae') or not kinds: return
+    if between and not several: raise InputError(f'objective={o} compares two modalities, and the config has one')
+    for name, m in kinds.items():
+        if m.kind == 'tabular':
+            raise InputError(f'objective={o} does not train the table {name!r}: take it out of modalities')
+        if o == 'mae' and m.kind == 'timeseries' and m.encoder.dim:
+            raise InputError(f'objective=mae trains the states of {name!r} and no layer after them: set '
+                             f'modalities.{name}.encoder.dim=0')
+    if several and config.fusion.dim:
+        raise InputError(f'objective={o} does not train the fusion: set fusion.dim=0, the embeddings side by side')
+    if between and config.fusion.contrast.weight:
+        raise InputError(f'fusion.contrast is what objective={o} is already: set fusion.contrast.weight=0')
+
+# %% ../nbs/01_config.ipynb #fe5a5968
+def _check_dials(config:Config):
+    "Raise InputError for a dial of an objective that the config does not ask for."
+    for part in fields(Objectives):
+        dials = getattr(config.objectives, part.name)
+        for f in fields(dials):
+            if part.name != config.objective and getattr(dials, f.name) != f.default:
+                raise InputError(f'objectives.{part.name}.{f.name} has no effect while objective is {config.objective}')
+
 # %% ../nbs/01_config.ipynb #7c7f641b
 def check_single(config:Config):
     "`config` itself; raises InputError if it has options that are about more modalities than there are."
     own = spaces(config)
-    if len(config.modalities) > 1 and config.fusion.space == 'own':
+    _check_dials(config)
+    if len(config.modalities) > 1 and config.fusion.space == 'own' and config.objective == 'msn':
         if not own:
             raise InputError('fusion.space=own has no effect: no modality appears alone (alone is false, or drop 0)')
         if len(own) == 1 and 'cross' in config.fusion.aim:

@@ -20,6 +20,8 @@ __all__ = ['SIZES', 'SERIES_PRESETS', 'PROTOCOLS', 'MODALITIES', 'InputError', '
 import typing
 from dataclasses import dataclass, field, fields
 
+from .dials import Objectives
+
 # %% ../nbs/00_options.ipynb #d7560bf4
 class InputError(ValueError):
     "The user's input is wrong: the message is one line that names the thing and the remedy (exit code 2)."
@@ -265,7 +267,7 @@ class Loss:
     entropy_weight: float = 0.0      # weight of the mean entropy of the anchors
     # PMSN: exponent of a power law, or K weights of any sum; none: uniform
     prior: typing.Union[None, float, tuple[float, ...]] = None
-    weight: float = 1.0              # of all this beside the terms below; 0: those alone
+    weight: float = 1.0              # of all this, or of another objective, beside the terms below; 0: those alone
     cells: Cells = field(default_factory=Cells)   # terms on single cells of time series
     tokens: Tokens = field(default_factory=Tokens)   # a term on hidden patches of images
 
@@ -318,7 +320,7 @@ class Train:
     log_every: int = 10              # steps between rows of metrics
     # steps between small probes on validation labels, compared with the random start; 0: none
     probe_every: int = 0
-    threads: int = 0                 # CPU threads of torch; 0 leaves torch's choice
+    threads: int = 0                 # CPU threads of torch; 0: those that are quickest in a trial before the first step
     tracker: str = ''  # 'tensorboard', 'trackio', 'wandb' or 'mlflow' through Accelerate, offline; none by default
     # compute transformer blocks again in the backward pass instead of keeping them
     activation_checkpointing: bool = False
@@ -372,7 +374,9 @@ class Config:
     modalities: dict = field(default_factory=dict)    # name -> ImageModality | SeriesModality | TabularModality
     fusion: Fusion = field(default_factory=Fusion)    # how modalities are joined
     head: Head = field(default_factory=Head)          # projection
-    loss: Loss = field(default_factory=Loss)          # objective
+    objective: str = 'msn'                            # what is minimised: 'msn', or one that `objectives` names
+    loss: Loss = field(default_factory=Loss)          # the masked siamese loss, and terms beside any objective
+    objectives: Objectives = field(default_factory=Objectives)    # dials of the other objectives (`mmsn.dials`)
     optim: Optim = field(default_factory=Optim)       # optimiser and schedules
     data: Data = field(default_factory=Data)          # samples
     train: Train = field(default_factory=Train)       # loop

@@ -119,6 +119,7 @@ def synthetic(
     missingness:float=1.,      # 0: every hour of every channel is charted; larger: fewer
     lacking:float=0.,          # fraction of patients who lack the image or the chart
     shuffle_pairs:bool=False,  # the control: every image belongs to another patient
+    reports:bool=False,        # also a short report of what each image shows, as a modality of text
     keep_files:bool=False,     # keep the MIMIC files beside OUT, as OUT-files
     split:str='hash',          # of the subject (default), or CSV files with subject_id,split, separated by commas
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
@@ -127,10 +128,10 @@ def synthetic(
     draw = patients, image_size, seed, noise, missingness, lacking, shuffle_pairs
     return _make(out, overwrite, say, [f'drawing {patients:,} invented patients (seed {seed})'],
                  lambda: _by_files(synthesise(*draw), Path(out), out, image_size, seed, keep_files, say or len,
-                                   split))
+                                   split, reports))
 
 # %% ../nbs/28_prepare.ipynb #6d9f4c83
-def _by_files(patients, out, shown, image_size, seed, keep_files, say, split):
+def _by_files(patients, out, shown, image_size, seed, keep_files, say, split, reports):
     "Write patients as MIMIC files, read these; returns the summary."
     files = out.with_name(f'{out.name}-files')
     if keep_files and files.exists(): raise InputError(f'{files} exists already: remove it, or leave out --keep-files')
@@ -139,9 +140,10 @@ def _by_files(patients, out, shown, image_size, seed, keep_files, say, split):
         folder = files if keep_files else Path(near)/'files'
         say(f'writing them as MIMIC-IV and MIMIC-CXR-JPG files to {folder}'
             + ('' if keep_files else ' (removed at the end)'))
-        write_mimic(patients, folder)
+        write_mimic(patients, folder, reports)
         say(f'reading these files into {shown}')
         options = dict(tasks=('mortality', 'phenotyping', 'radiology'), hours=48, image_size=image_size, seed=seed)
+        if reports: options['reports'] = folder/'mimic-cxr'
         return prepare_mimic(folder/'mimic-iv', out, folder/'mimic-cxr-jpg', say, workers=2, name='synthetic',
                              labels=LABELS, split=split, **options)
 
@@ -204,14 +206,16 @@ def iu(
     workers:int=2,         # processes that decode images
     # CSV files with uid (or subject_id),split, separated by commas; without it a hash of the report decides
     split:str=None,
+    reports:bool=False,    # also the reports (indiana_reports.csv), as a modality of text
+    tokenizer:str='',      # whose vocabulary: a cohort's folder, a language model's; without it learned from training reports
     most_bad:float=.01,    # share of images that may be unusable; they are dropped and listed
     most_shared:float=.01,  # share of images whose very pixels another split may hold too
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "Indiana University chest X-rays, frontal (for internal tests: CC BY-NC-ND)."
     return _make(out, overwrite, say, [f'reading {source}, images to {size} x {size} pixels, into {out}'],
-                 lambda: prepare_iu(source, out, size, seed, workers, split, most_bad=most_bad,
-                                    most_shared=most_shared, say=say))
+                 lambda: prepare_iu(source, out, size, seed, workers, split, reports, most_bad=most_bad,
+                                    most_shared=most_shared, tokenizer=tokenizer, say=say))
 
 # %% ../nbs/28_prepare.ipynb #7763f351
 def images(
@@ -224,6 +228,8 @@ def images(
     split:str=None,        # column of train, val or test, or CSV files subject,split; without it a hash decides
     labels:list=(),        # columns of 1, 0, -1 (unknown) or empty (unknown), separated by commas
     facts:list=(),         # columns such as age,sex,view for a tabular modality
+    reports:list=(),       # columns of text, such as findings,impression, for a modality of text
+    tokenizer:str='',      # whose vocabulary: a cohort's folder, a language model's; without it learned from training reports
     fit:typing.Literal['crop', 'squash']='crop',   # crop: keep proportions, cut to a square; squash: stretch
     name:str='images',     # of the cohort
     modality:str='cxr',    # name of the image modality
@@ -236,7 +242,7 @@ def images(
     "Any folder of images with a CSV that has a row an image."
     lines = [] if subject else ['no --subject: every image counts as a patient of its own']
     options = dict(subject_column=subject, split_column=split, labels=labels, facts=facts, fit=fit, modality=modality,
-                   name=name, seed=seed, workers=workers, most_bad=most_bad, most_shared=most_shared, say=say)
+                   reports=reports, tokenizer=tokenizer, name=name, seed=seed, workers=workers, most_bad=most_bad, most_shared=most_shared, say=say)
     lines.append(f'reading {csv}, images of {folder} to {size} x {size} pixels, into {out}')
     return _make(out, overwrite, say, lines, lambda: prepare_images(csv, folder, out, size, id, **options))
 
@@ -399,7 +405,9 @@ _XRAY_HELP = dict(
     guard='also X-rays from after the end of what is read: these may tell the outcome', labels_from='table of findings',
     uncertain='what a finding of -1 counts as',
     radiologist='for the test set, the labels by radiologists of MIMIC-CXR-JPG 2.1.0',
-    reports='folder of MIMIC-CXR reports: their paths and sections are kept with the cohort',
+    reports='folder of MIMIC-CXR reports: a modality of text; their paths and sections are kept with the cohort',
+    tokenizer='with --reports, whose vocabulary: a cohort\'s folder, a language model\'s (default learned from training '
+              'reports)',
     image_size='side of the stored images in pixels')
 
 # %% ../nbs/28_prepare.ipynb #77c0a8e0

@@ -39,7 +39,7 @@ def short(
     return text if len(text) <= most else f'{text[:most]}…'
 
 # %% ../nbs/00b_ranges.ipynb #29f03a00
-_SHARE, _SHARE_ABOVE = Range(0, 1), Range(0, 1, above=True)
+_SHARE, _SHARE_ABOVE, _PART = Range(0, 1), Range(0, 1, above=True), Range(0, .99, above=True)
 _WIDTH, _COUNT, _LAYERS, _MANY = Range(1, 65_536), Range(1, 10**6), Range(0, 1000), Range(0, 10**9)
 _WEIGHT, _RATE, _RATE_ABOVE = Range(0, 10**6), Range(0, 1000), Range(0, 1000, above=True)
 _SHARPNESS, _SIDE, _SEED = Range(0, 100, above=True), Range(1, 4096), Range(0, 2**63 - 1)
@@ -68,7 +68,10 @@ RANGES = dict(    # dataclass of `mmsn.options` -> field -> what numbers it, or 
 # %% ../nbs/00b_ranges.ipynb #fbd9d0be
 RANGES |= dict(
     Cells=dict(weight=_WEIGHT, horizon=Range(1, 10**5), presence=_WEIGHT, summary=_WEIGHT),
-    Tokens=dict(weight=_WEIGHT),
+    Tokens=dict(weight=_WEIGHT), SimCLR=dict(temperature=_SHARPNESS), SimSiam=dict(bottleneck=_WIDTH),
+    VICReg=dict(invariance=_WEIGHT, variance=_WEIGHT, covariance=_WEIGHT),
+    MAE=dict(hidden=_PART, cells=_PART, dim=_WIDTH, depth=_LAYERS, heads=Range(1, 1024)), Pairs=dict(dim=_WIDTH, depth=Range(0, 100)),
+    DINO=dict(outputs=Range(2, 10**6), temperature=_SHARPNESS, teacher_temperature=_SHARPNESS, centre=_SHARE),
     Loss=dict(prototypes=_COUNT, temperature=_SHARPNESS, sharpen=_SHARPNESS, final_sharpen=_SHARPNESS,
               label_smoothing=_SHARE, sinkhorn_iterations=_LAYERS, me_max_weight=_WEIGHT, entropy_weight=_WEIGHT,
               prior=_MANY, weight=_WEIGHT),

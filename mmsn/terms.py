@@ -30,6 +30,8 @@ class Step(NamedTuple):
     states: dict          # name -> list, for each of `views.anchors[name]`: (rows, L, H) states of the online network
     online: nn.Module     # `JointEncoder`
     target: nn.Module     # the same, of the target network
+    whole: dict = None    # name -> (B, d) embeddings of the *targets* by the online network, where an objective asks
+    whole_states: dict = None   # name -> (B, L, H) states of the same, of the modalities that it reads
 
 # %% ../nbs/51e_terms.ipynb #03e34a0a
 def auxiliary_terms(

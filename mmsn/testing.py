@@ -22,6 +22,7 @@ import pandas as pd
 
 from .config import build, check, check_single
 from .data.cohort import Cohort, offsets
+from .data.reports import add_reports
 from .data.writer import CohortWriter
 from .options import Config
 
@@ -77,6 +78,19 @@ def _toy_samples(n, labels, lengths, lab_lengths, index):
         sample_id=1000 + np.arange(n), subject_id=subjects, split=split, cxr_index=index, ehr_start=offsets(lengths),
         ehr_length=lengths, labs_start=offsets(lab_lengths), labs_length=lab_lengths, facts_index=np.arange(n))
 
+# %% ../nbs/16_testing.ipynb #b9123873
+_TOY_SAYS = ((('The heart size is normal.', 'No cardiomegaly.'), ('The heart is enlarged.', 'There is cardiomegaly.')),
+             (('The lungs are clear.', 'No effusion is seen.'), ('There is a large effusion.', 'Effusion on both sides.')))
+
+def _toy_reports(labels, seed):
+    "A table (n, 1) of texts; '' where there is none."
+    rng, out = np.random.default_rng([seed, 2]), []
+    for known in labels[:, :2]:
+        said = [_TOY_SAYS[i][int(v)][rng.integers(2)] for i, v in enumerate(known) if v == v]
+        if rng.random() < .5: said.reverse()
+        out.append('' if rng.random() < .1 else ' '.join(said))
+    return pd.DataFrame(dict(findings=out))
+
 # %% ../nbs/16_testing.ipynb #4db9f591
 def toy_cohort(
     folder,           # where to write it
@@ -84,8 +98,10 @@ def toy_cohort(
     hours:int=12,     # longest stay
     size:int=16,      # image side in pixels
     seed:int=0,       # of everything
+    reports:bool=False,  # also `report`, a text of heart and lung
 )->Cohort:
-    "Patients with `cxr`, `ehr`, `labs`, `facts` and labels heart (image), lung (chart), both; some lack parts."
+    """Patients with `cxr`, `ehr`, `labs`, `facts`, on demand `report`, and labels heart (image), lung (chart), both;
+    some lack parts."""
     images, series, labels, rng = _toy_data(n, hours, size, seed)
     lengths = np.where(rng.random(n) < .1, 0, rng.integers(hours//2, hours + 1, n))
     index = np.where((rng.random(n) < .1) & (lengths > 0), -1, np.arange(n))
@@ -101,6 +117,7 @@ def toy_cohort(
         lab = [_channel('lactate', [0, 1], 2, 'mmol/L', 1.5, 40.), _channel('creatinine', [1, 2], 3, 'mg/dL', .9, 25.)]
         w.add_timeseries('labs', lab, ['lactate', 'creatinine', 'lactate seen', 'creatinine seen']).append(labs)
         w.add_tabular('facts', facts)
+        if reports: samples = samples.join(add_reports(w, _toy_reports(labels, seed), samples.split == 'train')[0])
         return w.close(samples)
 
 # %% ../nbs/16_testing.ipynb #5dd55bbb

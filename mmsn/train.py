@@ -30,6 +30,7 @@ from .options import Config, InputError
 from .processes import launcher, launcher_gone, leave_group, lost_peer, parent_words
 from .schedules import cautions, steps_per_epoch
 from .seed_config import read_seed_config
+from .threads import wait_asleep
 
 # %% ../nbs/66_train.ipynb #97ad6e24
 def train(
@@ -219,6 +220,7 @@ def main(argv=None):
     if args.keys: return _print_keys(config)
     if not config.data.cohort: raise InputError('no cohort is named: add data.cohort=FOLDER (mmsn-prepare makes one)')
     if slurm: say_notes(notes); return queue_run(config, words, slurm)
+    wait_asleep()
     if n := missing_processes(os.environ, parent_words()):
         check_run(config, n)
         start_processes(n, words)

@@ -40,10 +40,17 @@ def _collapse_of(group, metrics):
         return (f'collapse: {group} anchors find all prototypes alike (entropy {entropy:.2f} of {chance:.2f}); '
                 'lower optim.lr or loss.temperature, or raise fusion.drop')
 
+# %% ../nbs/52_watch.ipynb #725f6d39
+def _alike(key, value):
+    "The line about outputs that all point the same way, or None."
+    if key.endswith('/spread') and float(value) < .05:
+        return f'collapse: the outputs of all {key.removesuffix("/spread")} views are alike; lower optim.lr'
+
 # %% ../nbs/52_watch.ipynb #bc0b3cf4
 def collapsed(
     metrics:dict,  # of one step, tensors or floats; other keys are ignored
 ):
     "One line that says which anchors have collapsed and what to try, or None."
     groups = [k.removesuffix('/used') for k in metrics if k.endswith('/used')]
-    return next(filter(None, (_collapse_of(g, metrics) for g in groups)), None)
+    lines = [_collapse_of(g, metrics) for g in groups] + [_alike(k, v) for k, v in metrics.items()]
+    return next(filter(None, lines), None)

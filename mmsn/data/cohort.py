@@ -7,9 +7,10 @@ A cohort is the one form of data that training and evaluation read. The preparat
 # %% auto #0
 __all__ = ['SPLITS', 'ModalityInfo', 'offsets', 'ranges', 'splitmix', 'open_array', 'check_samples', 'Cohort', 'Batch']
 
-# %% ../../nbs/10_data.cohort.ipynb #b42e3a43
+# %% ../../nbs/10_data.cohort.ipynb #dafdb81d
 import hashlib, json, os, re, warnings
 from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from fastcore.basics import patch
 
 from ..config import _nearest
 from .entries import FORMAT, check_array, read_meta
-from ..files import abandoned, read_columns, seal, sha256, sha256_of, verify_once
 from ..arguments import check_kind
+from .text import read_vocabulary
+from ..files import abandoned, read_columns, read_json, seal, sha256, sha256_of, verify_once
 from ..options import InputError
 
 # %% ../../nbs/10_data.cohort.ipynb #045d74ac
@@ -27,7 +29,7 @@ from ..options import InputError
 class ModalityInfo:
     "One modality of a cohort: what its columns or pixels mean, and how they are normalised."
     name: str    # 'ehr', 'cxr', …: the key in configs and batches
-    kind: str    # 'timeseries', 'image' or 'tabular'
+    kind: str    # 'timeseries', 'image', 'tabular' or 'text'
     info: dict   # the entry of cohort.json
 
     @property
@@ -53,8 +55,13 @@ class ModalityInfo:
         "(C,) float32, positive; (1,) for an image."
         return np.atleast_1d(np.asarray(self.info['std'], np.float32))
 
+    @cached_property
+    def vocabulary(self):
+        "`Vocabulary` of a text. Raises InputError."
+        return read_vocabulary(self.info['vocabulary'], f'the vocabulary of {self.name}')
+
     def to_dict(self)->dict:
-        "The entry of cohort.json, ready for JSON."
+        "The entry of cohort.json, of a text with its whole vocabulary, ready for JSON."
         return dict(self.info, kind=self.kind)
     @classmethod
     def from_dict(cls, name, d): "The inverse of `to_dict`."; return cls(name, d['kind'], dict(d))
@@ -117,7 +124,7 @@ SPLITS = ('train', 'val', 'test')
 
 def _position(name, kind):
     "Columns that say where a modality's data lie."
-    return [f'{name}_start', f'{name}_length'] if kind == 'timeseries' else [f'{name}_index']
+    return [f'{name}_start', f'{name}_length'] if kind in ('timeseries', 'text') else [f'{name}_index']
 
 def _check_positions(samples, name, kind, n, where):
     "Raise InputError unless every position of a modality lies within the `n` rows of its array."
@@ -203,6 +210,12 @@ def _check_sizes(folder, meta):
         if path.stat().st_size != entry['bytes']:
             raise InputError(f'{path} has {path.stat().st_size} bytes, not {entry["bytes"]}: copy the cohort again')
 
+def _described(folder, name, info):
+    "The `ModalityInfo` of an entry of `modalities`; that of a text holds the vocabulary itself, not its file."
+    if info['kind'] != 'text': return ModalityInfo(name, info['kind'], info)
+    remedy = 'copy or prepare the cohort again'
+    return ModalityInfo(name, 'text', info | dict(vocabulary=read_json(folder/info['vocabulary'], remedy)))
+
 def _open_entry(folder, info):
     "The array of an entry of `modalities`, of the type and shape that it says."
     path = folder/info['file']
@@ -219,13 +232,13 @@ def _check_hashes(folder, meta, files, changed=None):
     for f in changed:
         raise InputError(f'{folder/f} was changed since it was written: copy or prepare the cohort again')
 
-# %% ../../nbs/10_data.cohort.ipynb #e7877e72
+# %% ../../nbs/10_data.cohort.ipynb #2e1d0b39
 class Cohort:
     "A prepared data set, read lazily: `samples`, `modalities`, `labels`, and `cohort[i]`."
     def __init__(self, folder, meta:dict, samples):
         self.folder, self.meta, self.samples, self._arrays = Path(folder), meta, samples, {}
         self.name, self.provenance = meta['name'], meta['provenance']
-        self.modalities = {name: ModalityInfo(name, m['kind'], m) for name, m in meta['modalities'].items()}
+        self.modalities = {name: _described(self.folder, name, m) for name, m in meta['modalities'].items()}
         self.labels, self.label_groups = list(meta['labels']), dict(meta['label_groups'])
         # when it was made does not matter, nor by which version it was sealed
         content = json.dumps({k: v for k, v in meta.items() if k not in ('provenance', 'seal')}, sort_keys=True)
@@ -240,7 +253,8 @@ class Cohort:
         folder = Path(check_kind('folder', folder, (str, os.PathLike), 'the folder of a cohort'))
         meta, sealed = _read_meta(folder)
         _check_sizes(folder, meta)
-        if sealed: _check_hashes(folder, meta, ['samples.parquet'])
+        texts = [m['vocabulary'] for m in meta['modalities'].values() if m['kind'] == 'text']
+        if sealed: _check_hashes(folder, meta, ['samples.parquet', *texts])
         elif int(os.environ.get('RANK', 0)) == 0:
             warnings.warn(f'{folder} is an older cohort without a seal: mmsn-prepare verify {folder} --seal adds one')
         self = cls(folder, meta, read_columns(folder/'samples.parquet', 'copy or prepare the cohort again')[0])
@@ -248,7 +262,7 @@ class Cohort:
         return self.verify() if verify else self
 
     def array(self, name:str)->np.ndarray:
-        "Memory map of one modality: (sum T, C), (N, H, W) or (N, F)."
+        "Memory map of one modality: (sum T, C), (N, H, W), (N, F), or (sum L,) numbers of tokens."
         if name not in self._arrays: self._arrays[name] = _open_entry(self.folder, self.modalities[name].info)
         return self._arrays[name]
 
@@ -270,7 +284,8 @@ def show(self:Cohort, i:int=0):
     from mmsn.show import show_patient
     values = zip(self.labels, self.label_matrix(rows=[i])[0])
     labels = [f'{n}: {"yes" if v else "no"}' for n, v in values if v == v]   # NaN: unknown
-    return show_patient(self[i], self.modalities, f'sample {self.samples.sample_id.iloc[i]} · {", ".join(labels[:6])}')
+    texts = {n: self.text(i, n) for n, m in self.modalities.items() if m.kind == 'text'}
+    return show_patient(self[i] | texts, self.modalities, f'sample {self.samples.sample_id.iloc[i]} · {", ".join(labels[:6])}')
 
 # %% ../../nbs/10_data.cohort.ipynb #d23e2d98
 @patch
@@ -279,6 +294,11 @@ def _check_values(self:Cohort, name, block=2**22):
     array, kind = self.array(name), self.modalities[name].kind
     rows = max(1, block//max(1, array[:1].size))
     strange = (lambda x: np.isinf(x).any()) if kind == 'tabular' else (lambda x: not np.isfinite(x).all())
+    if kind == 'text':
+        n = len(self.modalities[name].vocabulary)
+        if n != self.modalities[name].info['tokens'] or array.max(initial=0) >= n or array.min(initial=0) < 0:
+            raise InputError(f'{name} of {self.folder} holds numbers that its vocabulary does not have: prepare the cohort again')
+        return
     if kind != 'image' and any(strange(array[i:i + rows]) for i in range(0, len(array), rows)):
         raise InputError(f'{name} of {self.folder} holds values that are not finite: prepare the cohort again')
 
@@ -348,7 +368,7 @@ def present(self:Cohort, name:str)->np.ndarray:
 # %% ../../nbs/10_data.cohort.ipynb #3b974675
 @patch
 def __getitem__(self:Cohort, i:int)->dict:
-    "Modality name -> (hours, C) float32, (H, W) uint8 or (F,) float32 of sample i in physical units; None where missing."
+    "Name -> (hours, C) or (F,) float32, (H, W) uint8 in physical units, (L,) tokens of sample i; None where missing."
     if not -len(self) <= i < len(self): raise IndexError(f'sample {i} of {len(self)}')
     item = {}
     for name in self.modalities:
@@ -356,6 +376,13 @@ def __getitem__(self:Cohort, i:int)->dict:
         if not self.present(name)[i]: item[name] = None
         else: item[name] = np.array(self.array(name)[first:first + length[0]] if length else self.array(name)[first])
     return item
+
+@patch
+def text(self:Cohort, i:int, name:str='report'):
+    "The text of sample i, a line for each section; None where it is missing."
+    if self.modalities[self._names(name)[0]].kind != 'text': raise InputError(f'{name} of {self.name!r} is no text')
+    numbers = self[i][name]
+    return None if numbers is None else self.modalities[name].vocabulary.decode(numbers)
 
 # %% ../../nbs/10_data.cohort.ipynb #537d9460
 @patch
@@ -410,8 +437,9 @@ def check_has(self:Cohort,
 class Batch:
     "B samples on one device."
     index: object          # (B,) int64 rows of cohort.samples
-    data: dict             # name -> uint8 (B,1,H,W) | float32 (B,T,C), zero after its length | float32 (B,F), NaN unknown
-    lengths: dict          # name of a time series -> (B,) int64 true hours
+    # name -> uint8 (B,1,H,W) | float32 (B,T,C), zero after its length | float32 (B,F), NaN unknown | int64 (B,L) tokens
+    data: dict
+    lengths: dict          # name of a time series or text -> (B,) int64 true hours or tokens
     present: dict          # name -> (B,) bool
     labels: object         # (B,K) float32, NaN = unknown
 
@@ -450,6 +478,13 @@ def _read_series(array, starts, lengths):
     return out
 
 # %% ../../nbs/10_data.cohort.ipynb #1b6868b2
+def _read_tokens(array, starts, lengths, pad):
+    "(B, L) int64, `pad` beyond each length; L is a multiple of 8."
+    L = max(8, -(-int(lengths.max(initial=0))//8)*8)
+    out = np.full((len(starts), L), pad, np.int64)
+    out[np.arange(L) < lengths[:, None]] = array[ranges(starts, lengths)]
+    return out
+
 def _read_rows(array, index):
     "(B, …) rows of `array`, zero where the index is -1."
     out = np.zeros((len(index), *array.shape[1:]), array.dtype)
@@ -473,7 +508,9 @@ def batch(self:Cohort,
         first, *length = (c[at] for c in self._at(name))
         if length:
             lengths[name] = torch.from_numpy(length[0])
-            data[name], has = _read_series(self.array(name), first, length[0]), length[0] > 0
+            text = self.modalities[name].kind == 'text'
+            read = partial(_read_tokens, pad=self.modalities[name].vocabulary.pad) if text else _read_series
+            data[name], has = read(self.array(name), first, length[0]), length[0] > 0
         else: data[name], has = _read_rows(self.array(name), first), first >= 0
         if self.modalities[name].kind == 'image': data[name] = data[name][:, None]
         data[name], present[name] = torch.from_numpy(data[name]), torch.from_numpy(has)

@@ -64,6 +64,14 @@ def _check_series(name, d, where):
     used = sorted([i for c in channels for i in range(*c['columns'])] + [c['mask'] for c in channels])
     _need(used == list(range(width)), where, f'the channels of {name} do not cover its {width} columns exactly once')
 
+# %% ../../nbs/09_data.entries.ipynb #1b761cc5
+def _check_text(name, d, where):
+    "Raise InputError unless the text `name` says how many tokens there are, which sections, and where the vocabulary is."
+    _need(is_whole(d.get('tokens'), 6, 10**6), where, f'tokens of {name} should be how many numbers its vocabulary has')
+    _need(isinstance(d.get('vocabulary'), (str, dict)), where, f'vocabulary of {name} should be a file, or a vocabulary')
+    sections = d.get('sections')
+    _need(isinstance(sections, list) and sections and all(map(is_text, sections)), where, f'sections of {name} should be a list of names')
+
 # %% ../../nbs/09_data.entries.ipynb #b240b14d
 def check_modality(
     name:str,    # of the modality
@@ -74,7 +82,8 @@ def check_modality(
     _need(isinstance(name, str) and re.fullmatch(r'[A-Za-z]\w{0,99}', name), where, f'{str(name)[:40]!r} is no name for a modality')
     _need(isinstance(d, dict), where, f'the modality {name} should have names and values')
     kind = d.get('kind')
-    _need(kind in ('timeseries', 'image', 'tabular'), where, f'kind of {name} should be timeseries, image or tabular')
+    _need(kind in ('timeseries', 'image', 'tabular', 'text'), where, f'kind of {name} should be timeseries, image, tabular or text')
+    if kind == 'text': return _check_text(name, d, where)
     if kind == 'image':
         for side in ('height', 'width'):
             _need(is_whole(d.get(side), 1, 65_535), where, f'{side} of {name} should be pixels, 1 to 65535')
@@ -91,6 +100,7 @@ def array_of(
 )->tuple:     # (dtype, shape of a row)
     "What the array of a modality holds."
     if d['kind'] == 'image': return np.dtype('uint8'), (d['height'], d['width'])
+    if d['kind'] == 'text': return np.dtype('uint16' if d['tokens'] <= 2**16 else 'int32'), ()
     return np.dtype('float32'), (len(d['columns']),)
 
 # %% ../../nbs/09_data.entries.ipynb #530c163c
@@ -114,7 +124,8 @@ def _check_files(meta, path):
     "Raise InputError unless every file that `meta` names lies in the folder and has a size and a hash."
     files = meta['files']
     _need(isinstance(files, dict), path, 'files should be names with sizes and hashes')
-    for file in [*files, *(m.get('file', '') for m in meta['modalities'].values())]:
+    named = [m.get(k, '') for m in meta['modalities'].values() for k in ('file', 'vocabulary')[:1 + (m.get('kind') == 'text')]]
+    for file in [*files, *named]:
         inside = is_text(file) and file not in ('', '.', '..', 'cohort.json') and not set(file) & {'/', '\\'}
         if not inside: raise InputError(f'{path} names the file {str(file)[:100]!r}, which leaves the cohort folder: refused')
         if file not in files: raise InputError(f'{path} has no hash for {file}: prepare the cohort again')

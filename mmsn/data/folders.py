@@ -20,6 +20,7 @@ from .cohort import SPLITS
 from .duplicates import check_shared
 from .images import inside, store_images
 from .pixels import what_it_is
+from .reports import add_reports
 from .splits import divide, split_counts
 from .tables import _born, _need, given_split, label_columns, numbers, read_text, split_of, subject_numbers
 from .writer import CohortWriter, close_with_summary
@@ -221,6 +222,8 @@ def image_cohort(
     say=None,             # called with a line of text
     provenance:dict=None, # goes to cohort.json
     told=(),              # rows (part, what, count) for the summary
+    reports=(),           # columns of text: the sections of a report
+    tokenizer:str='',     # whose vocabulary (`mmsn.data.reports`); '': learned from the training reports
 )->pd.DataFrame:
     """The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises
     InputError."""
@@ -232,17 +235,27 @@ def image_cohort(
     samples, listed = _image_samples(table, where, images, id_column, subject_column, split_column, seed)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
     _check_names(labels, facts, modality, where, most_bad=most_bad, most_shared=most_shared)
+    texts = (_report_columns(table, reports, where, modality, tokenizer), tokenizer)
     provenance = dict(provenance or {}, size=size, fit=fit, seed=seed)
+    if len(reports): provenance |= dict(reports=list(reports), tokenizer=Path(tokenizer).name)
     with CohortWriter(out, name, list(labels), provenance=provenance) as writer:
         with kept_blocks(out, writer, len(table), say) as work:
             stored = store_images(paths, size, writer.add_images(modality, size, size), root=images, fit=fit,
                                   workers=workers, most_bad=most_bad, resume=work)
             rows = _image_rows(samples, stored, int(notes.sum()))
             return _image_summary(writer, samples, y, tabular, stored, paths, modality, (told, rows, listed),
-                                  most_shared, say)
+                                  most_shared, say, texts)
+
+# %% ../../nbs/25_data.folders.ipynb #2ad5e7e4
+def _report_columns(table, names, where, modality, tokenizer):
+    "The columns `names` of text, empty where there is none; None without names. Raises InputError."
+    for n in names: _need(table, n, where)
+    if tokenizer and not len(names): raise InputError('a tokenizer has no effect without reports: name their columns')
+    if len(names) and modality == 'report': raise InputError("the images cannot be called 'report' beside reports: choose another modality")
+    return table[list(names)].fillna('').astype(str).reset_index(drop=True) if len(names) else None
 
 # %% ../../nbs/25_data.folders.ipynb #a3be6093
-def _image_summary(writer, samples, y, tabular, stored, paths, modality, rows, most_shared, say):
+def _image_summary(writer, samples, y, tabular, stored, paths, modality, rows, most_shared, say, texts=(None, '')):
     "Close the cohort of stored images; returns the summary."
     if stored.reused and say: say(f'images: {stored.reused:,} of {len(samples):,} kept from an earlier run')
     kept, (before, listed, after) = stored.index >= 0, rows
@@ -252,6 +265,9 @@ def _image_summary(writer, samples, y, tabular, stored, paths, modality, rows, m
     if tabular is not None:
         writer.add_tabular('demographics', tabular)
         samples['demographics_index'] = np.arange(len(samples))
+    if texts[0] is not None:
+        at, counts = add_reports(writer, texts[0][kept], (samples.split == 'train')[kept], tokenizer=texts[1])
+        samples, after = samples.join(at), [*after, *counts]
     samples = pd.concat([samples, y.reset_index(drop=True)], axis=1)[kept].reset_index(drop=True)
     subjects = ('subjects', 'with an image', samples.subject_id.nunique())
     return close_with_summary(writer, samples, [*before, *listed, *shared, subjects, *after])
@@ -360,7 +376,8 @@ def prepare_iu(
     seed:int=0,       # of the division by report
     workers:int=2,    # processes that decode
     split=None,       # CSV files with uid (or subject_id),split; None: by hash of the report
-    **options,        # others of `image_cohort`: most_bad, most_shared, say
+    reports:bool=False,  # also the reports, of indiana_reports.csv
+    **options,        # others of `image_cohort`: most_bad, most_shared, tokenizer, say
 )->pd.DataFrame:
     """Turn the frontal Indiana University radiographs into a cohort; returns the summary (part, what, count).
     Raises InputError."""
@@ -372,6 +389,11 @@ def prepare_iu(
                          f'twice')
     names = [c for c in labels if c not in ('uid', 'MeSH')]
     table = table[table.projection == 'Frontal'].merge(labels, on='uid', how='left').reset_index(drop=True)
+    sections = ('findings', 'impression') if reports else ()
+    if reports:
+        told = read_text(source/'indiana_reports.csv', ['uid', *sections]).drop_duplicates('uid')
+        table = table.merge(told[['uid', *sections]], on='uid', how='left')
     provenance = dict(command='prepare_iu', source='Indiana University chest X-rays', licence='CC BY-NC-ND 4.0')
     return image_cohort(table, source/'images.csv', source/'images', out, size, 'image', 'uid', split, names,
-                        fit='squash', name='iu', seed=seed, workers=workers, provenance=provenance, **options)
+                        fit='squash', name='iu', seed=seed, workers=workers, provenance=provenance,
+                        reports=sections, **options)

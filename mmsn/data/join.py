@@ -8,6 +8,8 @@ A cohort may be too small to learn from alone, while another hospital has the sa
 __all__ = ['prepare_join']
 
 # %% ../../nbs/27b_data.join.ipynb #d7a21d03
+import json
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,9 @@ def _shape(info):
     "(what, value) pairs that sources of one modality must share."
     if info.kind == 'image': return [('size', f'{info.info["height"]} x {info.info["width"]} pixels')]
     if info.kind == 'tabular': return []
+    if info.kind == 'text':
+        told = sha256(json.dumps(info.vocabulary.to_dict()).encode()).hexdigest()[:12]
+        return [('sections', info.info['sections']), ('vocabulary', f'{len(info.vocabulary)} tokens with the hash {told}')]
     return [('hours a row', info.info['timestep']), ('columns', info.columns), ('channels', info.channels)]
 
 # %% ../../nbs/27b_data.join.ipynb #c3eccd9c
@@ -140,6 +145,7 @@ def _copy(
     info = next(iter(sources.values())).modalities[name]
     if info.kind == 'tabular': return writer.add_tabular(name, _facts(name, sources))
     out = (writer.add_images(name, info.height, info.width) if info.kind == 'image'
+           else writer.add_text(name, info.vocabulary, info.info['sections']) if info.kind == 'text'
            else writer.add_timeseries(name, info.channels, info.columns, info.info['timestep']))
     for c in sources.values():
         rows = max(1, size//max(1, c.array(name)[:1].nbytes))

@@ -19,6 +19,7 @@ from PIL import Image
 from pyarrow import csv as pacsv
 
 from .synthetic import CHANNELS, CODES, CONDITIONS, FINDINGS, HOURS, PHENOTYPES, Patients, _AT
+from .synthetic_reports import draw_reports
 from ..options import InputError
 
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #4cd01246
@@ -288,10 +289,23 @@ def _write_truth(folder, p, keys):
                      | {c: t.has(c).astype('u1') for c in CONDITIONS})
     pacsv.write_csv(table, folder/'truth.csv')
 
+# %% ../../nbs/21_data.synthetic_mimic.ipynb #b93edd6f
+def _write_reports(folder, p, keys):
+    "A text file for each study, in MIMIC-CXR's tree."
+    texts = draw_reports(p.truth, np.random.default_rng([p.seed, 6]))
+    for i in np.flatnonzero(p.has_image):
+        subject, text = keys.subject[i], texts.iloc[i]
+        where = folder/'files'/f'p{str(subject)[:2]}'/f'p{subject}'
+        where.mkdir(parents=True, exist_ok=True)
+        (where/f's{keys.study[i]}.txt').write_text(
+            f' {" "*30}FINAL REPORT\n EXAMINATION:  CHEST (PORTABLE AP)\n\n INDICATION:  ___ year old patient.\n\n'
+            f' FINDINGS:  {text.findings}\n\n IMPRESSION:  {text.impression}\n', encoding='utf-8')
+
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #c59767be
 def write_mimic(
     patients:Patients,   # from `synthesise`
     folder,              # to make: mimic-iv/, mimic-cxr-jpg/ and truth.csv; must not exist yet
+    reports:bool=False,  # also mimic-cxr/, with a report of each image
 )->Path:
     """Write `patients` as MIMIC-IV 2.2 and MIMIC-CXR-JPG 2.0.0 files; the folder appears when it is whole. Raises
     InputError if it exists."""
@@ -307,6 +321,7 @@ def write_mimic(
         _write_xray_tables(cxr, patients, keys, rng)
         _write_images(cxr, patients, keys)
         _write_truth(temporary, patients, keys)
+        if reports: _write_reports(temporary/'mimic-cxr', patients, keys)
         temporary.chmod(0o755)
         temporary.rename(folder)
     except BaseException:

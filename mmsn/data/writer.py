@@ -19,7 +19,7 @@ __all__ = ['ArrayWriter', 'fit_normaliser', 'fit_pixels', 'fit_table', 'check_la
            'close_with_summary']
 
 # %% ../../nbs/11_data.writer.ipynb #33e29da7
-import re, tempfile
+import json, re, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -33,6 +33,7 @@ import mmsn
 from .cohort import Cohort, FORMAT, SPLITS, _json, _position, _short, check_samples
 from .cohort import offsets, open_array, ranges, sha256
 from .entries import check_meta
+from .text import Vocabulary
 from ..files import beside, fsync_folder, seal, swap_in, sweep
 from ..options import InputError
 from ..safe import write_table
@@ -236,6 +237,19 @@ def add_tabular(self:CohortWriter,
     writer.append(values)
     return writer
 
+# %% ../../nbs/11_data.writer.ipynb #f1bcf6f1
+@patch
+def add_text(self:CohortWriter,
+    name:str,                    # of the modality
+    vocabulary:Vocabulary,       # of the numbers
+    sections:list=('report',),   # names of the sections that a text has
+)->ArrayWriter:
+    "Texts; append numbers (L,) from `vocabulary.encode`, texts end to end."
+    info = dict(kind='text', tokens=len(vocabulary), sections=list(sections), vocabulary=f'{name}.vocabulary.json')
+    writer = self._add(name, vocabulary.dtype, (), info)
+    (self.part/f'{name}.vocabulary.json').write_text(json.dumps(vocabulary.to_dict()), encoding='utf-8')
+    return writer
+
 # %% ../../nbs/11_data.writer.ipynb #eb11b7b9
 @patch
 def _fit(self:CohortWriter, name, array, train):
@@ -267,6 +281,7 @@ def close(self:CohortWriter,
         with ThreadPoolExecutor(2) as pool:      # while the scales are fitted: one reading of the disk serves both
             hashes = {p: pool.submit(sha256, p) for p in sorted(self.part.iterdir())}
             for name, array in arrays.items():
+                if self.meta['modalities'][name]['kind'] == 'text': continue
                 mean, std = self._fit(name, array, samples[samples.split == 'train'])
                 self.meta['modalities'][name].update(mean=_short(mean), std=_short(std))
         self.meta['provenance']['created'] = datetime.now(timezone.utc).isoformat(timespec='seconds')
@@ -295,7 +310,8 @@ def close_with_summary(
     if counts is not None:
         rows += [('events', what, int(counts[c].sum())) for c, what in _EVENT_COUNTS.items() if counts[c].any() or c == 'cells']
     for name, m in writer.meta['modalities'].items():
-        has = samples[f'{name}_length'] > 0 if m['kind'] == 'timeseries' else samples[f'{name}_index'] >= 0
+        first, *length = _position(name, m['kind'])
+        has = samples[length[0]] > 0 if length else samples[first] >= 0
         rows.append(('samples', f'with {name}', int(has.sum())))
     rows += [('samples', s, int((samples.split == s).sum())) for s in SPLITS]
     rows += [('positive', name, int(samples[name].sum())) for name in writer.meta['labels']]

@@ -66,8 +66,9 @@ def write_pictures(
     model, names = ev.models['pretrained'], list(ev.kinds)
     pictured = next((n for n, kind in ev.kinds.items() if kind == 'image'), next(iter(ev.standing), None))
     if pictured is None: return
-    save_styles('prototypes', prototype_figure, model, ev.cohort, rows, assignments(model, ev.cohort, rows), pictured,
-                folder=folder)
+    if model.objective is None:
+        save_styles('prototypes', prototype_figure, model, ev.cohort, rows, assignments(model, ev.cohort, rows),
+                    pictured, folder=folder)
     paired = ev.cohort.rows('train', names, 'paired')
     batch = ev.cohort.batch(paired[:8] if len(paired) else ev.task.rows[:8], names).to(ev.device)
     save_styles('views', show_views, model.views(batch, seed=ev.config.train.seed, epoch=0), folder=folder)

@@ -30,6 +30,7 @@ from .stays import (HOURLY, MORTALITY, PHENOTYPES, hourly_labels, load_stays, mi
                                    phenotypes, select_stays, stay_rules, unknown_codes)
 from .xrays import (CHEXPERT, RADIOLOGIST, all_images, findings, image_paths, load_images, load_reports,
                                    official_split, pair_images, view_facts)
+from ..reports import add_reports
 from ..splits import divide, lists_of, read_split, split_counts
 from ..tables import Stages, connect, find_table, file_stamp, open_table, run
 from ..timeseries import layout
@@ -62,7 +63,8 @@ class MimicOptions:
     uncertain: str = 'zeros'            # a finding of -1: 'zeros', 'ones' or 'ignore'
     radiologist: bool = False           # labels by radiologists for the test set, where 2.1.0 has them
     split: str = 'hash'                 # 'hash' of the subject; 'cxr': MIMIC-CXR's own; or files of subjects, separated by commas
-    reports: str | None = None          # folder of MIMIC-CXR reports
+    reports: str | None = None          # folder of MIMIC-CXR reports: they become a modality of text
+    tokenizer: str = ''                 # whose vocabulary: a cohort's or a language model's; '': learned from these reports
     image_size: int = 224               # side of the stored images in pixels
     labels: tuple[str, ...] | None = None   # labels kept; None: all of the tasks
     name: str = 'mimic'                 # of the cohort
@@ -74,7 +76,7 @@ class MimicOptions:
     keep_work: bool = False             # do not remove the stages at the end
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #310eb994
-_MACHINE = ('workers', 'memory', 'threads', 'work', 'keep_work', 'reports')   # say nothing about what the cohort holds
+_MACHINE = ('workers', 'memory', 'threads', 'work', 'keep_work', 'reports', 'tokenizer')   # say nothing about what the cohort holds
 _CHOICES = dict(tasks=TASKS, rules=('clean', 'benchmark'), channels=('compact', 'benchmark'),
                 samples=('partial', 'paired', 'ehr', 'cxr'),
                 closed=('right', 'left'), pick=('last', 'first', 'all'), labels_from=('chexpert', 'negbio'),
@@ -125,6 +127,7 @@ def _clashes(o, mimic_iv, mimic_cxr):
         (hourly and o.pick == 'all', "hourly samples see one X-ray: use pick='last' or 'first'"),
         (o.reports and (mimic_cxr is None or o.samples == 'ehr'),
          'reports belong to X-rays: give the folder of MIMIC-CXR-JPG'),
+        (o.tokenizer and not o.reports, 'tokenizer has no effect without reports: give their folder'),
         (o.every < 1, f'every should be 1 hour or more, not {o.every}'),
         (o.hours is not None and o.hours < 0, f'hours should be 0 or more, not {o.hours}'),
         (not 8 <= o.image_size <= 4096, f'image_size should be 8 to 4096 pixels, not {o.image_size}'))
@@ -487,6 +490,10 @@ def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
         reports.to_parquet(writer.part/'reports.parquet', index=False)
         rows = rows.merge(reports[['study_id', 'report']], 'left', on='study_id')
         job.count('images', [('studies with a report', len(reports))])
+        texts = reports.set_index('study_id')[['findings', 'impression']].reindex(rows.study_id).reset_index(drop=True)
+        at, told = add_reports(writer, texts, rows.split == 'train', tokenizer=o.tokenizer)
+        job.rows += told
+        rows = rows.assign(**at)
     kept = y if o.labels is None else y[list(o.labels)]
     writer.meta.update(labels=list(kept), label_groups={c: groups[c] for c in kept})
     rows = rows.drop(columns=[c for c in _INNER if c in rows]).reset_index(drop=True)
@@ -494,7 +501,7 @@ def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
     job.count('positive', [(name, kept[name].sum()) for name in kept])
     if empty := [name for name in kept if not kept[name].sum() > 0]:
         job.say(f'WARNING: no sample has {", ".join(empty)}: nothing can be learned of {"it" if len(empty) == 1 else "them"}')
-    order = {p: i for i, p in enumerate(('source', 'stays', 'images', 'events', 'words without a number', 'samples',
+    order = {p: i for i, p in enumerate(('source', 'stays', 'images', 'reports', 'events', 'words without a number', 'samples',
                                          'positive'))}
     summary = pd.DataFrame(sorted(job.rows, key=lambda r: order[r[0]]), columns=['part', 'what', 'count'])
     # without the layout: the same data in another is the same cohort
@@ -506,6 +513,7 @@ def complete(job:Preparation, writer, rows, y, groups)->pd.DataFrame:
 def provenance(o:MimicOptions, mimic_iv)->dict:
     "What `cohort.json` says about where a cohort came from: layout, rules, every option that shaped it. No paths."
     kept = {k: v for k, v in asdict(o).items() if k not in _MACHINE} | dict(hours=hours_read(o))
+    if o.reports: kept |= dict(reports=True, tokenizer=Path(o.tokenizer).name)
     if o.split not in ('hash', 'cxr'): kept['split'] = ','.join(Path(p).name for p in o.split.split(','))
     return dict(command='prepare_mimic', layout=mimic_layout(mimic_iv) if mimic_iv else None, rules=o.rules,
                 options=kept)

@@ -245,7 +245,7 @@ def read_report(
     path,        # of the text file
 )->dict:
     "`findings` and `impression` of a report, '' where there is none; a section that comes twice is joined."
-    text = Path(path).read_text(encoding='utf-8', errors='replace')
+    with open(path, 'rb') as f: text = f.read(2**20).decode('utf-8', 'replace').replace('\r\n', '\n')
     parts, found = {'findings': [], 'impression': []}, list(_HEADING.finditer(text))
     for this, following in zip(found, found[1:] + [None]):
         body = ' '.join(text[this.end():following.start() if following else None].split())
