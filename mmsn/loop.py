@@ -395,8 +395,7 @@ def _steps(self:Trainer, bar):
         if self.step % t.log_every == 0 or self.step == self.total:
             now = time.perf_counter()
             row = self.log(out, norm, values, sharpen, (now - before)/t.log_every)
-            siamese = 'loss_above_floor' in row
-            more = f', above floor {row["loss_above_floor"]:.3f}, prototypes {row["used"]:.0f}' if siamese else ''
+            more = f', above floor {row["loss_above_floor"]:.3f}, prototypes {row["used"]:.0f}' if 'used' in row else ''
             bar.set_postfix_str(f'loss {row["loss"]:.3f}{more}, {row["samples_per_s"]:.0f} samples/s')
             before = now
         if self.step % t.checkpoint_every == 0 and self.step < self.total: self.save()
