@@ -9,13 +9,14 @@ OUT    ?= mmsn-demo
 # Lessons on open data run where MMSN_DATA names the folder that holds them, and are skipped elsewhere.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help demo test notebooks unit readme site clean lab
+.PHONY: help demo test notebooks unit readme site pages clean lab
 
 help:
 	@echo 'make demo    synthetic patients -> pre-training -> evaluation -> report, in $(OUT)/'
 	@echo 'make test    every notebook and every test'
 	@echo 'make lab     JupyterLab on the notebooks'
 	@echo 'make readme  README.md from nbs/index.ipynb'
+	@echo 'make pages   the pages in _pages, nearly as the site has them, without quarto'
 	@echo 'make site    the pages in _docs (needs quarto; GALLERY=FOLDER adds the reports that benchmarks/gallery.py made there)'
 
 $(STAMP): settings.ini setup.py pyproject.toml
@@ -47,8 +48,13 @@ site: $(STAMP)
 	test -z '$(GALLERY)' || $(BIN)/python benchmarks/gallery.py '$(GALLERY)' $(if $(OPEN),--open '$(OPEN)')
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/nbdev-docs
 
+# Without quarto: the same links, pictures and texts by pandoc, for a look and for the tests.
+pages: $(STAMP)
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/nbdev-proc-nbs
+	$(BIN)/python tests/site_pages.py _pages
+
 lab: $(STAMP)
 	$(BIN)/jupyter lab nbs
 
 clean:
-	rm -rf build dist _docs _proc *.egg-info
+	rm -rf build dist _docs _proc _pages *.egg-info

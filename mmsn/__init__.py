@@ -13,6 +13,8 @@ encoder = open_encoder(run, cohort)
 features = encoder.encode(cohort.batch(range(16)))                      # {'cxr': (16, 96), 'ehr': (16, 128), 'joint': (16, 128)}
 ```
 
+Each of these names explains itself (`help(prepare.table)`, `help(open_encoder)`), and so does each command (`mmsn-prepare --help`, `mmsn-train --keys`).
+
 Modules:
 
 - `mmsn.config`: YAML files, presets and dotted overrides to one checked `Config`, and back.

@@ -10,11 +10,12 @@ __all__ = ['plain_table', 'spoken', 'with_alt', 'meant_links', 'SitePage']
 # %% ../nbs/99_site.ipynb #2f8db180
 import json, re
 
-# %% ../nbs/99_site.ipynb #57ec9594
+# %% ../nbs/99_site.ipynb #65e23571
 def plain_table(html:str)->str:
     "HTML of an output as Markdown: the same table without its own style and box, in a raw block."
     html = re.sub(r'<style.*?</style>', '', html, flags=re.S)
     html = re.sub(r'\s*border="\d+"|\s*style="text-align: right;"', '', html)
+    html = re.sub(r'<td>(?=(?:[-+]?[\d.,]+(?:e[-+]?\d+)?\s?%?|NaN)</td>)', '<td class="number">', html)
     lines = [line for line in html.strip().splitlines() if line.strip() not in ('', '<div>', '</div>')]
     return '\n'.join(['```{=html}', *lines, '```'])
 

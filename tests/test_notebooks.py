@@ -62,6 +62,13 @@ def test_imports(book):
 
 
 @pytest.mark.parametrize('book', BOOKS, ids=of)
+def test_staging_stays_where_it_is(book):
+    "nbdev runs every cell that imports while it stages the site: one that changes the folder too would hide the project's settings from all later pages."
+    for t, s, _ in cells(book):
+        if t == 'code' and 'nbdev_export' not in s and re.search(r'^\s*(import|from) ', s, re.M): assert not re.search(r'\bchdir\(', s), f'an import beside a change of folder:\n{s[:200]}'
+
+
+@pytest.mark.parametrize('book', BOOKS, ids=of)
 def test_outputs_show_no_machine(book):
     "No path of anybody's machine, and none that is gone tomorrow, in what is committed."
     assert not re.search(r'/(work|home|root|Users|tmp)/\w', book.read_text(encoding='utf-8')), 'an absolute path of a machine'
