@@ -147,12 +147,14 @@ def model_card(
     licence = ('The code of mmsn is Apache-2.0. The weights have no licence until whoever may share them gives them '
                'one '
                '(`license` above).')
-    loss = config.get('loss') or {}
+    loss, objective = config.get('loss') or {}, str(config.get('objective') or 'msn')
+    how = 'masked siamese networks' if objective == 'msn' else f'the objective {plain_text(objective)}'
     facts = [['mmsn', plain_text(about.get('mmsn', ''))], ['modalities', ', '.join(map(plain_text, modalities))],
-             ['prototypes', plain_text(loss.get('prototypes', ''))], ['weights (sha256)',
+             ['objective', plain_text(objective)],
+             ['prototypes', plain_text(loss.get('prototypes', '')) if objective == 'msn' else 'none'], ['weights (sha256)',
                                                                       f'`{plain_text(str(about.get("weights", ""))[:16])}`']]
     parts = [_FRONT.format(kinds=kinds), _MARK, f'# {name}',
-             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by masked siamese networks with mmsn.',
+             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by {how} with mmsn.',
              f'> **{SHARING[origin]}**', '## How to use it', use, '## Trained on', _data(data), '## How well it does', _evaluation(report),
              '## Intended use and limits', _INTENDED, '## What it reads', _channels(modalities), '## Licence', licence, '## Details',
              _rows(['', ''], facts), 'The whole config is in `config.json`.']

@@ -265,12 +265,13 @@ def test_resumes_exactly(cohort, tmp_path, name):
 @pytest.mark.parametrize('name', ['simclr', 'clip', 'dino'])
 def test_evaluation(cohort, tmp_path, name):
     "The same evaluation for a rival, with retrieval in the space of those that have one, and the figures that a run without prototypes has."
-    trainer = started(cohort, tmp_path/'run', name, 'optim.epochs=1')
+    trainer = started(cohort, tmp_path/'run', name, 'optim.epochs=1', 'fusion.contrast.weight=0', 'fusion.contrast.loss=sigmoid')
     with redirect_stdout(io.StringIO()):
         trainer.fit()
         evaluate(tmp_path/'run', ['protocols=[linear_probe,retrieval]', 'bootstrap=0', 'draws=1', 'map_samples=5', 'baselines=false', 'corruptions=[patches]'], page=False)
     report = tmp_path/'run'/'report'
-    assert set(pd.read_csv(report/'retrieval.csv').space) == ({'embedding', 'contrast'} if name == 'clip' else {'embedding'})
+    assert f'by the objective {name} with mmsn' in (tmp_path/'run'/'encoder'/'README.md').read_text()
+    assert set(pd.read_csv(report/'retrieval.csv').space) == {'embedding', 'plain', *(['contrast'] if name == 'clip' else [])}
     assert list(report.rglob('views.png')) and not list(report.rglob('prototypes*'))
     figure = training_figure(pd.read_csv(report/'metrics.csv'), json.loads((report/'about.json').read_text())['prototypes'])
     titles = [ax.get_title() for ax in figure.axes]
