@@ -306,7 +306,7 @@ DIALS = {'simclr.temperature': .1, 'simsiam.bottleneck': 5, 'vicreg.invariance':
 def objectives(tmp, cohorts, monkeypatch):
     "Each dial changes weights, views, the loss, or (the centre, which moves after a step) a whole run; and each objective another loss."
     base = {name: Computed(config_of('demo', {'objective': name} | NEEDS.get(name, {})), cohorts[0]) for name in OBJECTIVES}
-    assert len({float(c['loss'][0]) for c in base.values()}) == len(OBJECTIVES)
+    assert len({c['loss'][0].item() for c in base.values()}) == len(OBJECTIVES)
     for dial, value in DIALS.items():
         name = dial.split('.')[0]
         changed = Computed(config_of('demo', {'objective': name} | NEEDS.get(name, {}) | {f'objectives.{dial}': value}), cohorts[0])
