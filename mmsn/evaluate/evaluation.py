@@ -38,6 +38,7 @@ from .probes import knn, linear_probe, low_shot, probe_solver, summarise
 from .pictures import write_pictures
 from .report import write_report
 from .robustness import CORRUPTIONS, missing, retrieval, robustness
+from .text import shares_space, zero_shot
 from .task import asked_task, make_draws, Task, too_few
 from .trees import fit_booster
 from ..model import MMSN
@@ -309,10 +310,18 @@ def _retrieval(ev):
     parts = [retrieval(ev.models, ev.cohort, rows, a, b, **ev.boot, cache=ev.cache, task=ev.task) for a, b in pairs]
     return dict(retrieval=pd.concat(parts)) if parts else {}
 
+def _zero_shot(ev):
+    "Findings of the images asked for by their names, where images and texts lie in one space."
+    of = lambda kind: [n for n, k in ev.kinds.items() if k == kind]
+    model = ev.models['pretrained']
+    parts = [zero_shot(ev.models, ev.cohort, ev.task, image, text, ev.tables, **ev.boot)
+             for image in of('image') for text in of('text') if shares_space(model, image, text)]
+    return dict(zero_shot=pd.concat(parts)) if parts else {}
+
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0045
 PROTOCOL_TABLES = dict(low_shot=_low_shot, linear_probe=_linear_probe, knn=_knn, supervised=_supervised,
                        finetune=_finetune,
-                       robustness=_robustness, missing=_missing, retrieval=_retrieval)
+                       robustness=_robustness, missing=_missing, retrieval=_retrieval, zero_shot=_zero_shot)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0050
 def _metrics_of(ev, metric_of=None):

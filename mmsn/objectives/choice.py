@@ -7,10 +7,12 @@ The last page on objectives: it knows all of them by name, makes the one that a 
 # %% auto #0
 __all__ = ['OBJECTIVE_CLASSES', 'make_objective', 'compared_with', 'objective_step']
 
-# %% ../../nbs/52z_objectives.choice.ipynb #43a59426
+# %% ../../nbs/52z_objectives.choice.ipynb #7b586a5b
 import torch
 
 from ..groups import anchor_only, embed, fused
+from .convirt import ConVIRTObjective
+from .gloria import GLoRIAObjective
 from .dino import DINOObjective
 from .mae import MAEObjective
 from .pairs import PairsObjective
@@ -21,9 +23,10 @@ from ..options import Config
 from ..terms import Step, add_terms, state_readers
 from ..watch import effective_rank
 
-# %% ../../nbs/52z_objectives.choice.ipynb #7b1c29e5
+# %% ../../nbs/52z_objectives.choice.ipynb #ec10372e
 OBJECTIVE_CLASSES = dict(simclr=SimCLRObjective, simsiam=SimSiamObjective, vicreg=VICRegObjective, mae=MAEObjective,
-                         dino=DINOObjective, clip=PairsObjective, siglip=PairsObjective)
+                         dino=DINOObjective, clip=PairsObjective, siglip=PairsObjective,
+                         convirt=ConVIRTObjective, gloria=GLoRIAObjective)
 
 # %% ../../nbs/52z_objectives.choice.ipynb #7879376c
 def make_objective(
