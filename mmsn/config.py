@@ -264,6 +264,10 @@ def _check_objective(config:Config):
     for name, m in kinds.items():
         if m.kind == 'tabular':
             raise InputError(f'objective={o} does not train the table {name!r}: take it out of modalities')
+        if o == 'mae' and m.kind == 'text':
+            raise InputError(f'objective=mae is for images and time series: take {name!r} out of modalities')
+        if o == 'mae' and m.kind == 'image' and m.encoder.name != 'vit':
+            raise InputError(f"objective=mae needs an encoder of patches: set modalities.{name}.encoder.name=vit")
         if o == 'mae' and m.kind == 'timeseries' and m.encoder.dim:
             raise InputError(f'objective=mae trains the states of {name!r} and no layer after them: set '
                              f'modalities.{name}.encoder.dim=0')
