@@ -137,7 +137,7 @@ has to be evaluated again, also by groups of patients. It reads the channels and
 measured, and when, is itself a decision of clinicians, and the encoder has learned from it. A number above is a mean
 over labels: single labels differ.'''
 
-# %% ../nbs/52c_card.ipynb #2c2492b5
+# %% ../nbs/52c_card.ipynb #42ad837d
 def model_card(
     about:dict,    # content of an encoder's config.json
     report=None,   # folder of tables that `mmsn-evaluate` wrote, or none
@@ -152,13 +152,15 @@ def model_card(
     licence = ('The code of mmsn is Apache-2.0. The weights have no licence until whoever may share them gives them '
                'one '
                '(`license` above).')
-    loss = config.get('loss') or {}
+    loss, objective = config.get('loss') or {}, str(config.get('objective') or 'msn')
+    how = 'masked siamese networks' if objective == 'msn' else f'the objective {plain_text(objective)}'
     facts = [['mmsn', plain_text(about.get('mmsn', ''))], ['modalities', ', '.join(map(plain_text, modalities))],
-             ['prototypes', plain_text(loss.get('prototypes', ''))], ['weights (sha256)',
+             ['objective', plain_text(objective)],
+             ['prototypes', plain_text(loss.get('prototypes', '')) if objective == 'msn' else 'none'], ['weights (sha256)',
                                                                       f'`{plain_text(str(about.get("weights", ""))[:16])}`']]
     parts = [_FRONT.format(kinds=kinds), _MARK, f'# {name}',
-             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by masked siamese '
-             f'networks with mmsn.', f'> **{SHARING[origin]}**']
+             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by {how} '
+             f'with mmsn.', f'> **{SHARING[origin]}**']
     for title, text in {'How to use it': use, 'Trained on': _data(data), 'How well it does': _evaluation(report),
                         'Intended use and limits': _INTENDED, 'What it reads': _channels(modalities), 'Licence': licence,
                         'Details': _rows(['', ''], facts) + '\n\nThe whole config is in `config.json`.'}.items():

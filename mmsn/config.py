@@ -265,6 +265,10 @@ def _check_objective(config:Config):
     for name, m in kinds.items():
         if m.kind == 'tabular':
             raise InputError(f'objective={o} does not train the table {name!r}: take it out of modalities')
+        if o == 'mae' and m.kind == 'text':
+            raise InputError(f'objective=mae is for images and time series: take {name!r} out of modalities')
+        if o == 'mae' and m.kind == 'image' and m.encoder.name != 'vit':
+            raise InputError(f"objective=mae needs an encoder of patches: set modalities.{name}.encoder.name=vit")
         if o == 'mae' and m.kind == 'timeseries' and m.encoder.dim:
             raise InputError(f'objective=mae trains the states of {name!r} and no layer after them: set '
                              f'modalities.{name}.encoder.dim=0')
@@ -272,6 +276,22 @@ def _check_objective(config:Config):
         raise InputError(f'objective={o} does not train the fusion: set fusion.dim=0, the embeddings side by side')
     if between and config.fusion.contrast.weight:
         raise InputError(f'fusion.contrast is what objective={o} is already: set fusion.contrast.weight=0')
+
+# %% ../nbs/01_config.ipynb #befd79a9
+def _check_drawing(config:Config):
+    "Raise InputError where a config of a model that draws has other modalities than it reads, or options of an encoder."
+    o, kinds = config.objective, sorted(m.kind for m in config.modalities.values())
+    if o not in DRAWING or not kinds: return
+    wanted = dict(vae=['image'], dalle=['image', 'text'])[o]
+    if kinds != wanted:
+        has = ', '.join(f'{n} ({m.kind})' for n, m in config.modalities.items())
+        raise InputError(f'objective={o} reads one modality of kind {" and one of kind ".join(wanted)}, and nothing else; '
+                         f'the config has {has}')
+    if o == 'dalle' and config.data.samples != 'paired':
+        raise InputError('objective=dalle needs image and report of each sample: set data.samples=paired')
+    given = {f'train.{k}': getattr(config.train, k) for k in ('init_from', 'probe_every', 'compile', 'activation_checkpointing')}
+    given |= {f'loss.{k}.weight': getattr(config.loss, k).weight for k in ('cells', 'tokens')}
+    for key in [k for k, v in given.items() if v]: raise InputError(f'{key} is about encoders, and objective={o} has none')
 
 # %% ../nbs/01_config.ipynb #09d0a199
 def _check_reports(config:Config):
@@ -289,22 +309,6 @@ def _check_reports(config:Config):
         if m.views.focal or m.views.random != 1 or hides:
             raise InputError(f'objective=gloria compares one view of each whole: set modalities.{name}.views.random=1, '
                              f'views.focal=0' + ', views.patch_drop=0, views.heavy=0'*(m.kind == 'image'))
-
-# %% ../nbs/01_config.ipynb #befd79a9
-def _check_drawing(config:Config):
-    "Raise InputError where a config of a model that draws has other modalities than it reads, or options of an encoder."
-    o, kinds = config.objective, sorted(m.kind for m in config.modalities.values())
-    if o not in DRAWING or not kinds: return
-    wanted = dict(vae=['image'], dalle=['image', 'text'])[o]
-    if kinds != wanted:
-        has = ', '.join(f'{n} ({m.kind})' for n, m in config.modalities.items())
-        raise InputError(f'objective={o} reads one modality of kind {" and one of kind ".join(wanted)}, and nothing else; '
-                         f'the config has {has}')
-    if o == 'dalle' and config.data.samples != 'paired':
-        raise InputError('objective=dalle needs image and report of each sample: set data.samples=paired')
-    given = {f'train.{k}': getattr(config.train, k) for k in ('init_from', 'probe_every', 'compile', 'activation_checkpointing')}
-    given |= {f'loss.{k}.weight': getattr(config.loss, k).weight for k in ('cells', 'tokens')}
-    for key in [k for k, v in given.items() if v]: raise InputError(f'{key} is about encoders, and objective={o} has none')
 
 # %% ../nbs/01_config.ipynb #fe5a5968
 def _check_dials(config:Config):
