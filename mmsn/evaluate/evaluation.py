@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #41c1fc43
+# %% ../../nbs/83_evaluate.evaluation.ipynb #bd3e18a5
 import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -42,10 +42,12 @@ from .pictures import write_pictures
 from .report import write_report
 from .steps import Steps, plan_of
 from .robustness import CORRUPTIONS, missing, retrieval, robustness
+from .text import shares_space, zero_shot
 from .task import asked_task, make_draws, Task, too_few
 from .trees import fit_booster
 from ..model import MMSN, is_mmsn_encoder
 from ..arguments import check_kind, check_overrides
+from ..objectives.choice import compared_with
 from ..options import Config, Evaluate, InputError
 from ..progress import time_left
 from ..run import find_cohort, read_run, run_config, subjects_of_run
@@ -313,10 +315,18 @@ def _retrieval(ev):
     parts = [retrieval(ev.models, ev.cohort, rows, a, b, **ev.boot, cache=ev.cache, task=ev.task) for a, b in pairs]
     return dict(retrieval=pd.concat(parts)) if parts else {}
 
+def _zero_shot(ev):
+    "Findings of the images asked for by their names, where images and texts lie in one space."
+    of = lambda kind: [n for n, k in ev.kinds.items() if k == kind]
+    model = ev.models['pretrained']
+    parts = [zero_shot(ev.models, ev.cohort, ev.task, image, text, ev.tables, **ev.boot)
+             for image in of('image') for text in of('text') if shares_space(model, image, text)]
+    return dict(zero_shot=pd.concat(parts)) if parts else {}
+
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0045
 PROTOCOL_TABLES = dict(low_shot=_low_shot, linear_probe=_linear_probe, knn=_knn, supervised=_supervised,
                        finetune=_finetune,
-                       robustness=_robustness, missing=_missing, retrieval=_retrieval)
+                       robustness=_robustness, missing=_missing, retrieval=_retrieval, zero_shot=_zero_shot)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0050
 def _metrics_of(ev, metric_of=None):
@@ -453,7 +463,7 @@ def seen_subjects(
             notice += ': by their subject_id, in another cohort; ids of unrelated sources can coincide'
     return dict(known=trained is not None, **by_split, notice=notice)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #52eb9fb6
+# %% ../../nbs/83_evaluate.evaluation.ipynb #3e28d492
 def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     "about.json, the config and the training's metrics of a report."
     save_config(ev.config, folder/'config.yaml')
@@ -467,7 +477,8 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
                seed=str(ev.config.train.seed)) if record else {}
     seen = seen_subjects(run, ev.cohort, ev.task)
     about = dict(name=Path(run).resolve().name if record else ev.config.name, cohort=ev.cohort.name, date=time.strftime('%Y-%m-%d'),
-                 origin=origin_of(about_data(ev.cohort)), sentence=sentence, inputs=ev.inputs, prototypes=ev.config.loss.prototypes,
+                 origin=origin_of(about_data(ev.cohort)), sentence=sentence, inputs=ev.inputs,
+                 prototypes=compared_with(ev.config),
                  transductive=seen, notices=ev.notices + [seen['notice']]*bool(seen['notice']),
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
