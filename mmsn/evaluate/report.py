@@ -369,8 +369,7 @@ The words of one test patient's report, and how much each attends to the regions
 picture("words", "Attention of the words of a report over its image")'''),
     Section('figures/prototypes.png', '''## What the prototypes stand for
 
-The patients who are most surely assigned to each of the commonest prototypes, and the label that is most over-
-represented among all who are.''', '''
+The surest patients of each of the commonest prototypes, and the label most over-represented among all of it.''', '''
 picture("prototypes", "Typical patients of four prototypes")'''),
     Section('figures/views.png', '''## What the network saw
 
@@ -378,8 +377,7 @@ Target and anchors of one patient, in training.''', '''
 picture("views", "Target and anchor views of one patient")'''),
     Section('metrics.csv', '''## How training went
 
-Dotted: log K, where an anchor knows nothing; the loss alone does not tell a network that learns from one that
-has collapsed.''', '''
+Dotted: log K, where an anchor knows nothing; the loss alone does not tell learning from collapse.''', '''
 show("training", training_figure, read("metrics"), about["prototypes"],
      alt="Cross entropies, signs of collapse, gradient norm and learning rate over the steps")''')]
 
