@@ -304,7 +304,8 @@ neat(m.assign(seen="sees " + m.seen).pivot_table(index="encoder", columns="seen"
     Section('retrieval.csv', '''### Finding the other half of a patient
 
 Recall at 1, 5 and 10: given one modality of a test patient, is the other the nearest, among the five or ten
-nearest? Times chance is that of ten. Pair AUROC: how often a true pair is more alike than a mismatched one (chance: .5). Same phenotype: of the
+nearest? Times chance is that of ten. Pair AUROC: how often a true pair is more alike than a mismatched one
+(chance: .5). Same phenotype: of the
 ten nearest others, the share with the same label, mean over labels; beside it chance. The last rows are what plain
 features give without pre-training.''', '''
 t = read("retrieval").set_index(["query", "gallery", "encoder", "space"])
