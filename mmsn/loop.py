@@ -16,7 +16,7 @@ pd.Series(losses).plot(style='.-', xlabel='step', ylabel='loss', figsize=(5, 2))
 __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'NonFinite', 'train_step', 'gather_rows',
            'make_accelerator', 'Trainer']
 
-# %% ../nbs/64_loop.ipynb #a6cc1c8c
+# %% ../nbs/64_loop.ipynb #9de28f4c
 import hashlib, math, os, resource, shutil, signal, time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -364,7 +364,7 @@ def _say_learned(self:Trainer):
         tqdm.write(f'warning: the encoder hardly differs from its random start: of its embedding of {n} {split} '
                    f'patients {new:.2g} is new (1 - CKA; less than {LEARNED}): train longer, or raise optim.lr')
 
-# %% ../nbs/64_loop.ipynb #3bae5383
+# %% ../nbs/64_loop.ipynb #96af66a3
 @patch
 def _loop(self:Trainer):
     "The files, the steps, and the last checkpoint."
@@ -390,7 +390,7 @@ def _loop(self:Trainer):
     if self.step >= self.total: self._say_learned()
     else: self._say_stop(_anywhere(self.accelerator, self.stop == signal.SIGINT))
 
-# %% ../nbs/64_loop.ipynb #779128bd
+# %% ../nbs/64_loop.ipynb #fedcc119
 @patch
 def _steps(self:Trainer, bar):
     "The steps from the current one to the end."

@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #1d4d7502
+# %% ../../nbs/83_evaluate.evaluation.ipynb #bd3e18a5
 import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -463,7 +463,7 @@ def seen_subjects(
             notice += ': by their subject_id, in another cohort; ids of unrelated sources can coincide'
     return dict(known=trained is not None, **by_split, notice=notice)
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #00877823
+# %% ../../nbs/83_evaluate.evaluation.ipynb #dd3d1b15
 def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     "about.json, the config and the training's metrics of a report."
     save_config(ev.config, folder/'config.yaml')
@@ -477,7 +477,8 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
                seed=str(ev.config.train.seed)) if record else {}
     seen = seen_subjects(run, ev.cohort, ev.task)
     about = dict(name=Path(run).resolve().name if record else ev.config.name, cohort=ev.cohort.name, date=time.strftime('%Y-%m-%d'),
-                 origin=origin_of(about_data(ev.cohort)), sentence=sentence, inputs=ev.inputs, prototypes=compared_with(ev.config),
+                 origin=origin_of(about_data(ev.cohort)), sentence=sentence, inputs=ev.inputs,
+                 prototypes=compared_with(ev.config),
                  transductive=seen, notices=ev.notices + [seen['notice']]*bool(seen['notice']),
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')

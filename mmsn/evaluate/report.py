@@ -304,7 +304,8 @@ neat(m.assign(seen="sees " + m.seen).pivot_table(index="encoder", columns="seen"
     Section('retrieval.csv', '''### Finding the other half of a patient
 
 Recall at 1, 5 and 10: given one modality of a test patient, is the other the nearest, among the five or ten
-nearest? Times chance is that of ten. Pair AUROC: how often a true pair is more alike than a mismatched one (chance: .5). Same phenotype: of the
+nearest? Times chance is that of ten. Pair AUROC: how often a true pair is more alike than a mismatched one
+(chance: .5). Same phenotype: of the
 ten nearest others, the share with the same label, mean over labels; beside it chance. The last rows are what plain
 features give without pre-training.''', '''
 t = read("retrieval").set_index(["query", "gallery", "encoder", "space"])
@@ -369,8 +370,7 @@ The words of one test patient's report, and how much each attends to the regions
 picture("words", "Attention of the words of a report over its image")'''),
     Section('figures/prototypes.png', '''## What the prototypes stand for
 
-The patients who are most surely assigned to each of the commonest prototypes, and the label that is most over-
-represented among all who are.''', '''
+The surest patients of each of the commonest prototypes, and the label most over-represented among all of it.''', '''
 picture("prototypes", "Typical patients of four prototypes")'''),
     Section('figures/views.png', '''## What the network saw
 
@@ -378,8 +378,7 @@ Target and anchors of one patient, in training.''', '''
 picture("views", "Target and anchor views of one patient")'''),
     Section('metrics.csv', '''## How training went
 
-Dotted: log K, where an anchor knows nothing; the loss alone does not tell a network that learns from one that
-has collapsed.''', '''
+Dotted: log K, where an anchor knows nothing; the loss alone does not tell learning from collapse.''', '''
 show("training", training_figure, read("metrics"), about["prototypes"],
      alt="Cross entropies, signs of collapse, gradient norm and learning rate over the steps")''')]
 
