@@ -21,11 +21,12 @@ Modules:
 - `mmsn.data.writer`: Arrays that grow by blocks, normalisers fitted on training patients, and a folder that is whole or not there.
 - `mmsn.evaluate.pairs`: How much two modalities of one patient have in common: measures of retrieval, and what can be reached without pre-training.
 - `mmsn.launch`: Before a run and around it: a dry run, the largest batch that fits, Slurm, trackers, a trace, and options that trade time for memory.
+- `mmsn.libraries`: torchvision, timm, transformers and TorchXRayVision: an image network by name, without its last layer, with what it wants to be shown.
 - `mmsn.loop`: Batches, views, one forward a step, the optimiser, the target network, and a checkpoint now and then.
 - `mmsn.options`: Every option of a run: one frozen dataclass for each part, each field with its default and what it means.
 - `mmsn.prepare`: From tables and images, real or synthetic, to a cohort: a function for each source, and the command `mmsn-prepare`.
 - `mmsn.run`: The folder of one training: what it is known by, who holds it, its metrics.
-- `mmsn.sources`: One door for every encoder: a run, an exported folder, the hub, published weights, torchvision and timm.
+- `mmsn.sources`: One door for every encoder: a run, an exported folder, the hub, published weights, and the networks of four libraries.
 - `mmsn.testing`: The patients that every notebook meets: a small cohort, a small config, and where open data lie.
 - `mmsn.train`: One call, or one command on one process or many, from a config to a run."""
 
@@ -33,7 +34,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ['Cohort', 'MMSN', 'load_config', 'prepare', 'train', 'evaluate', 'open_encoder']
 _WHERE = dict(Cohort='data.cohort', MMSN='model', load_config='config', open_encoder='sources')   # the others are modules that can be called
 

@@ -13,8 +13,8 @@ config.optim
 # %% auto #0
 __all__ = ['build', 'check', 'spaces', 'contrasted', 'check_single', 'presets', 'load_config', 'to_dict', 'save_config']
 
-# %% ../nbs/01_config.ipynb #6f69ab16
-import dataclasses, difflib, types, typing
+# %% ../nbs/01_config.ipynb #343559db
+import dataclasses, difflib, os, types, typing
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from .commands import cli
+from .arguments import check_kind, check_overrides
 from .dials import DRAWING, Objectives, OBJECTIVES
 from .options import Config, Fusion, InputError, Loss, MODALITIES, PROTOCOLS, SIZES
 from .ranges import check_numbers, short
@@ -124,7 +125,7 @@ def _check_values(config:Config):
             near = _nearest(v, map(str, choices))
             raise InputError(f'{path} should be one of {", ".join(map(repr, choices))}, not {short(v)}{near}')
 
-# %% ../nbs/01_config.ipynb #6a2c857c
+# %% ../nbs/01_config.ipynb #b42e20b2
 def check(config:Config):
     "`config` itself if its parts fit together; raises InputError otherwise."
     _check_values(config)
@@ -138,6 +139,7 @@ def check(config:Config):
     _check_kinds(config)
     _check_space(config)
     _check_objective(config)
+    _check_reports(config)
     _check_drawing(config)
     return config
 
@@ -270,6 +272,23 @@ def _check_objective(config:Config):
     if between and config.fusion.contrast.weight:
         raise InputError(f'fusion.contrast is what objective={o} is already: set fusion.contrast.weight=0')
 
+# %% ../nbs/01_config.ipynb #09d0a199
+def _check_reports(config:Config):
+    "Raise InputError where an objective of images and reports has other modalities, or views that it cannot use."
+    o, kinds = config.objective, sorted(m.kind for m in config.modalities.values())
+    if o not in ('convirt', 'gloria') or not kinds: return
+    if kinds != ['image', 'text']:
+        raise InputError(f'objective={o} is about one image and one text, not {", ".join(kinds)}: list these two')
+    if config.fusion.dim:
+        raise InputError(f'objective={o} does not train the fusion: set fusion.dim=0, the embeddings side by side')
+    if config.fusion.contrast.weight:
+        raise InputError(f'fusion.contrast is what objective={o} is already: set fusion.contrast.weight=0')
+    for name, m in config.modalities.items() if o == 'gloria' else ():
+        hides = m.kind == 'image' and (m.views.heavy or m.views.patch_drop)
+        if m.views.focal or m.views.random != 1 or hides:
+            raise InputError(f'objective=gloria compares one view of each whole: set modalities.{name}.views.random=1, '
+                             f'views.focal=0' + ', views.patch_drop=0, views.heavy=0'*(m.kind == 'image'))
+
 # %% ../nbs/01_config.ipynb #befd79a9
 def _check_drawing(config:Config):
     "Raise InputError where a config of a model that draws has other modalities than it reads, or options of an encoder."
@@ -333,12 +352,14 @@ def _read_yaml(source)->dict:
         raise InputError(f'{str(source)[:200]} cannot be read: {getattr(e, "strerror", None) or e}')
     raise InputError(f'no config at {str(source)[:200]}: give a YAML file or a preset ({", ".join(presets())})')
 
-# %% ../nbs/01_config.ipynb #71435ed5
+# %% ../nbs/01_config.ipynb #8237e7ea
 def load_config(
     source,          # a preset's name, or a YAML file
     overrides=(),    # `key=value` strings, dotted: ['optim.lr=0.001']
 )->Config:
     "The checked config of `source` with `overrides` on top; raises InputError."
+    check_kind('source', source, (str, os.PathLike), "a preset's name, or a YAML file")
+    overrides = check_overrides(overrides)
     changes, tree = read_changes(overrides), OmegaConf.create(_read_yaml(source))
     try: values = OmegaConf.to_container(OmegaConf.merge(tree, changes), resolve=False)
     except Exception as e:       # OmegaConf has no word for which key it is

@@ -90,7 +90,10 @@ def parser():
     p.add_argument('source',
                    help='published weights (.pt, .pth, .pth.tar, .safetensors), a ViTMSN folder of transformers '
                                   'or its name on the hub, or an encoder of mmsn')
-    p.add_argument('out', help='folder to write')
+    p.add_argument('out', nargs='?', help='folder to write; not with --onnx or --push')
+    p.add_argument('--onnx', metavar='OUT.onnx', help='write an encoder of mmsn as one ONNX file (pip install "mmsn[onnx]")')
+    p.add_argument('--push', metavar='OWNER/NAME', help='upload an encoder of mmsn with its card to the Hugging Face hub, private')
+    p.add_argument('--public', action='store_true', help='with --push: everybody may see it')
     p.add_argument('--to', choices=('mmsn', 'transformers'), default='mmsn', help='what to write (mmsn)')
     p.add_argument('--layout', type=int, choices=(4, 5),
                    help='names of transformers 4 or 5; default: those of the installed version (5 reads both)')
@@ -112,11 +115,31 @@ def _describe(source, fitted, out, to):
             f'channels {source.config.channels}, prototypes {prototypes}\n'
             f'wrote  {out} for {to}, channels {c.channels}{left}')
 
+# %% ../nbs/91_convert.ipynb #590b2ec8
+def _share(a):
+    "What --onnx and --push do. Raises InputError for words that do not go together, and for what is no encoder of mmsn."
+    if not (a.onnx or a.push): raise InputError('--public goes with --push OWNER/NAME')
+    if a.out: raise InputError(f'{a.out}: give a folder to write, or --onnx or --push, not both')
+    from mmsn.model import is_mmsn_encoder, local_folder
+    inner = Path(a.source)/'encoder'
+    folder = inner if (inner/'config.json').is_file() else local_folder(a.source)
+    if not is_mmsn_encoder(folder): raise InputError(f'{a.source} is no encoder of mmsn: --onnx and --push are for those')
+    if a.onnx:
+        from mmsn.model import MMSN
+        from mmsn.share import export_onnx
+        if Path(a.onnx).suffix != '.onnx': raise InputError(f'{a.onnx} should end in .onnx')
+        print(f'wrote  {export_onnx(MMSN.from_pretrained(folder), a.onnx)}')
+    if a.push:
+        from mmsn.share import push_folder
+        push_folder(folder, a.push, not a.public)
+
 # %% ../nbs/91_convert.ipynb #48df9f36
 @cli
 def main(argv=None):
     "Convert an encoder; exits with code 2 and one line if the input is wrong."
     a = parser().parse_args(argv)
+    if a.onnx or a.push or a.public: return _share(a)
+    if a.out is None: raise InputError('OUT is missing: give the folder to write, --onnx OUT.onnx, or --push OWNER/NAME')
     if a.layout and a.to == 'mmsn': raise InputError('--layout is of transformers: add --to transformers')
     if Path(a.out).exists() and Path(a.out).resolve() == Path(a.source).resolve():
         raise InputError(f'{a.out} is the source: choose another folder')

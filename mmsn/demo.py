@@ -15,6 +15,7 @@ from .commands import Parser, check_writable, cli
 from .config import load_config
 from .options import InputError
 from .prepare import main as prepare
+from .threads import wait_asleep
 
 # %% ../nbs/90_demo.ipynb #a0b70700
 def _check_place(out):
@@ -84,6 +85,7 @@ def main(argv=None):
     args = _parser().parse_args(argv)
     if args.patients < 100:
         raise InputError('--patients should be at least 100, so that every split has some of every label')
+    wait_asleep()
     demo(args.out, args.patients, args.seed, args.data_seed, args.preset, args.overrides)
 
 # %% ../nbs/90_demo.ipynb #ffd7fc9a

@@ -7,7 +7,7 @@ The stage of the flow where views become a loss, and patients become features: t
 # %% auto #0
 __all__ = ['Output', 'MMSN', 'Term', 'is_mmsn_encoder', 'local_folder']
 
-# %% ../nbs/53_model.ipynb #29bf3a5a
+# %% ../nbs/53_model.ipynb #456efde1
 import copy, json, math, os, re, shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +20,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mmsn
+from .arguments import check_encoding
+from .card import write_card
 from .config import _walk, build, check, spaces, to_dict
 from .data.cohort import Batch, ModalityInfo
 from .data.entries import check_modality
+from .data.patients import about_data, gather, prepared_of
 from .encoders.fusion import JointEncoder
 from .groups import alone, anchor_only, embed, fused, pick, view_groups
 from .files import check_seal, not_finite, read_json, read_tensors, seal, sha256
@@ -42,7 +45,7 @@ class Output(NamedTuple):
     loss: torch.Tensor   # scalar, to call backward on
     metrics: dict        # name -> detached scalar tensor; per group of anchors 'joint/cross_entropy', …
 
-# %% ../nbs/53_model.ipynb #b1ca81db
+# %% ../nbs/53_model.ipynb #6972262a
 class MMSN(nn.Module):
     "Multi-modal masked siamese network."
     def __init__(self,
@@ -54,6 +57,7 @@ class MMSN(nn.Module):
             raise InputError(f'the config wants modality {missing[0]!r}, which the cohort does not have (it has '
                              f'{", ".join(infos)})')
         self.config, self.infos = config, {name: infos[name] for name in config.modalities}
+        self.data, self.folder = {}, None    # what an exported encoder says of its cohort (`about_data`), and where it lies
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             self.views = Views(config.modalities, self.infos)
@@ -82,20 +86,23 @@ class MMSN(nn.Module):
         self.target.eval()
         return self
 
-
-# %% ../nbs/53_model.ipynb #5e72a3a9
+# %% ../nbs/53_model.ipynb #81929ad2
 @patch(cls_method=True)
 def from_config(cls:MMSN, config:Config, cohort):
     "A fresh model for `config` on `cohort`; raises InputError where they do not fit."
     cohort.check_has({name: m.kind for name, m in config.modalities.items()}, 'the config')
-    return cls(config, cohort.modalities)
+    model = cls(config, cohort.modalities)
+    model.data = about_data(cohort)
+    return model
 
 # %% ../nbs/53_model.ipynb #4a174434
 @patch
 def untrained(self:MMSN, seed:int=None):
     "The same network at the random start of `seed`; of its own seed by default, as it was before the first step."
     train = self.config.train if seed is None else replace(self.config.train, seed=seed)
-    return MMSN(replace(self.config, train=train), self.infos)
+    model = MMSN(replace(self.config, train=train), self.infos)
+    model.data = self.data
+    return model
 
 # %% ../nbs/53_model.ipynb #3895f3a2
 @patch
@@ -276,11 +283,11 @@ def update_target(self:MMSN,
     for online, target in pairs:
         for b, a in zip(target.buffers(), online.buffers()): b.copy_(a)
 
-# %% ../nbs/53_model.ipynb #7d3db4b7
+# %% ../nbs/53_model.ipynb #374b30bd
 @patch
 @torch.no_grad()
 def encode(self:MMSN,
-    batch:Batch,         # in physical units, on the model's device
+    batch:Batch,         # in physical units, on the model's device; or new patients: a dict of arrays, frames, images
     drop=(),             # modalities treated as missing
     patches:float=0.,    # fraction of image patches hidden
     corrupt=None,        # function (name, view) -> view, applied to every plain view
@@ -288,12 +295,9 @@ def encode(self:MMSN,
 )->dict:
     """Name -> (B, d) float32 for each modality (NaN rows where missing) and 'joint', from the target network.
     Raises InputError."""
-    if unknown := [d for d in ([drop] if isinstance(drop, str) else drop) if d not in self.infos]:
-        raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {", ".join(self.infos)})')
-    if not 0 <= patches < 1:
-        raise InputError(f'the fraction of hidden patches should be at least 0 and below 1, not {patches}')
-    present = {name: batch.present[name] & (name not in ([drop] if isinstance(drop, str) else drop))
-               for name in self.infos}
+    if isinstance(batch, dict): batch = self.new_patients(batch).whole().to(next(self.parameters()).device)
+    drop = check_encoding(self.infos, batch, drop, patches, seed)
+    present = {name: batch.present[name] & (name not in drop) for name in self.infos}
     h = {}
     for name, view in self.views.plain(batch).items():
         if corrupt is not None: view = corrupt(name, view)
@@ -304,6 +308,13 @@ def encode(self:MMSN,
     joint = self.target.fuse(h, present)
     if len(h) == 1: joint = joint.masked_fill(*none.values(), math.nan)
     return {name: x.masked_fill(none[name], math.nan).float() for name, x in h.items()} | dict(joint=joint.float())
+
+@patch
+def new_patients(self:MMSN,
+    patients:dict,   # name of a modality -> what is known of the patients, as in `mmsn.data.patients.gather`
+):                   # `Patients`
+    "Patients in Python as this encoder reads them: in its channels, units and sizes. Raises InputError."
+    return gather(patients, self.infos, prepared_of(self.data))
 
 # %% ../nbs/53_model.ipynb #d8f833ef
 @patch
@@ -373,8 +384,10 @@ def save_pretrained(self:MMSN,
         save_file(state, new/'model.safetensors', dict(format='pt'))
         infos = {name: info.to_dict() for name, info in self.infos.items()}
         about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), modalities=infos,
+                     data=self.data,
                      weights=sha256(new/'model.safetensors'))
         (new/'config.json').write_text(json.dumps(seal(about), indent=1), encoding='utf-8')
+        write_card(new)
         if folder.exists(): folder.rename(old)
         new.rename(folder)
     finally:
@@ -454,4 +467,6 @@ def from_pretrained(cls:MMSN,
     try: model.load_state_dict(state)
     except RuntimeError as e:
         raise InputError(f'the weights in {source} do not fit its config.json: {" ".join(str(e).split())[:200]}')
+    data = read_json(local_folder(source)/'config.json', 'export the encoder again').get('data')
+    model.data, model.folder = data if isinstance(data, dict) else {}, local_folder(source)
     return model.eval()

@@ -324,7 +324,7 @@ class Train:
     log_every: int = 10              # steps between rows of metrics
     # steps between small probes on validation labels, compared with the random start; 0: none
     probe_every: int = 0
-    threads: int = 0                 # CPU threads of torch; 0 leaves torch's choice
+    threads: int = 0                 # CPU threads of torch; 0: those that are quickest in a trial before the first step
     tracker: str = ''  # 'tensorboard', 'trackio', 'wandb' or 'mlflow' through Accelerate, offline; none by default
     # compute transformer blocks again in the backward pass instead of keeping them
     activation_checkpointing: bool = False
@@ -333,7 +333,8 @@ class Train:
 
 # %% ../nbs/00_options.ipynb #c60e49f8
 # ways of asking, in the order of the report
-PROTOCOLS = ('low_shot', 'linear_probe', 'knn', 'supervised', 'finetune', 'robustness', 'missing', 'retrieval')
+PROTOCOLS = ('low_shot', 'linear_probe', 'knn', 'supervised', 'finetune', 'robustness', 'missing', 'retrieval',
+             'zero_shot')
 
 # %% ../nbs/00_options.ipynb #c60e49f9
 @dataclass(frozen=True)

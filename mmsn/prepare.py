@@ -10,14 +10,15 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 __all__ = ['free_place', 'replacing', 'Teller', 'attention', 'finish', 'synthetic', 'mimic', 'physionet2012', 'nih', 'iu',
            'images', 'table', 'medfuse', 'meds', 'join', 'parser', 'main']
 
-# %% ../nbs/28_prepare.ipynb #988873ed
-import argparse, inspect, re, tempfile, time, typing
+# %% ../nbs/28_prepare.ipynb #59ff6228
+import argparse, inspect, os, re, tempfile, time, typing
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 from fastcore.docments import docments
 
+from .arguments import check_kind
 from .commands import Parser, check_writable, cli
 from .data.cohort import Cohort
 from .data.join import prepare_join
@@ -97,9 +98,10 @@ def finish(
     for line in attention(summary): say(f'attention: {line}')
     say(f'cohort written to {out}: name it with data.cohort={out} in mmsn-train')
 
-# %% ../nbs/28_prepare.ipynb #e9edd867
+# %% ../nbs/28_prepare.ipynb #b6812713
 def _make(out, overwrite, say, lines, read)->Cohort:
     "The cohort that `read`, which returns a summary, writes at `out`; `lines` are said first."
+    check_kind('out', out, (str, os.PathLike), 'the folder of a cohort')
     with replacing(out, overwrite, say):
         check_writable(out)
         for line in lines if say else (): say(line)

@@ -80,7 +80,7 @@ def read_run(
     about = read_json(path, remedy)
     whole, text = (lambda v: is_whole(v, 1, 10**9)), (lambda v: isinstance(v, str))
     kinds = dict(dict.fromkeys(('cohort', 'config', 'pretrained_on', 'command', 'folder', 'beside'), text),
-                 processes=whole, batch=whole)
+                 processes=whole, batch=whole, threads=whole)
     for key, kind in kinds.items():
         if key in about and not kind(about[key]):
             raise InputError(f'{path} has {key}={str(about[key])[:40]!r}, which no run can have: {remedy}')
@@ -213,13 +213,13 @@ def find_cohort(
     return there[0]
 
 # %% ../nbs/62_run.ipynb #f46b5ecd
-def start_run(run:Path, config:Config, cohort:Cohort, processes:int):
+def start_run(run:Path, config:Config, cohort:Cohort, processes:int, threads:int=None):
     "Write what a run is known by: hashes, versions and command, and then its resolved config."
     run.mkdir(parents=True, exist_ok=True)
     by_command = sys.argv[0].endswith(('mmsn-train', 'train.py'))
     about = dict(cohort=cohort.hash, config=_hash(to_dict(config)), processes=processes,
                  batch=config.optim.batch_size*processes, mmsn=mmsn.__version__, torch=torch.__version__,
-                 python=platform.python_version(), started=time.strftime('%Y-%m-%d %H:%M:%S'),
+                 python=platform.python_version(), started=time.strftime('%Y-%m-%d %H:%M:%S'), **(dict(threads=threads) if threads else {}),
                  command=' '.join(['mmsn-train', *sys.argv[1:]]) if by_command else '', **_places(run, cohort))
     subjects = '\n'.join(['subject_id', *_pretrained_on(config, cohort)]) + '\n'
     about['pretrained_on'] = hashlib.sha256(subjects.encode()).hexdigest()

@@ -17,11 +17,12 @@ metrics.plot('step', 'loss', figsize=(6, 2.2), legend=False, ylabel='loss');
 __all__ = ['train', 'look_ahead', 'missing_processes', 'start_processes', 'chosen_config', 'say_notes', 'check_run', 'submit',
            'queue_run', 'main']
 
-# %% ../nbs/66_train.ipynb #4cd554bc
+# %% ../nbs/66_train.ipynb #b4eacee3
 import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 from . import callable_module
+from .arguments import check_kind
 from .commands import Parser, check_writable, cli, disk_fault
 from .config import load_config, presets, to_dict
 from .data.cohort import Cohort
@@ -30,14 +31,17 @@ from .options import Config, InputError
 from .processes import launcher, launcher_gone, leave_group, lost_peer, parent_words
 from .schedules import cautions, steps_per_epoch
 from .seed_config import read_seed_config
+from .threads import wait_asleep
 
-# %% ../nbs/66_train.ipynb #eef2abda
+# %% ../nbs/66_train.ipynb #97ad6e24
 def train(
     config:Config,           # from `load_config`
     cohort:Cohort=None,      # already open; otherwise data.cohort is opened
     verify:bool=False,       # compare every file of the cohort with its hash, also those that were compared before
 )->Path:
     "Pretrain as `config` says; returns the run's folder. The same call resumes an interrupted run."
+    check_kind('config', config, Config, "a config, as load_config('demo') gives it")
+    check_kind('cohort', cohort, (Cohort, type(None)), 'an open cohort (Cohort.open(FOLDER))')
     from mmsn.loop import Trainer
     from mmsn.views.patient import nothing_hidden
     trainer = Trainer(config, cohort)
@@ -218,6 +222,7 @@ def main(argv=None):
     if args.keys: return _print_keys(config)
     if not config.data.cohort: raise InputError('no cohort is named: add data.cohort=FOLDER (mmsn-prepare makes one)')
     if slurm: say_notes(notes); return queue_run(config, words, slurm)
+    wait_asleep()
     if n := missing_processes(os.environ, parent_words()):
         check_run(config, n)
         start_processes(n, words)

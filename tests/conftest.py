@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from forks import Command
+
 ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {f'mmsn.{name}' for name in ('prepare', 'train', 'evaluate', 'convert', 'encode', 'demo')}
 # a shell starts jobs in the background with Ctrl-C ignored, and what they start ignores it too: tests that send one would wait
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -18,9 +21,22 @@ SMALL = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=1', 'mod
          'optim.batch_size=16', 'optim.epochs=2', 'optim.warmup_epochs=0.5', 'train.log_every=1', 'train.threads=1']
 
 
-def run(*command, code=0, **kwargs):
-    "Run `python -m …`; asserts its exit code; returns the finished process."
-    done = subprocess.run([sys.executable, '-m', *map(str, command)], capture_output=True, text=True, **kwargs)
+# files whose tests take longest begin first, so that two workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) end together
+LONG = ['test_ends.py', 'test_launch.py', 'test_distributed.py', 'test_train.py', 'test_options.py', 'test_mimic.py', 'test_inputs.py', 'test_hostile_report.py', 'test_fuzz.py']
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def run(module, *words, code=0, fork=None, env=None, cwd=None, **kwargs):
+    """Run `python -m module …`; asserts its exit code; returns the finished process. Commands of mmsn are forked from a process that has imported what they need
+    (`forks`), unless `fork` is false: then it starts as it does for a user."""
+    if fork is None: fork = module in COMMANDS and not kwargs
+    if fork:
+        process = Command(module, *words, env=env, cwd=cwd)
+        done = subprocess.CompletedProcess([module, *words], None, *process.communicate())
+        done.returncode = process.returncode
+    else: done = subprocess.run([sys.executable, '-m', module, *map(str, words)], capture_output=True, text=True, env=env, cwd=cwd, **kwargs)
     assert done.returncode == code, f'exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}'
     return done
 

@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from conftest import ROOT, SMALL, one_line, refused, run
+from forks import Command
 from mmsn.checkpoint import latest
 from mmsn.commands import check_writable
 from mmsn.options import InputError
@@ -15,7 +16,7 @@ ENV = {k: v for k, v in os.environ.items() if not k.startswith(('ACCELERATE', 'M
 
 def start(*command, **kwargs):
     "A command in a session of its own, so that a signal can go to all of its processes, as a terminal's does."
-    return subprocess.Popen([sys.executable, '-m', *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=ENV, **kwargs)
+    return Command(*command, env=ENV, **kwargs)
 
 
 def end(process, seconds=90):
@@ -79,8 +80,8 @@ def test_sigterm_to_all_processes_saves(words, tmp_path):
 def test_second_ctrl_c_ends_at_once(words, tmp_path):
     "It does not wait for the end of a step, here a step that lasts for ever."
     folder = tmp_path/'run'
-    stuck = "import sys, time; from mmsn import loop; take = loop.Trainer.take; loop.Trainer.take = lambda self, b: take(self, b) if self.step < 3 else [time.sleep(.1) for _ in range(10**6)]; from mmsn.train import main; main(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, '-c', stuck, *words, f'train.run={folder}', 'train.checkpoint_every=1'], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=ENV)
+    stuck = "import time; from mmsn import loop; take = loop.Trainer.take; loop.Trainer.take = lambda self, b: take(self, b) if self.step < 3 else [time.sleep(.1) for _ in range(10**6)]"
+    process = start('mmsn.train', *words, f'train.run={folder}', 'train.checkpoint_every=1', before=stuck)
     wait(lambda: rows(folder) > 2, process)
     time.sleep(.5)
     process.send_signal(signal.SIGINT)
@@ -96,11 +97,13 @@ def test_second_ctrl_c_ends_at_once(words, tmp_path):
 @pytest.mark.parametrize('number,code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_loop(words, tmp_path, number, code):
     "While libraries are imported, and while the model is built: one line, no traceback, nothing written."
-    slow = "import sys, time\n{}\nfrom mmsn.train import main\nmain(sys.argv[1:])"
-    places = dict(importing="import builtins; real = builtins.__import__\ndef slow(name, *a, **k):\n    if name == 'accelerate': print('now', flush=True); time.sleep(60)\n    return real(name, *a, **k)\nbuiltins.__import__ = slow",
-                  building="from mmsn.model import MMSN\ndef slow(*a): print('now', flush=True); time.sleep(60)\nMMSN.from_config = slow")
-    for name, patch in places.items():
-        process = subprocess.Popen([sys.executable, '-c', slow.format(patch), *words, f'train.run={tmp_path/"run"}'], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
+    importing = "import sys, time\nimport builtins; real = builtins.__import__\ndef slow(name, *a, **k):\n    if name == 'accelerate': print('now', flush=True); time.sleep(60)\n    return real(name, *a, **k)\nbuiltins.__import__ = slow\nfrom mmsn.train import main\nmain(sys.argv[1:])"
+    building = "import time\nfrom mmsn.model import MMSN\ndef slow(*a): print('now', flush=True); time.sleep(60)\nMMSN.from_config = slow"
+    options = [*words, f'train.run={tmp_path/"run"}']
+    starts = dict(importing=lambda: subprocess.Popen([sys.executable, '-c', importing, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV, start_new_session=True),
+                  building=lambda: start('mmsn.train', *options, before=building))
+    for name in starts:
+        process = starts[name]()
         assert process.stdout.readline() == 'now\n', name
         process.send_signal(number)
         found, _, lines = end(process, 20)

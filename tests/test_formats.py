@@ -281,6 +281,12 @@ def test_draft_and_cohort(capsys):
     assert Path('d.csv').read_bytes() == before
 
 
+def test_draft_refuses_a_column_without_a_name(capsys):
+    Path('u.csv').write_text('subject_id,time,variable,value,\n1,0,HR,80,x\n1,1,HR,81,y\n')
+    refused(capsys, 'u.csv', '--draft', 'd.csv', said='u.csv')
+    assert not Path('d.csv').exists()
+
+
 def test_draft_range_is_robust():
     from mmsn.data.draft import draft_range
     assert draft_range(50, 120, 40) == (15., 160.)

@@ -196,5 +196,5 @@ def test_prepare_words(tmp_path, monkeypatch, capsys, words):
 def test_in_processes_of_their_own(tmp_path):
     "The same from a shell: one line on standard error, and nothing else."
     for command in (['mmsn.train', 'demo', 'optim.lr=.inf'], ['mmsn.prepare', 'meds', 'a', 'b', 'c', '--threads', 1_000_000_000], ['mmsn.evaluate', 'nowhere', 'draws=0'], ['mmsn.convert', 'nowhere', 'x'*300], ['mmsn.demo', '--out', 'x'*300]):
-        done = run(*command, code=2, cwd=tmp_path)
+        done = run(*command, code=2, cwd=tmp_path, fork=False)
         assert one_line(done) and len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir()), done.stderr

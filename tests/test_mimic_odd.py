@@ -205,3 +205,25 @@ def test_no_stay_and_no_image_say_what_each_filter_took(own, capsys):
     change(own, 'patients', lambda t: t.assign(anchor_age='60'))
     line = refused(main, ['mimic', 'out', '--mimic-iv', own, '--mimic-cxr', own.parent/'mimic-cxr-jpg', '--threads', 1, '--views', 'LL', '--image-size', 16], capsys)
     assert line.startswith('mmsn: no stay has an X-ray: ') and '24' in line and 'views and window' in line
+
+
+def test_laboratory_rows_without_a_time_are_told(own, capsys):
+    def untimed(t):
+        rows = t.index[t.itemid == t.itemid.mode()[0]][:40]
+        t.loc[rows, 'charttime'] = 'no time'
+        return t
+    change(own, 'labevents', untimed)
+    made(own, own.parent/'out')
+    assert 'rows of the chosen patients have no charttime that can be read: left out' in capsys.readouterr().err
+
+
+def test_codes_with_a_point_are_not_odd(own):
+    from mmsn.data.mimic.check import check_mimic
+    def pointed(t):
+        long = t.icd_code.str.len() > 3
+        t.loc[long, 'icd_code'] = t.icd_code[long].str[:3] + '.' + t.icd_code[long].str[3:]
+        return t
+    change(own, 'diagnoses_icd', pointed)
+    rows = check_mimic(own)
+    line, = rows[rows.what.str.contains('with a point')].itertuples()
+    assert line.verdict == 'info' and not line.what.startswith('0 ')

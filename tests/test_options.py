@@ -18,7 +18,7 @@ from mmsn.evaluate.networks import supervised
 from mmsn.evaluate.task import Task, make_draws
 from mmsn.train import train as run_training
 from mmsn.checkpoint import latest
-from mmsn.dials import DRAWING
+from mmsn.dials import DRAWING, OBJECTIVES
 from mmsn.options import MODALITIES, Config, InputError
 from mmsn.config import build, check, check_single, load_config, presets, to_dict
 from mmsn.data.writer import CohortWriter
@@ -294,6 +294,25 @@ def files(tmp, cohorts, monkeypatch):
     assert (len(some), len(three), len(even), len(best), rows) == (2, 3, 2, 2, 4)
     assert run('log', train__log_every=3)[1] == 2
     with pytest.raises(InputError, match='already holds a run'): trainer(tmp/'plain', cohorts[0], train__resume='never')
+
+
+# Dial of an objective -> what it is changed to; what else the objective needs of the small demo.
+SIDE_BY_SIDE = {'fusion.dim': 0, 'fusion.contrast.weight': 0., 'fusion.contrast.loss': 'sigmoid'}
+NEEDS = {'mae': SIDE_BY_SIDE | {'modalities.ehr.encoder.dim': 0, 'objectives.mae.dim': 16, 'objectives.mae.heads': 2, 'objectives.mae.depth': 1}, 'clip': SIDE_BY_SIDE, 'siglip': SIDE_BY_SIDE, 'dino': {'objectives.dino.outputs': 12}}
+DIALS = {'simclr.temperature': .1, 'simsiam.bottleneck': 5, 'vicreg.invariance': 3., 'vicreg.variance': 3., 'vicreg.covariance': 3., 'mae.hidden': .5, 'mae.cells': .2, 'mae.dim': 24, 'mae.depth': 2, 'mae.heads': 4, 'mae.normalise': False,
+         'dino.outputs': 20, 'dino.temperature': .3, 'dino.teacher_temperature': .08, 'dino.centre': .1, 'clip.dim': 7, 'clip.depth': 1, 'siglip.dim': 7, 'siglip.depth': 1}
+
+
+@once('objective', *(f'objectives.{dial}' for dial in DIALS))
+def objectives(tmp, cohorts, monkeypatch):
+    "Each dial changes weights, views, the loss, or (the centre, which moves after a step) a whole run; and each objective another loss."
+    base = {name: Computed(config_of('demo', {'objective': name} | NEEDS.get(name, {})), cohorts[0]) for name in OBJECTIVES}
+    assert len({float(c['loss'][0]) for c in base.values()}) == len(OBJECTIVES)
+    for dial, value in DIALS.items():
+        name = dial.split('.')[0]
+        changed = Computed(config_of('demo', {'objective': name} | NEEDS.get(name, {}) | {f'objectives.{dial}': value}), cohorts[0])
+        assert any(differ(base[name][stage], changed[stage]) for stage in (['run'] if dial == 'dino.centre' else STAGES)), dial
+        with pytest.raises(InputError, match='no effect'): config_of('demo', {f'objectives.{dial}': value})
 
 
 @once('train.probe_every')

@@ -212,7 +212,7 @@ def test_unknown_words_are_explained(place, capsys):
 
 def test_as_a_process(place):
     "The exit code and the line of a real process; and the way it is meant."
-    assert one_line(run('mmsn.prepare', 'nih', 'none', 'out', code=2)) == 'mmsn: no file none/labels.csv'
+    assert one_line(run('mmsn.prepare', 'nih', 'none', 'out', code=2, fork=False)) == 'mmsn: no file none/labels.csv'
     done = run('mmsn.prepare', *TABLE)
     assert 'cohort written to out' in done.stdout and not done.stderr.strip()
     assert 'unknown' in run('mmsn.prepare', 'images', '--help').stdout

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import SMALL, one_line, refused, run
+from forks import Command
 from mmsn.checkpoint import checkpoints, latest, read_state, save_checkpoint
 from mmsn.options import InputError
 from mmsn.data.cohort import Cohort
@@ -52,8 +53,7 @@ def test_run_folder(whole):
 def test_terminated_run_resumes_exactly(cohort, whole, tmp_path):
     "SIGTERM in the middle: exit code 0, and the same command ends where the uninterrupted run did."
     folder = tmp_path/'killed'
-    command = [sys.executable, '-m', 'mmsn.train', 'demo', f'data.cohort={cohort}', f'train.run={folder}', *SMALL, 'optim.epochs=6']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = Command('mmsn.train', *words(cohort, folder, 'optim.epochs=6'), stderr=subprocess.STDOUT)
     deadline = time.time() + 120
     while time.time() < deadline and not ((folder/'metrics.jsonl').exists() and len((folder/'metrics.jsonl').read_text().splitlines()) >= 3): time.sleep(.01)
     process.send_signal(signal.SIGTERM)
@@ -98,8 +98,7 @@ def test_contrast_resumes_exactly(cohort, tmp_path, loss):
 def test_killed_without_warning(cohort, whole, tmp_path):
     "SIGKILL between checkpoints: the run resumes from the last one and ends the same."
     folder = tmp_path/'killed'
-    command = [sys.executable, '-m', 'mmsn.train', 'demo', f'data.cohort={cohort}', f'train.run={folder}', *SMALL, 'optim.epochs=6', 'train.checkpoint_every=2']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = Command('mmsn.train', *words(cohort, folder, 'optim.epochs=6', 'train.checkpoint_every=2'), stderr=subprocess.STDOUT)
     deadline = time.time() + 120
     while time.time() < deadline and not list(folder.glob('checkpoints/step-*')): time.sleep(.01)
     process.kill(); process.wait()
@@ -129,7 +128,7 @@ def test_wrong_input(cohort, tmp_path, capsys, change, says):
     assert not (tmp_path/'run').exists()
 
 
-def test_missing_config_in_a_process_of_its_own(tmp_path): assert 'preset' in one_line(run('mmsn.train', tmp_path/'none.yaml', code=2))
+def test_missing_config_in_a_process_of_its_own(tmp_path): assert 'preset' in one_line(run('mmsn.train', tmp_path/'none.yaml', code=2, fork=False))
 
 
 def test_resume_refuses_other_values(cohort, whole, tmp_path, capsys):

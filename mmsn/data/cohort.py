@@ -7,7 +7,7 @@ A cohort is the one form of data that training and evaluation read. The preparat
 # %% auto #0
 __all__ = ['SPLITS', 'ModalityInfo', 'offsets', 'ranges', 'splitmix', 'open_array', 'check_samples', 'Cohort', 'Batch']
 
-# %% ../../nbs/10_data.cohort.ipynb #e947ffec
+# %% ../../nbs/10_data.cohort.ipynb #dafdb81d
 import hashlib, json, os, re, warnings
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 
 from ..config import _nearest
 from .entries import FORMAT, check_array, read_meta
+from ..arguments import check_kind
 from .text import read_vocabulary
 from ..files import abandoned, read_columns, read_json, seal, sha256, sha256_of, verify_once
 from ..options import InputError
@@ -231,7 +232,7 @@ def _check_hashes(folder, meta, files, changed=None):
     for f in changed:
         raise InputError(f'{folder/f} was changed since it was written: copy or prepare the cohort again')
 
-# %% ../../nbs/10_data.cohort.ipynb #a4bfaf27
+# %% ../../nbs/10_data.cohort.ipynb #2e1d0b39
 class Cohort:
     "A prepared data set, read lazily: `samples`, `modalities`, `labels`, and `cohort[i]`."
     def __init__(self, folder, meta:dict, samples):
@@ -249,7 +250,7 @@ class Cohort:
         verify:bool=False,  # also compare the hash of every file
     ):
         "The cohort in `folder`; raises InputError if it is absent, damaged, or of another format version."
-        folder = Path(folder)
+        folder = Path(check_kind('folder', folder, (str, os.PathLike), 'the folder of a cohort'))
         meta, sealed = _read_meta(folder)
         _check_sizes(folder, meta)
         texts = [m['vocabulary'] for m in meta['modalities'].values() if m['kind'] == 'text']

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .formats import Columns, _EMPTY, open_source
-from .tables import _file_error, _literal
+from .tables import _file_error, _literal, check_unnamed
 from .units import conversion
 from ..options import InputError
 
@@ -40,6 +40,7 @@ def draft_range(
 def _cells(con, path, columns):
     "Make `cells` (variable, value, unit) of any table."
     open_source(con, path, columns)
+    check_unnamed(con, path)
     con.execute(f"""create table cells as select trim(variable::varchar) as variable,
         try_cast(trim(value::varchar) as double) as value, nullif(trim(unit::varchar), '') as unit from source
         where variable is not null and lower(coalesce(trim(value::varchar), '')) not in {_EMPTY}""")

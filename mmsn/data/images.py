@@ -27,6 +27,7 @@ from .duplicates import fingerprints
 from .pixels import FORMATS, BadImage, check_file, decode_picture, flat, open_image
 from ..options import InputError
 from ..safe import write_table
+from ..threads import cores
 
 # %% ../../nbs/14_data.images.ipynb #f948bbd0
 def _decode(path, side=None)->tuple:
@@ -202,11 +203,6 @@ def _results(jobs, workers):
         stop.value = 1
         pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/14_data.images.ipynb #beea5108
-def _cores():
-    "CPU cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 # %% ../../nbs/14_data.images.ipynb #9cd377cc
 class Stored(NamedTuple):
     "What `store_images` returns."
@@ -265,7 +261,7 @@ def store_images(
     paths = [str(p) for p in paths]
     files = [Path(p) if root is None else inside(root, p) for p in paths]
     if resume is not None: _prepare_folder(resume)
-    cuts, workers = _cut(len(files), block), 1 if len(files) < _FEW else workers or _cores()
+    cuts, workers = _cut(len(files), block), 1 if len(files) < _FEW else workers or cores()
     index, odd, bad, reused, begin, name = np.full(len(paths), -1, np.int64), [], [], 0, writer.n, writer.path.stem
     prints = np.zeros((len(paths), 2), np.uint64)
     work = _results([(files[c], size, fit, resume) for c in cuts], min(workers, len(cuts)))

@@ -23,7 +23,7 @@ from .. import __version__
 from .cohort import SPLITS, splitmix
 from .csvfile import check_rows, csv_header, note, sql_names, unnamed, visible
 from .ids import subject_numbers
-from .times import find_format, leave_out_words, time_text
+from .times import find_format, is_stamp, leave_out_words, time_text
 from ..options import InputError
 
 # %% ../../nbs/15_data.tables.ipynb #dbb97391
@@ -129,8 +129,12 @@ def _times(con, path, column, source, i, where=None):
     if f.kind == 'elapsed':
         raise InputError(f'{what} should hold dates, not hours such as '
                          f'{con.execute("select min(t) from sampled").fetchone()[0]}')
-    inner = f'(select *, {f.parts(f"""text{i}""")} as parts{i} from (select *, {text} as text{i} from {source}))'
-    return inner, f.stamp(f'text{i}', f'parts{i}')
+    raw = '"' + column.replace('"', '""') + '"'
+    quick = is_stamp(raw) if f.form == 'ymd' and Path(path).suffix != '.parquet' else 'false'
+    text = f'case when not {quick} then {text} end as text{i}'
+    parts = f.parts(f'text{i}')
+    return (f'(select *, {parts} as parts{i} from (select *, {text} from {source}))',
+            f"case when {quick} then try_cast(nullif({raw}, '') as timestamp) else {f.stamp(f'text{i}', f'parts{i}')} end")
 
 # %% ../../nbs/15_data.tables.ipynb #f6c36889
 def _day_or_month(con, text, source, what):

@@ -24,7 +24,7 @@ def bin_hours(
     size:int, # hours a bin
 )->tuple:     # ((N, L, V) mean of observed values, (N, L, K) log(1 + observed hours)), L bins
     "What was observed in each bin of each channel."
-    N, T, V = len(x), x.shape[1], len(owner) - len(bits)
+    N, T, V = x.shape[0], x.shape[1], len(owner) - len(bits)
     shape = N, -(-T//size), size   # the last bin may be filled up with nothing
     true = torch.arange(T, device=x.device) < lengths[:, None]
     observed = (x[..., bits] > .5)*true[..., None]

@@ -23,7 +23,7 @@ def last_hour(
     lengths,  # (N,) true hours, at least 1
 ):
     "(N, H): the state at the last true hour."
-    return states[torch.arange(len(states), device=states.device), lengths - 1]
+    return states[torch.arange(states.shape[0], device=states.device), lengths - 1]
 
 # %% ../../nbs/31_encoders.timeseries.ipynb #4ede9bd0
 def mean_hours(

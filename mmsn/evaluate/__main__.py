@@ -10,6 +10,7 @@ __all__ = ['parser', 'main']
 # %% ../../nbs/85_evaluate.ipynb #79ab35dc
 from ..commands import Parser, cli
 from ..options import InputError
+from ..threads import wait_asleep
 
 # %% ../../nbs/85_evaluate.ipynb #e8500009
 def parser():
@@ -19,7 +20,7 @@ def parser():
                                             'tables and a report.')
     p.add_argument('runs', nargs='*', metavar='RUN',
                    help='folder that mmsn-train wrote, its encoder folder, hub:OWNER/NAME, published weights, '
-                   'torchvision:NAME or timm:NAME; several are compared with the first')
+                   'torchvision:, timm:, hf: or xrv:NAME; several are compared with the first')
     p.add_argument('overrides', nargs='*', metavar='key=value',
                    help='changes: protocols=[low_shot,knn] draws=10 labels=[Pneumonia] baselines=false '
                    'corruptions=all data.cohort=cohorts/other')
@@ -49,6 +50,7 @@ def main(argv=None):
     runs, overrides = [w for w in words if '=' not in w], [w for w in words if '=' in w]
     if not (runs or args.seed_config):
         raise InputError('nothing to evaluate: give the folder of a run, or --seed-config FILE')
+    wait_asleep()
     page = _evaluated(args.seed_config, runs, overrides, args.out, args.verify)
     print(f'tables {page.parent}, report {page}')
 

@@ -139,7 +139,7 @@ def _diagnoses(con):
     yield 'diagnoses_icd', *_verdict(_count(con, 'diagnoses_icd where coalesce(icd_version not in (9, 10), true)'),
                                      'codes of no known version')
     yield 'diagnoses_icd', *_verdict(_count(con, "diagnoses_icd where icd_code like '%.%'"),
-                                     'codes with a point, which MIMIC leaves out')
+                                     'codes with a point, which MIMIC leaves out: they are read without', 'info')
     yield 'diagnoses_icd', *_verdict(_count(con, 'diagnoses_icd where icd_version = 9 and length(trim(icd_code)) < 3'),
                                      'codes of ICD-9 with less than three characters: a spreadsheet took their '
                                      'leading zeros')

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .channels import (BENCHMARK, CHANNELS, CONVERSIONS, NAMES, SPECIMEN, channel_set, items_of,
                                       recode, unit_table, word_table)
+from ..csvfile import note
 from ..tables import _literal, find_table, header, open_table, run
 from ..timeseries import grid
 from ...options import InputError
@@ -131,6 +132,8 @@ def _lab_rows(con, rules):
     ids = ', '.join(str(i) for i in (*(i.itemid for i in items_of('clean', 'labevents')), *SPECIMEN))
     run(con, f'''create or replace temp table labs as select * from labevents
         where itemid in ({ids}) and subject_id in (select subject_id from chosen)''', 'labevents')
+    untimed = con.execute('select count(*) from labs where charttime is null').fetchone()[0]
+    if untimed: note(f'labevents: {untimed:,} rows of the chosen patients have no charttime that can be read: left out')
     run(con, f'''create or replace temp table arterial as
         select distinct specimen_id from labs where itemid in {SPECIMEN} and lower(value) like 'art%' ''')
     return 'labs', '(i.itemid <> 50817 or coalesce(e.specimen_id in (select specimen_id from arterial), false))'

@@ -1,0 +1,130 @@
+"Numbers in prose are true: what the home page, the gallery, the walk-throughs and the how-to pages say is compared with the tables in nbs/results."
+import json, re
+
+import pandas as pd
+import pytest
+
+from notebook_metrics import ROOT, cells
+from readme import pictures, readme
+
+RESULTS = ROOT/'nbs'/'results'
+PAGES = [ROOT/'nbs'/f'{n}.ipynb' for n in ('index', 'gallery', 'map')] + sorted(p for d in ('tutorials', 'howto', 'concepts') for p in (ROOT/'nbs'/d).glob('*.ipynb'))
+
+
+def prose(book): return '\n'.join(re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)|\$[^$]*\$', ' ', s, flags=re.S) for t, s, _ in cells(book) if t == 'markdown')
+
+
+def table(name): return pd.read_csv(RESULTS/f'{name}.csv')
+
+
+def demo(encoder, inputs='joint'): return table('demo').query('encoder == @encoder and input == @inputs').iloc[0, 2:].astype(float)
+
+
+def bar(name): return table('demo_bars').set_index('bar').loc[name]
+
+
+def ahead(inputs, columns=slice(None)):
+    "How far the pretrained encoder of the demo is above the best of its baselines, at each fraction."
+    return (demo('pretrained', inputs) - pd.concat([demo(e, inputs) for e in ('random', 'scratch', 'plain', 'booster')], axis=1).max(axis=1)).iloc[columns]
+
+
+def of_nih():
+    t = table('gallery_nih')
+    return t[t.shots == 0]
+
+
+CLAIMS = {   # (page, words of it) -> whether the tables say so
+    ('index', 'With few labels the fused encoder is far ahead of every baseline'): lambda: (ahead('joint', slice(0, 2)) > .07).all(),
+    ('index', 'with all of them still ahead of training from scratch'): lambda: demo('pretrained').iloc[2] > demo('scratch').iloc[2],
+    ('index', 'the image encoder is ahead at every fraction'): lambda: (ahead('cxr') > 0).all(),
+    ('index', 'the chart encoder up to a tenth of the labels'): lambda: (ahead('ehr', slice(0, 2)) > 0).all() and ahead('ehr').iloc[2] < 0,
+    ('index', 'find each other many times better than chance'): lambda: bar('image <-> EHR, recall@10, times chance').value > 4,
+    ('index', 'costs the fused encoder a fifth of its AUROC'): lambda: abs(bar('70 % of patches masked, relative loss, fused').value - .2) < .03,
+    ('index', 'the image alone twice as much'): lambda: abs(bar('70 % of patches masked, relative loss, image alone').value/bar('70 % of patches masked, relative loss, fused').value - 2) < .3,
+    ('index', 'Not reached: hiding'): lambda: set(table('demo_bars').query('not reached').bar.str[:7]) == {'70 % of'},
+    ('gallery', 'The intervals of all encoders overlap at every fraction of labels'): lambda: all(g.low.max() <= g.high.min() for _, g in of_nih().groupby(['input', 'fraction'])),
+    ('gallery', '70 % of the patches hidden (second table) its AUROC does not fall'): lambda: table('gallery_nih_robustness').query("corruption == 'patches' and severity == .7 and encoder == 'pretrained'").relative_loss.max() < .02,
+    ('gallery', 'falls by more than a tenth, on 114 test images'): lambda: (lambda t: t[t.encoder != 'pretrained'].relative_loss.min() > .1 and (t.rows == 114).all())(table('gallery_nih_robustness').query("corruption == 'patches' and severity == .7 and encoder != 'plain'")),
+    ('faq', 'recorded at 12,000 rows a second'): lambda: 'CHAIN, LEAST, MOST = 12_000' in (ROOT/'benchmarks'/'extraction.py').read_text(encoding='utf-8'),
+    ('faq', '313 million rows of chart events, 3.1 has 433 million'): lambda: 'FULL, ROWS_A_STAY, OURS = 433_000_000' in (ROOT/'benchmarks'/'extraction.py').read_text(encoding='utf-8'),
+    ('faq', 'the published rules give 140 stays, 129 without a transfer, 112 with one stay left in the admission; 54 of them last 48 hours, and 9 of these patients die'):
+        lambda: re.search(r'140 stays, 129 .* 112 .* 54 of them last 48 hours, 9 of these die', ' '.join(s for _, s, _ in cells(ROOT/'nbs'/'22b_data.mimic.stays.ipynb'))),
+}
+
+
+@pytest.mark.parametrize('page, words', CLAIMS, ids=lambda x: x[:40])
+def test_claims(page, words):
+    book = next(p for p in PAGES if p.stem == page)
+    text = ' '.join(' '.join(s for t, s, _ in cells(book) if t == 'markdown').split())
+    assert words in text, 'the page says it otherwise now: change the claim here too'
+    assert CLAIMS[page, words]()
+
+
+def test_table_of_the_readme():
+    "Every row and number of results/demo.csv, with three digits."
+    lines = [l for l in readme().splitlines() if re.match(r'\| (joint|cxr|ehr) \|', l)]
+    want = [f'| {r.input} | {r.encoder} | ' + ' | '.join(f'{v:.3f}' for v in r.iloc[2:]) + ' |' for _, r in table('demo').iterrows()]
+    assert lines == want
+
+
+def test_pictures_are_drawn_from_the_tables():
+    for name, svg in pictures().items(): assert (ROOT/'nbs'/'images'/name).read_text(encoding='utf-8') == svg, 'run python tests/readme.py'
+    assert pictures()['demo.svg'].count('<circle') == len(table('demo'))*3
+
+
+def shown(book):
+    "Numbers of a page's own code and text outputs, as written and rounded."
+    text = ' '.join(s for t, s, _ in cells(book) if t == 'code')
+    for _, _, c in cells(book):
+        for o in c.get('outputs', []): text += ' '.join([''.join(o.get('text', '')), *(''.join(v) for k, v in o.get('data', {}).items() if k.startswith('text/'))])
+    return set(re.findall(r'\d*\.\d+', text))
+
+
+@pytest.mark.parametrize('book', PAGES, ids=lambda b: b.stem)
+def test_measured_numbers_have_a_source(book):
+    "A number with three decimals in prose, which is a measurement, is in a table of results or among what the page itself computes."
+    pool = {f'{abs(v):.3f}' for p in RESULTS.glob('*.csv') for v in pd.to_numeric(pd.read_csv(p).stack(), errors='coerce').dropna()}
+    own = shown(book)
+    for number in re.findall(r'(?<![\d.:])\d?\.\d{3}(?![\d.])', prose(book)):
+        assert f'{float(number):.3f}' in pool or number in own or number.lstrip('0') in {o.lstrip('0') for o in own}, f'{number}: from where?'
+
+
+def test_version_is_the_same_everywhere():
+    import mmsn
+    assert f'version: {mmsn.__version__}\n' in (ROOT/'CITATION.cff').read_text(encoding='utf-8')
+    assert f'version = {{{mmsn.__version__}}}' in readme()
+    assert re.search(rf'^## {re.escape(mmsn.__version__)}\b', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+
+
+def test_lock_file_meets_the_bounds():
+    "requirements-lock.txt is a set that the bounds of settings.ini allow, without anybody's paths."
+    from packaging.requirements import Requirement
+    from configparser import ConfigParser
+    ini = ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    lock = dict(l.split('==') for l in (ROOT/'requirements-lock.txt').read_text(encoding='utf-8').splitlines() if l and not l.startswith('#'))
+    lock = {k.lower().replace('_', '-'): v for k, v in lock.items()}
+    for line in ini['DEFAULT']['requirements'].split('\n'):
+        if line.strip():
+            r = Requirement(line.strip())
+            assert r.specifier.contains(lock[r.name.lower().replace('_', '-')].split('+')[0]), line
+
+
+def test_workflows():
+    "The workflows are YAML, test the versions that are stated, and the scripts they call exist and do what they say."
+    import runpy, yaml
+    flows = {p.stem: p.read_text(encoding='utf-8') for p in (ROOT/'.github'/'workflows').glob('*.yml')}
+    jobs = {n: yaml.safe_load(t)['jobs'] for n, t in flows.items()}
+    ini = (ROOT/'settings.ini').read_text(encoding='utf-8')
+    stated = [re.search(rf'^{k} = (\S+)', ini, re.M)[1] for k in ('min_python', 'max_python')]
+    assert [m['python'] for m in jobs['test']['test']['strategy']['matrix']['include']] == stated
+    for script in {s for t in flows.values() for s in re.findall(r'\.ci/\w+\.py', t)}: assert (ROOT/script).is_file(), script
+    bounds = runpy.run_path(str(ROOT/'.ci'/'bounds.py'))
+    assert bounds['lowest']('torch>=2.9\ntorchvision>=0.24\nduckdb>=2.0,<3') == ['torch==2.9.*', 'torchvision==0.24.*', 'duckdb==2.0.*']
+    names = runpy.run_path(str(ROOT/'.ci'/'addresses.py'))
+    pyproject = names['with_urls']((ROOT/'pyproject.toml').read_text(encoding='utf-8'), 'a', 'b')
+    assert pyproject.count('[project.urls]') == 1 and names['with_urls'](pyproject, 'c', 'd') == pyproject
+    quarto = yaml.safe_load(names['with_source']((ROOT/'_quarto.yml').read_text(encoding='utf-8'), 'a', 'b'))
+    assert quarto['website']['navbar']['right'][-1] == dict(text='Source', href='https://github.com/a/b')
+    json.loads((ROOT/'.devcontainer'/'devcontainer.json').read_text(encoding='utf-8'))
+    for p in (ROOT/'.github'/'ISSUE_TEMPLATE').glob('*.yml'): assert yaml.safe_load(p.read_text(encoding='utf-8'))
