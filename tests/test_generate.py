@@ -20,6 +20,10 @@ from mmsn.train import train
 VAE = dict(pixels=16, layers=2, codes=12, dim=8, hidden=8, temperature_decay=.01, temperature_floor=.4)
 OPTIM = dict(batch_size=16, epochs=2, warmup_epochs=.5, lr=3e-3, weight_decay=0., final_weight_decay=0., clip=.5)
 
+# what each dial is changed to
+DIALS = dict(vae=dict(pixels=32, layers=1, codes=5, dim=4, hidden=4, blocks=2, temperature=.5, temperature_decay=.5, temperature_floor=.89, kl=.1),
+             dalle=dict(length=9, dim=8, depth=1, heads=4, dim_head=4, mlp_ratio=2., image_weight=1.))
+
 
 def config(kind, folder, vae='', run='run', **kw):
     "A small config of either objective on the toy cohort in `folder`."
@@ -180,8 +184,7 @@ def test_each_option_has_an_effect(place):
         model = build_model(c, cohort)
         batch = cohort.batch(cohort.rows('train', list(c.modalities), 'paired')[:6], list(c.modalities))
         return [p.shape for p in model.parameters()], model(model.views(batch, 0, 0), model.annealed(at)).loss.item()
-    for kind, changes in dict(vae=dict(pixels=32, layers=1, codes=5, dim=4, hidden=4, blocks=2, temperature=.5, temperature_decay=.5, temperature_floor=.89, kl=.1),
-                              dalle=dict(length=9, dim=8, depth=1, heads=4, dim_head=4, mlp_ratio=2., image_weight=1.)).items():
+    for kind, changes in DIALS.items():
         before = first(kind)
         assert before == first(kind)
         for key, value in changes.items(): assert first(kind, **{key: value}) != before, key
