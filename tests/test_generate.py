@@ -20,6 +20,10 @@ from mmsn.train import train
 VAE = dict(pixels=16, layers=2, codes=12, dim=8, hidden=8, temperature_decay=.01, temperature_floor=.4)
 OPTIM = dict(batch_size=16, epochs=2, warmup_epochs=.5, lr=3e-3, weight_decay=0., final_weight_decay=0., clip=.5)
 
+# what each dial is changed to
+DIALS = dict(vae=dict(pixels=32, layers=1, codes=5, dim=4, hidden=4, blocks=2, temperature=.5, temperature_decay=.5, temperature_floor=.89, kl=.1),
+             dalle=dict(length=9, dim=8, depth=1, heads=4, dim_head=4, mlp_ratio=2., image_weight=1.))
+
 
 def config(kind, folder, vae='', run='run', **kw):
     "A small config of either objective on the toy cohort in `folder`."
@@ -57,10 +61,9 @@ def test_resume_is_bit_equal(place, kind, optimizer):
     "Stopped after five steps, in mid-epoch, and resumed by the same command: weights, moments and metrics are those of the run that was not stopped."
     cohort, ends = Cohort.open(place/'cohort'), []
     for name in ('whole', 'torn'):
-        c = config(kind, place, run=f'{kind}-{optimizer}-{name}', optim=dict(optimizer=optimizer, accumulation=2))
+        c = config(kind, place, run=f'{kind}-{optimizer}-{name}', optim=dict(optimizer=optimizer, accumulation=2, epochs=4))
         if name == 'torn':
             first = Trainer(c, cohort)
-            first.metrics = None
             real = first.take
             def take(batches):
                 found = real(batches)
@@ -97,7 +100,8 @@ def step(rows, folder, kind, wrap):
     c = config(kind, folder)
     model = build_model(c, cohort)
     batch = cohort.batch(rows, list(c.modalities))
-    out = wrap(model)(model.views(batch, 3, 1), model.annealed(4))
+    whole = wrap(model)             # kept: without it no gradient is averaged
+    out = whole(model.views(batch, 3, 1), model.annealed(4))
     out.loss.backward()
     return {'loss': out.loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
@@ -114,7 +118,7 @@ def rank(i, port, folder):
 
 
 def test_two_ranks_are_one(place):
-    "Two processes of four samples have the loss and the gradients of one of eight."
+    "Two processes of four samples have the loss of one of eight, to 1e-6, and its gradients."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -124,8 +128,10 @@ def test_two_ranks_are_one(place):
         wanted, seen = step(rows, place, kind, lambda m: m), [load_file(place/f'{kind}-{i}.safetensors') for i in (0, 1)]
         torch.testing.assert_close((seen[0]['loss'] + seen[1]['loss'])/2, wanted['loss'], atol=1e-6, rtol=1e-6)
         assert wanted.keys() == seen[0].keys() and wanted['loss'] > 0
-        for name in set(wanted) - {'loss'}:
-            for found in seen: torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-5, msg=lambda m: f'{kind}, {name}: {m}')
+        whole = lambda found: torch.cat([found[name].flatten() for name in sorted(set(wanted) - {'loss'})])
+        for found in seen: assert (whole(found) - whole(wanted)).norm() <= 1e-5*whole(wanted).norm(), kind     # single gradients may cancel to rounding errors
+    one, other = (step(rows, place, 'vae', lambda m: m)['loss'], step(rows[::-1].copy(), place, 'vae', lambda m: m)['loss'])
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)                # the noise belongs to the sample, not to its place in the batch
 
 
 def test_the_vae_stays_and_its_hash_is_known(place):
@@ -178,8 +184,7 @@ def test_each_option_has_an_effect(place):
         model = build_model(c, cohort)
         batch = cohort.batch(cohort.rows('train', list(c.modalities), 'paired')[:6], list(c.modalities))
         return [p.shape for p in model.parameters()], model(model.views(batch, 0, 0), model.annealed(at)).loss.item()
-    for kind, changes in dict(vae=dict(pixels=32, layers=1, codes=5, dim=4, hidden=4, blocks=2, temperature=.5, temperature_decay=.5, temperature_floor=.89, kl=.1),
-                              dalle=dict(length=9, dim=8, depth=1, heads=4, dim_head=4, mlp_ratio=2., image_weight=1.)).items():
+    for kind, changes in DIALS.items():
         before = first(kind)
         assert before == first(kind)
         for key, value in changes.items(): assert first(kind, **{key: value}) != before, key

@@ -18,7 +18,7 @@ from mmsn.evaluate.networks import supervised
 from mmsn.evaluate.task import Task, make_draws
 from mmsn.train import train as run_training
 from mmsn.checkpoint import latest
-from mmsn.dials import DRAWING, OBJECTIVES
+from mmsn.dials import DRAWING, OBJECTIVES, Objectives
 from mmsn.options import MODALITIES, Config, InputError
 from mmsn.config import build, check, check_single, load_config, presets, to_dict
 from mmsn.data.writer import CohortWriter
@@ -313,6 +313,13 @@ def objectives(tmp, cohorts, monkeypatch):
         changed = Computed(config_of('demo', {'objective': name} | NEEDS.get(name, {}) | {f'objectives.{dial}': value}), cohorts[0])
         assert any(differ(base[name][stage], changed[stage]) for stage in (['run'] if dial == 'dino.centre' else STAGES)), dial
         with pytest.raises(InputError, match='no effect'): config_of('demo', {f'objectives.{dial}': value})
+
+
+@once(*(f'objectives.{k}.{f.name}' for k in DRAWING for f in fields(Objectives.__dataclass_fields__[k].default_factory)))
+def drawing(tmp, cohorts, monkeypatch):
+    "Test_generate changes each of them; `vae` names a model, and is proven there too."
+    from test_generate import DIALS
+    assert all({*DIALS[k]} | {'vae'} >= {f.name for f in fields(Objectives.__dataclass_fields__[k].default_factory)} for k in DRAWING)
 
 
 @once('train.probe_every')
