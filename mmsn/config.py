@@ -125,7 +125,7 @@ def _check_values(config:Config):
             near = _nearest(v, map(str, choices))
             raise InputError(f'{path} should be one of {", ".join(map(repr, choices))}, not {short(v)}{near}')
 
-# %% ../nbs/01_config.ipynb #6a2c857c
+# %% ../nbs/01_config.ipynb #c52f9640
 def check(config:Config):
     "`config` itself if its parts fit together; raises InputError otherwise."
     _check_values(config)
@@ -140,6 +140,7 @@ def check(config:Config):
     _check_space(config)
     _check_objective(config)
     _check_drawing(config)
+    _check_reports(config)
     return config
 
 # %% ../nbs/01_config.ipynb #1fa47d7e
@@ -270,6 +271,23 @@ def _check_objective(config:Config):
         raise InputError(f'objective={o} does not train the fusion: set fusion.dim=0, the embeddings side by side')
     if between and config.fusion.contrast.weight:
         raise InputError(f'fusion.contrast is what objective={o} is already: set fusion.contrast.weight=0')
+
+# %% ../nbs/01_config.ipynb #09d0a199
+def _check_reports(config:Config):
+    "Raise InputError where an objective of images and reports has other modalities, or views that it cannot use."
+    o, kinds = config.objective, sorted(m.kind for m in config.modalities.values())
+    if o not in ('convirt', 'gloria') or not kinds: return
+    if kinds != ['image', 'text']:
+        raise InputError(f'objective={o} is about one image and one text, not {", ".join(kinds)}: list these two')
+    if config.fusion.dim:
+        raise InputError(f'objective={o} does not train the fusion: set fusion.dim=0, the embeddings side by side')
+    if config.fusion.contrast.weight:
+        raise InputError(f'fusion.contrast is what objective={o} is already: set fusion.contrast.weight=0')
+    for name, m in config.modalities.items() if o == 'gloria' else ():
+        hides = m.kind == 'image' and (m.views.heavy or m.views.patch_drop)
+        if m.views.focal or m.views.random != 1 or hides:
+            raise InputError(f'objective=gloria compares one view of each whole: set modalities.{name}.views.random=1, '
+                             f'views.focal=0' + ', views.patch_drop=0, views.heavy=0'*(m.kind == 'image'))
 
 # %% ../nbs/01_config.ipynb #befd79a9
 def _check_drawing(config:Config):

@@ -70,6 +70,8 @@ RANGES = dict(    # dataclass of `mmsn.options` -> field -> what numbers it, or 
 # %% ../nbs/00b_ranges.ipynb #fbd9d0be
 RANGES |= dict(
     Cells=dict(weight=_WEIGHT, horizon=Range(1, 10**5), presence=_WEIGHT, summary=_WEIGHT),
+    ConVIRT=dict(temperature=_SHARPNESS, weight=_SHARE, hidden=_WIDTH, dim=_WIDTH),
+    GLoRIA=dict(attention=_SHARPNESS, word=_SHARPNESS, pair=_SHARPNESS, layers=Range(1, 256), dim=_WIDTH),
     Tokens=dict(weight=_WEIGHT), SimCLR=dict(temperature=_SHARPNESS), SimSiam=dict(bottleneck=_WIDTH),
     VICReg=dict(invariance=_WEIGHT, variance=_WEIGHT, covariance=_WEIGHT),
     VAE=dict(pixels=_SIDE, layers=Range(1, 8), codes=_COUNT, dim=_WIDTH, hidden=_WIDTH, blocks=Range(0, 100), temperature=_SHARPNESS,

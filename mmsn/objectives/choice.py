@@ -11,13 +11,15 @@ __all__ = ['OBJECTIVE_CLASSES', 'make_objective', 'objective_step']
 import torch
 
 from ..groups import anchor_only, embed, fused
+from .convirt import ConVIRTObjective
+from .gloria import GLoRIAObjective
 from .simclr import SimCLRObjective
 from ..options import Config
 from ..terms import Step, add_terms, state_readers
 from ..watch import effective_rank
 
 # %% ../../nbs/52z_objectives.choice.ipynb #aa1faa26
-OBJECTIVE_CLASSES = dict(simclr=SimCLRObjective)
+OBJECTIVE_CLASSES = dict(simclr=SimCLRObjective, convirt=ConVIRTObjective, gloria=GLoRIAObjective)
 
 # %% ../../nbs/52z_objectives.choice.ipynb #7879376c
 def make_objective(
