@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #0e20d2a3
+# %% ../../nbs/83_evaluate.evaluation.ipynb #a954c0e0
 import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -46,6 +46,7 @@ from ..options import Config, Evaluate, InputError
 from ..run import find_cohort, read_run, run_config, subjects_of_run
 from ..safe import file_word, read_table, write_table
 from ..safe_yaml import read_changes
+from ..seed_text import own_words
 from ..sources import init_model, open_encoder
 from ..train import chosen_config, say_notes
 
@@ -541,7 +542,7 @@ def open_weights(
     _compare_hashes(cohort, model, None, verify)
     return EvaluatedEncoder(model, config, cohort, Path(config.train.run))
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0089
+# %% ../../nbs/83_evaluate.evaluation.ipynb #95405427
 def evaluate_seed(
     seed_config,      # a linear-evaluation file of the earlier code
     overrides=(),     # key=value changes
@@ -558,5 +559,5 @@ def evaluate_seed(
     if not run_folder(source): return evaluate(source, (), out, config, verify=verify)
     options = {f.name: getattr(config.evaluate, f.name) for f in fields(Evaluate)}
     changed = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v != getattr(Evaluate(), k)}
-    rest = [o for o in overrides if not o.startswith('evaluate.')]
+    rest = [o for o in own_words(overrides) if not o.startswith('evaluate.')]
     return evaluate(source, [*(f'evaluate.{k}={v}' for k, v in changed.items()), *rest], out, verify=verify)
