@@ -19,11 +19,11 @@ from .options import InputError
 from .safe_yaml import read_changes, read_file
 from .seed_config import _config, read_seed_config
 
-# %% ../nbs/65b_seed_text.ipynb #ceefdbb6
-PROTOS = dict(ConVIRT='convirt', GLoRIA='gloria', SimCLR='simclr', VAE='vae', DALLE='dalle')   # model.proto -> objective
+# %% ../nbs/65b_seed_text.ipynb #cebe9791
+PROTOS = dict(ConVIRT='convirt', GLoRIA='gloria', SimCLR='simclr', VAE='vae', DALLE='dalle')   # proto -> objective
 
-_VAE = dict(image_size=(int, 'pixels'), num_layers=(int, 'layers'), num_tokens=(int, 'codes'), codebook_dim=(int, 'dim'),
-            hidden_dim=(int, 'hidden'), num_resnet_blocks=(int, 'blocks'), temperature=(float, 'temperature'),
+_VAE = dict(image_size=(int, 'pixels'), num_layers=(int, 'layers'), num_tokens=(int, 'codes'),
+            codebook_dim=(int, 'dim'), hidden_dim=(int, 'hidden'), num_resnet_blocks=(int, 'blocks'), temperature=(float, 'temperature'),
             kl_div_loss_weight=(float, 'kl'))
 
 DIRECT = {   # key -> (type, ours)
@@ -38,7 +38,8 @@ OF_MODEL = dict(   # objective -> key -> (type, ours)
     convirt={'model.loss.tau': (float, 'objectives.convirt.temperature'),
              'model.loss.lambda_': (float, 'objectives.convirt.weight')},
     gloria={'model.loss.temp1': (float, 'objectives.gloria.attention'),
-            'model.loss.temp2': (float, 'objectives.gloria.word'), 'model.loss.temp3': (float, 'objectives.gloria.pair'),
+            'model.loss.temp2': (float, 'objectives.gloria.word'),
+            'model.loss.temp3': (float, 'objectives.gloria.pair'),
             'model.encoder.last_n_layers': (int, 'objectives.gloria.layers')},
     simclr={'model.loss.tau': (float, 'objectives.simclr.temperature')},
     vae={f'model.{k}': (kind, f'objectives.vae.{ours}') for k, (kind, ours) in _VAE.items()},
@@ -67,7 +68,7 @@ RULES_OF = dict(convirt=_CNN | _VIEWS | _LENGTH | _LANGUAGE | _WIDTH, gloria=_CN
                 dalle=_LENGTH | {'model.dalle.text_seq_len': (int, 'objectives.dalle.length'),
                                  'model.vae.ckpt': (_TEXT, 'objectives.dalle.vae')})
 
-# %% ../nbs/65b_seed_text.ipynb #400ad76f
+# %% ../nbs/65b_seed_text.ipynb #a1a2524a
 _FILES = 'not read: mmsn-prepare tok {} makes the cohort, and data.cohort names it'
 _PLATEAU = 'the rate follows a cosine from optim.lr to optim.final_lr, whatever the loss does'
 _PROBE = 'nothing is validated while a run trains, unless train.probe_every; mmsn-evaluate evaluates it'
@@ -80,7 +81,8 @@ NAMED = {    # key -> (type, the value that asks for nothing, why others do noth
     'ckpt': (_TEXT, None, 'checkpoints of the earlier code are not read; mmsn-evaluate names a run'),
     'dataset.proto': (str, ANY, 'the cohort and the objective say what a sample is'),
     **{f'dataset.{p}{k}': (kind, none, why) for p in ('', 'image.', 'seq.', 'label.') for k, kind, none, why in (
-        ('root', _TEXT, None, _FILES.format('ROOT OUT')), ('file', _TEXT, None, _FILES.format('ROOT OUT, with --texts NAME,')))},
+        ('root', _TEXT, None, _FILES.format('ROOT OUT')),
+        ('file', _TEXT, None, _FILES.format('ROOT OUT, with --texts NAME,')))},
     **{f'dataset.{p}{k}': (kind, none, why) for p in ('', 'image.') for k, kind, none, why in (
         ('image_path', _TEXT, None, _FILES.format('ROOT OUT --root PATH')),
         ('load_memory', bool, False, 'files of a cohort are mapped into memory as they are read'),
@@ -90,20 +92,23 @@ NAMED = {    # key -> (type, the value that asks for nothing, why others do noth
         ('crop', int, ANY, 'mmsn-prepare tok --size N decides the stored size, and the objective what is read of it'),
         ('custom_transform_train', _TEXT, None, 'code in a config is not run; views are modalities.NAME.views'),
         ('custom_transform_val', _TEXT, None, 'code in a config is not run; an encoder reads the whole image'))},
-    'dataset.seq.tokenizer': (_TEXT, None, 'the cohort has its vocabulary: mmsn-prepare tok --tokenizer NAME takes this one'),
+    'dataset.seq.tokenizer': (_TEXT, None,
+                              'the cohort has its vocabulary: mmsn-prepare tok --tokenizer NAME takes this one'),
     'dataset.seq.tokenizer_max_len': (int, ANY, 'there is no text in this objective'),
-    'dataset.seq.processing': (_TEXT, None, 'texts are cleaned in one way when the cohort is prepared (mmsn.data.text)'),
+    'dataset.seq.processing': (_TEXT, None,
+                               'texts are cleaned in one way when the cohort is prepared (mmsn.data.text)'),
     'model.forward_batch_size': (int, ANY, 'a batch goes through the encoders whole; optim.accumulation saves memory'),
 }
 
-# %% ../nbs/65b_seed_text.ipynb #2eb1c3e0
+# %% ../nbs/65b_seed_text.ipynb #155f4a02
 NAMED |= {
     'model.cnn.proto': (str, 'CNN', 'modalities.NAME.encoder names the image encoder'),
     'model.cnn.output_layer': (str, 'avgpool', 'the last map is averaged, and the objective takes regions itself'),
     'model.cnn.dropout_out': (float, 0., 'there is no dropout after the image encoder'),
     'model.cnn.permute': (str, 'batch_first', 'shapes are known'),
     'model.cnn.freeze': (bool, False, 'encoders are trained'),
-    'model.cnn.pretrained': (bool, False, 'a residual network starts from random weights; train.init_from names others'),
+    'model.cnn.pretrained': (bool, False,
+                             'a residual network starts from random weights; train.init_from names others'),
     'model.projection.visual_embedding_dim': (int, ANY, _FOLLOWS),
     'model.projection.textual_embedding_dim': (int, ANY, _FOLLOWS),
     'model.visual_embedder.interm_feature_dim': (int, 1024, _FOLLOWS),
@@ -115,7 +120,8 @@ NAMED |= {
     'model.vae.straight_through': (bool, False, _NO_VAE),
     **{f'model.vae.{k}': (kind, ANY, _NO_VAE) for k, (kind, _) in _VAE.items()},
     'model.dalle.num_text_tokens': (int, ANY, 'the vocabulary of the cohort has its own number of tokens'),
-    'model.dalle.attn_dropout': (float, 0., 'there is no dropout'), 'model.dalle.ff_dropout': (float, 0., 'there is no dropout'),
+    'model.dalle.attn_dropout': (float, 0., 'there is no dropout'),
+    'model.dalle.ff_dropout': (float, 0., 'there is no dropout'),
     **{f'trainor.{k}': (kind, none, _PLATEAU) for k, kind, none in (
         ('lr_decay', _TEXT, None), ('lr_decay_factor', float, ANY), ('lr_decay_patience', int, ANY),
         ('lr_decay_params.factor', float, ANY), ('lr_decay_params.patience', int, ANY),
@@ -127,22 +133,23 @@ NAMED |= {
                                                             ('metrics', tuple[str, ...]), ('splits', tuple[str, ...]))},
 }
 
-# %% ../nbs/65b_seed_text.ipynb #93bf5054
+# %% ../nbs/65b_seed_text.ipynb #0dd9db34
 _DRAWN = 'mmsn-generate RUN --report "…" draws images, also for reports of the cohort'
 NAMED |= {
     'ensemblor.batch_size': (int, ANY, 'batches of an evaluation are chosen by what memory holds'),
     'ensemblor.beam_width': (int, ANY, 'no text is written'),
     'ensemblor.metrics': (tuple[str, ...], (), 'mmsn-evaluate reports all of its metrics, with intervals'),
-    'ensemblor.splits': (tuple[str, ...], ANY, 'probes are fitted on train, chosen on validation, and reported on test'),
+    'ensemblor.splits': (tuple[str, ...], ANY,
+                         'probes are fitted on train, chosen on validation, and reported on test'),
     'ensemblor.mode': (str, 'best-1', 'checkpoints of one run are not averaged: mmsn-evaluate takes the last one '
                                       '(train.keep_best keeps the best), and RUN1 RUN2 … compares several runs'),
     'ensemblor.generate_images': (bool, False, _DRAWN), 'ensemblor.num_images': (int, ANY, _DRAWN),
     'ensemblor.post_processing.plot_representation.keys': (
         tuple[str, ...], ANY, 'a map of each modality is drawn, visual and linguistic, beside the joint one'),
 }
-KEYS = {o: NAMED | DIRECT | RULES | OF_MODEL[o] | RULES_OF[o] for o in OF_MODEL}   # objective -> key -> what becomes of it
+KEYS = {o: NAMED | DIRECT | RULES | OF_MODEL[o] | RULES_OF[o] for o in OF_MODEL}   # objective -> key -> …
 
-# %% ../nbs/65b_seed_text.ipynb #22e2235d
+# %% ../nbs/65b_seed_text.ipynb #811cf039
 def _included(name, path):
     "The file that `includes` of `path` names; raises InputError."
     if not isinstance(name, str) or Path(name).is_absolute() or '..' in Path(name).parts:
@@ -152,6 +159,7 @@ def _included(name, path):
     if not found: raise InputError(f'includes names {name}, which is neither here nor in a folder above the file')
     return found
 
+# %% ../nbs/65b_seed_text.ipynb #616ca7bc
 def read_tree_of(
     path,     # YAML file
     above=(), # files that include it
@@ -167,7 +175,7 @@ def read_tree_of(
         merged = OmegaConf.merge(merged, read_tree_of(_included(name, path), (*above, path.resolve())))
     return OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=False)
 
-# %% ../nbs/65b_seed_text.ipynb #99f7a161
+# %% ../nbs/65b_seed_text.ipynb #9e85956f
 def flat(
     tree:dict,       # nested
     where:str='',    # dotted path of `tree`
@@ -182,6 +190,7 @@ def flat(
         else: out[where + key] = value
     return out
 
+# %% ../nbs/65b_seed_text.ipynb #58a7467f
 def _value(value, kind, key):
     "`value` as `kind`; whole numbers may be written as text, or with a point. Raises InputError."
     if kind is int and isinstance(value, (str, float)):
@@ -189,7 +198,7 @@ def _value(value, kind, key):
         except (ValueError, OverflowError): pass
     return _coerce(value, kind, key)
 
-# %% ../nbs/65b_seed_text.ipynb #4c497d9d
+# %% ../nbs/65b_seed_text.ipynb #5f9e1fb3
 _KINDS = dict(simclr=('image',), vae=('image',))     # others: an image and a text
 _USUAL = dict(image='cxr', text='report')
 
@@ -204,7 +213,8 @@ class TextPlan:
         self.out = dict(objective=objective)
         for kind in _KINDS.get(objective, ('image', 'text')):
             there = [n for n, k in (cohort or {}).items() if k == kind]
-            if len(there) > 1: raise InputError(f'the file is about one modality of kind {kind}, the cohort has {", ".join(there)}')
+            if len(there) > 1:
+                raise InputError(f'the file is about one modality of kind {kind}, the cohort has {", ".join(there)}')
             self.names[kind] = there[0] if there else _USUAL[kind]
             self.out[f'modalities.{self.names[kind]}.kind'] = kind
 
@@ -219,7 +229,7 @@ class TextPlan:
         "Say of a key that the file has why it does nothing."
         if key in self.values: self.notes.append(f'{key}={json.dumps(self.values[key])}: {why}')
 
-# %% ../nbs/65b_seed_text.ipynb #6bb28025
+# %% ../nbs/65b_seed_text.ipynb #a8626b0d
 _OPTIMIZERS = dict(radam='radam', adam='adamw', adamw='adamw')
 
 def _optim_rules(plan):
@@ -231,8 +241,8 @@ def _optim_rules(plan):
     lr = plan.get('trainor.optim_params.lr')
     if lr is None: raise InputError('trainor.optim_params.lr is missing: the learning rate has no default')
     last = plan.get('trainor.lr_decay_params.min_lr', plan.get('trainor.lr_min', lr))
-    for key, value in dict(optimizer=_OPTIMIZERS[name.lower()], weight_decay=decay, final_weight_decay=decay, start_lr=lr,
-                           final_lr=min(last, lr), warmup_epochs=0., schedule_stretch=1.,
+    for key, value in dict(optimizer=_OPTIMIZERS[name.lower()], weight_decay=decay, final_weight_decay=decay,
+                           start_lr=lr, final_lr=min(last, lr), warmup_epochs=0., schedule_stretch=1.,
                            clip=plan.get('trainor.clip_grad_norm') or 0.).items(): plan.put(f'optim.{key}', value)
     if plan.get('trainor.use_amp'): plan.put('train.mixed_precision', 'fp16')
 
@@ -253,16 +263,17 @@ def _view_rules(plan):
         plan.put(f'image.views.{key}', value)
     for key in ('drop', 'shuffle'): plan.put(f'text.views.{key}', 0.)
 
-# %% ../nbs/65b_seed_text.ipynb #2393bcd1
+# %% ../nbs/65b_seed_text.ipynb #7fcd76c1
 def _encoder_rules(plan):
     "Image encoder, language model, widths."
     name, o = plan.get('model.cnn.backbone', 'resnet50'), plan.objective
     if name not in ('resnet18', 'resnet50'):
-        raise InputError(f'model.cnn.backbone should be resnet18 or resnet50, not {name!r}; other image encoders: write a '
-                         f'config with objective: {o} and modalities.NAME.encoder')
+        raise InputError(f'model.cnn.backbone should be resnet18 or resnet50, not {name!r}; other image encoders: '
+                         f'write a config with objective: {o} and modalities.NAME.encoder')
     plan.put('image.encoder.name', name)
     width, dim = 2048 if name == 'resnet50' else 512, plan.get('model.projection.projection_dim', 768)
-    if plan.get('model.projection.visual_embedding_dim') == width: plan.values.pop('model.projection.visual_embedding_dim')
+    if plan.get('model.projection.visual_embedding_dim') == width:
+        plan.values.pop('model.projection.visual_embedding_dim')
     if o == 'simclr':
         for key, value in dict(hidden=2048, depth=1, output=dim).items(): plan.put(f'head.{key}', value)
         return
@@ -271,42 +282,46 @@ def _encoder_rules(plan):
     if source := plan.get('model.encoder.proto'): plan.put('text.encoder.name', f'hf:{source}')
     if length := plan.get('dataset.seq.tokenizer_max_len'): plan.put('text.encoder.length', length)
 
-# %% ../nbs/65b_seed_text.ipynb #c269b297
+# %% ../nbs/65b_seed_text.ipynb #5f596450
 def _dalle_rules(plan):
     "The VAE, and how much of a report is read."
     plan.put('data.samples', 'paired')
     source = plan.get('model.vae.ckpt')
     if source and Path(source).suffix in ('.pth', '.pt', '.ckpt', '.tar'):
-        plan.note('model.vae.ckpt', 'checkpoints of the earlier code are not read: train objective=vae, and name its run '
-                                    'with objectives.dalle.vae=RUN')
+        plan.note('model.vae.ckpt', 'checkpoints of the earlier code are not read: train objective=vae, and name its '
+                                    'run with objectives.dalle.vae=RUN')
     elif source: plan.put('objectives.dalle.vae', source)
     lengths = [n for n in map(plan.get, ('model.dalle.text_seq_len', 'dataset.seq.tokenizer_max_len')) if n]
     if lengths: plan.put('objectives.dalle.length', min(lengths))
 
+# %% ../nbs/65b_seed_text.ipynb #9fab8c83
 def _run_rules(plan):
     "The run's folder and name."
     folder, name = plan.get('ckpt_dir') or plan.get('trainor.ckpt_dir'), plan.get('name')
     if name: plan.put('name', name)
     if folder or name: plan.put('train.run', str(Path(folder or 'runs')/(name or '')))
 
-# %% ../nbs/65b_seed_text.ipynb #52d195cb
+# %% ../nbs/65b_seed_text.ipynb #f5397406
 def _typed(tree, objective):
     "Dotted key -> value of its type. Raises InputError for a key that is unknown."
     known, values = KEYS[objective], {}
     for key, value in flat(tree).items():
         others = [p for p, o in PROTOS.items() if key in KEYS[o]]
-        if key not in known and others: raise InputError(f'{key} is a key of {", ".join(others)}, and model.proto is another')
+        if key not in known and others:
+            raise InputError(f'{key} is a key of {", ".join(others)}, and model.proto is another')
         if key not in known: raise InputError(f'unknown key {key!r}{_nearest(key, known)}')
         values[key] = _value(value, known[key][0], key)
     return values
 
+# %% ../nbs/65b_seed_text.ipynb #1576b655
 def plan_text(
     tree:dict,     # nested, as `read_tree_of` gives it
     cohort=None,   # the cohort's modalities: name -> kind
 )->TextPlan:
     "What becomes of a file. Raises InputError."
     proto = tree.get('model', {}).get('proto')
-    if proto not in PROTOS: raise InputError(f'model.proto should be one of {", ".join(PROTOS)}, not {proto!r}{_nearest(proto, PROTOS)}')
+    if proto not in PROTOS:
+        raise InputError(f'model.proto should be one of {", ".join(PROTOS)}, not {proto!r}{_nearest(proto, PROTOS)}')
     objective = PROTOS[proto]
     plan = TextPlan(objective, _typed(tree, objective), cohort)
     for rules in (_optim_rules, _run_rules): rules(plan)
@@ -314,11 +329,12 @@ def plan_text(
     if objective not in ('vae', 'dalle'): _view_rules(plan), _encoder_rules(plan)
     direct = DIRECT | OF_MODEL[objective]
     for key, value in [*plan.values.items()]:
-        if key in direct and direct[key][1] not in plan.out: plan.put(direct[key][1], list(value) if isinstance(value, tuple) else value)
+        if key in direct and direct[key][1] not in plan.out:
+            plan.put(direct[key][1], list(value) if isinstance(value, tuple) else value)
         elif key in NAMED and key not in RULES_OF[objective] and value != NAMED[key][1]: plan.note(key, NAMED[key][2])
     return plan
 
-# %% ../nbs/65b_seed_text.ipynb #69d55db7
+# %% ../nbs/65b_seed_text.ipynb #93547a60
 _SECTIONS = ('model', 'trainor', 'dataset', 'validator', 'ensemblor')
 
 def own_words(
@@ -327,6 +343,7 @@ def own_words(
     "Those that are about keys of ours, not about a section of the earlier code."
     return [w for w in words if w.split('=')[0].split('.')[0] not in _SECTIONS]
 
+# %% ../nbs/65b_seed_text.ipynb #bc310082
 def read_seed(
     path,            # YAML file of the earlier code, or of the other one
     modalities=None, # the cohort's modalities: name -> kind

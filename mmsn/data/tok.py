@@ -103,7 +103,7 @@ def _check_once(
         raise InputError(f'{a.file}, line {a.line + 1} and {b.file}, line {b.line + 1} name the same image {a.image} '
                          f'({n} lines in all): an image belongs to one sample')
 
-# %% ../../nbs/26b_data.tok.ipynb #a92874b7
+# %% ../../nbs/26b_data.tok.ipynb #02a55ae1
 _SEVERAL = ('multilabel', 'multi', 'multilabels', 'true', 'yes', '1')
 _ONE = ('singlelabel', 'single', 'multiclass', 'notmultilabel', 'false', 'no', '0')
 
@@ -116,8 +116,8 @@ def tok_labels(
     told = re.sub(r'^(multi[\W_]*label)[\W_]*(true|false|yes|no|[01])$', r'\2', first.strip().lower())
     word = re.sub(r'[\W_]', '', told)
     if word not in _SEVERAL + _ONE:
-        raise InputError(f'{path}, line 1 should say multi-label or single-label, not {first.strip()[:60]!r}; the names '
-                         f'follow from line 2 on')
+        raise InputError(f'{path}, line 1 should say multi-label or single-label, not {first.strip()[:60]!r}; the '
+                         f'names follow from line 2 on')
     names = [n.strip() for line in rest for n in line.split(',') if n.strip()]
     if not names: raise InputError(f'{path} names no labels: give one a line, from line 2 on')
     for n in names:
@@ -201,7 +201,7 @@ def _texts(folder, splits, texts):
             if name not in has[t]: raise InputError(f'no file {folder/f"{name}.{t}.tok"}: each split needs its texts')
     return found
 
-# %% ../../nbs/26b_data.tok.ipynb #35e6ab65
+# %% ../../nbs/26b_data.tok.ipynb #627a7b76
 def _split_table(folder, name, root, pick, texts, labels):
     "(table of one split, a row an image: image, file, line, n, name, texts, labels; images passed over)"
     rows, n, left = _images(folder, name, root, pick)
@@ -213,11 +213,12 @@ def _split_table(folder, name, root, pick, texts, labels):
     if labels:
         several, names = labels
         there = (own := folder/f'{name}.label.tok').is_file()
-        columns = _label_columns(own, _beside(own, n, path), several, names) if there else dict.fromkeys(names, [''] * n)
+        columns = dict.fromkeys(names, ['']*n)
+        if there: columns = _label_columns(own, _beside(own, n, path), several, names)
         table |= {k: [v[i] for i in line] for k, v in columns.items()}
     return pd.DataFrame(table), left
 
-# %% ../../nbs/26b_data.tok.ipynb #85fc5a96
+# %% ../../nbs/26b_data.tok.ipynb #3cea7152
 _OWN = ('image', 'file', 'line', 'n', 'name', 'split', 'subject', *TEXTS)
 
 def _found_labels(folder, splits):
@@ -226,10 +227,11 @@ def _found_labels(folder, splits):
     if not there: return None
     several, names = tok_labels(folder)
     for n in names:
-        if n in _OWN: raise InputError(f'{folder/"labels.tok"}: the label {n!r} has the name of a column of this reader: rename it')
+        if n in _OWN:
+            raise InputError(f'{folder/"labels.tok"}: the label {n!r} has the name of a column of this reader: rename it')
     return several, names
 
-# %% ../../nbs/26b_data.tok.ipynb #2997d50b
+# %% ../../nbs/26b_data.tok.ipynb #e936045c
 def prepare_tok(
     folder,               # with SPLIT.image.tok, and SPLIT.report.tok, SPLIT.label.tok, labels.tok where there are such
     out,                  # the cohort folder to make
@@ -256,5 +258,5 @@ def prepare_tok(
     told = [('samples', f'lines of {p.file[0]}', int(p.n[0])) for p in parts]
     if sum(left): told.append(('images', 'further ones of a sample, passed over (pick=all takes them)', sum(left)))
     options.setdefault('provenance', dict(command='prepare_tok', source=folder.name))
-    return image_cohort(table, folder, root, out, size, 'image', 'subject', split or 'split', labels[1] if labels else (),
-                        reports=texts, told=told, **{'name': 'tok', **options})
+    return image_cohort(table, folder, root, out, size, 'image', 'subject', split or 'split',
+                        labels[1] if labels else (), reports=texts, told=told, **{'name': 'tok', **options})
