@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import run
+from mmsn.config import load_config
 from mmsn.options import InputError
 from mmsn.seed_text import DIRECT, NAMED, OF_MODEL, RULES, RULES_OF, flat, plan_text, read_seed
 from mmsn.testing import toy_cohort
@@ -195,4 +196,6 @@ def test_trains(tmp_path):
     assert curve.objective.notna().any()
     page = run('mmsn.evaluate', '--seed-config', path, f'data.cohort={tmp_path}/cohort', *SMALL[:-1], 'ensemblor.post_processing=[{plot_representation: {labels_keep: [heart], max_samples_per_class: 5}}]',
                'evaluate.protocols=[knn]', 'evaluate.baselines=false', 'evaluate.bootstrap=5')
-    assert 'warning: ensemblor.splits=' in page.stderr and (tmp_path/'ckpt'/'convirt_mimic'/'report'/'summary.csv').is_file()
+    report = tmp_path/'ckpt'/'convirt_mimic'/'report'
+    assert 'warning: ensemblor.splits=' in page.stderr and (report/'knn.csv').is_file()
+    assert (load_config(report/'config.yaml').evaluate.map_labels, load_config(report/'config.yaml').evaluate.map_samples) == (('heart',), 5)
