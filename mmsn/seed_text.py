@@ -159,7 +159,7 @@ def _included(name, path):
     if not found: raise InputError(f'includes names {name}, which is neither here nor in a folder above the file')
     return found
 
-# %% ../nbs/65b_seed_text.ipynb #616ca7bc
+# %% ../nbs/65b_seed_text.ipynb #d9a95904
 def read_tree_of(
     path,     # YAML file
     above=(), # files that include it
@@ -171,11 +171,12 @@ def read_tree_of(
     if not isinstance(tree, dict): raise InputError(f'{path}: a config file holds keys and values, not {tree!r}')
     tree, names = dict(tree), tree.get('includes') or []
     tree.pop('includes', None)
+    if not isinstance(names, (str, list)): raise InputError(f'{path}: includes should list files, not {names!r}')
     for name in [names] if isinstance(names, str) else names:
         merged = OmegaConf.merge(merged, read_tree_of(_included(name, path), (*above, path.resolve())))
     return OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=False)
 
-# %% ../nbs/65b_seed_text.ipynb #9e85956f
+# %% ../nbs/65b_seed_text.ipynb #44c5bd73
 def flat(
     tree:dict,       # nested
     where:str='',    # dotted path of `tree`
@@ -185,7 +186,10 @@ def flat(
     for key, value in tree.items():
         if not isinstance(key, str): raise InputError(f'{where}{key!r} is no key: keys are words')
         if key == 'post_processing' and isinstance(value, list):
-            value = {k: v for part in value for k, v in (part if isinstance(part, dict) else {part: {}}).items()}
+            value = [{part: {}} if isinstance(part, str) else part for part in value]
+            if not all(isinstance(part, dict) for part in value):
+                raise InputError(f'{where}{key} should list steps with their options, not {value!r}')
+            value = {k: v for part in value for k, v in part.items()}
         if isinstance(value, dict): out |= flat(value, f'{where}{key}.')
         else: out[where + key] = value
     return out
@@ -313,14 +317,14 @@ def _typed(tree, objective):
         values[key] = _value(value, known[key][0], key)
     return values
 
-# %% ../nbs/65b_seed_text.ipynb #1576b655
+# %% ../nbs/65b_seed_text.ipynb #e7f178ca
 def plan_text(
     tree:dict,     # nested, as `read_tree_of` gives it
     cohort=None,   # the cohort's modalities: name -> kind
 )->TextPlan:
     "What becomes of a file. Raises InputError."
     proto = tree.get('model', {}).get('proto')
-    if proto not in PROTOS:
+    if not isinstance(proto, str) or proto not in PROTOS:
         raise InputError(f'model.proto should be one of {", ".join(PROTOS)}, not {proto!r}{_nearest(proto, PROTOS)}')
     objective = PROTOS[proto]
     plan = TextPlan(objective, _typed(tree, objective), cohort)

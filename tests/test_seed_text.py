@@ -169,7 +169,8 @@ def test_includes_numbers_as_text_and_dotted_words(tmp_path):
     ('proto: ConVIRT\n', 'proto: ConVIRTT\n', "did you mean 'ConVIRT'"), ('tau: 0.1', 'tau: hot', 'model.loss.tau should be float'), ('tau:', 'tou:', "did you mean 'model.loss.tau'"),
     ('lambda_:', 'temp1:', 'model.loss.temp1 is a key of GLoRIA'), ('optimizer: RAdam', 'optimizer: Lion', 'RAdam, Adam, AdamW'), ('resnet50', 'densenet121', 'resnet18 or resnet50'),
     ('{lr: 5e-5}', '{}', 'trainor.optim_params.lr is missing'), ('crop: 224', 'crop: 300', 'larger than'), ('name: convirt_mimic', 'includes: [../x.yml]', 'includes names files'),
-    ('name: convirt_mimic', 'includes: [no.yml]', 'neither here'), ('trainor:', 'trainer:', 'unknown key'), ('epochs: 99', 'epochs: -1', 'optim.epochs')])
+    ('name: convirt_mimic', 'includes: [no.yml]', 'neither here'), ('trainor:', 'trainer:', 'unknown key'), ('proto: ConVIRT\n', 'proto: [ConVIRT]\n', 'model.proto should be one of'), ('mode: best-1', 'mode: [1]', 'ensemblor.mode should be str'),
+    ('name: convirt_mimic', 'includes: 5', 'includes should list files'), ('    - plot_representation:', '    - 5\n    - plot_representation:', 'should list steps'), ('lr: 5e-5', 'lr: nan', 'optim.start_lr'), ('epochs: 99', 'epochs: -1', 'optim.epochs')])
 def test_wrong_files(tmp_path, old, new, said):
     path = tmp_path/'f.yml'
     assert old in FILES['convirt']
