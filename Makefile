@@ -36,7 +36,7 @@ notebooks: $(STAMP)
 
 unit: $(STAMP)
 	@echo '== tests'
-	$(TEST_ENV) $(BIN)/python -m pytest -q --durations 8
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 8
 
 # Without quarto: nbconvert makes it, and a test holds the two equal.
 readme: $(STAMP)

@@ -13,7 +13,7 @@ config.optim
 # %% auto #0
 __all__ = ['build', 'check', 'spaces', 'contrasted', 'check_single', 'presets', 'load_config', 'to_dict', 'save_config']
 
-# %% ../nbs/01_config.ipynb #63b08353
+# %% ../nbs/01_config.ipynb #343559db
 import dataclasses, difflib, os, types, typing
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
@@ -125,7 +125,7 @@ def _check_values(config:Config):
             near = _nearest(v, map(str, choices))
             raise InputError(f'{path} should be one of {", ".join(map(repr, choices))}, not {short(v)}{near}')
 
-# %% ../nbs/01_config.ipynb #c52f9640
+# %% ../nbs/01_config.ipynb #b42e20b2
 def check(config:Config):
     "`config` itself if its parts fit together; raises InputError otherwise."
     _check_values(config)
@@ -139,8 +139,8 @@ def check(config:Config):
     _check_kinds(config)
     _check_space(config)
     _check_objective(config)
-    _check_drawing(config)
     _check_reports(config)
+    _check_drawing(config)
     return config
 
 # %% ../nbs/01_config.ipynb #1fa47d7e

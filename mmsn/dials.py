@@ -108,7 +108,7 @@ class GLoRIA:
     layers: int = 4              # last blocks of the text whose states are summed
     dim: int = 768               # width of the space that image and text share
 
-# %% ../nbs/00_dials.ipynb #2332aca9
+# %% ../nbs/00_dials.ipynb #608ecc02
 @dataclass(frozen=True)
 class Objectives:
     "The dials of each objective, by its name."

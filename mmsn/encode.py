@@ -30,6 +30,7 @@ from .data.times import TIME_UNITS
 from .files import beside, fsync, read_sealed, sweep, write_sealed
 from .options import InputError
 from .progress import Progress
+from .threads import wait_asleep
 
 # %% ../nbs/93_encode.ipynb #37969dcf
 def _table(ids, outputs):
@@ -417,6 +418,7 @@ def main(argv=None):
     s = _sources(a)
     _check_options(s)
     _check_out(Path(a.out), a.overwrite)
+    wait_asleep()
     import torch
     from mmsn.sources import open_encoder
     encoder = open_encoder(a.encoder).to('cuda' if torch.cuda.is_available() else 'cpu').eval()

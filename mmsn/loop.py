@@ -369,8 +369,9 @@ def _loop(self:Trainer):
     "The files, the steps, and the last checkpoint."
     t, self.warned = self.config.train, False
     if self.main:
-        threads = settle_threads(self, read_run(self.run).get('threads'), tqdm.write)
-        if not (self.run/'config.yaml').is_file(): start_run(self.run, self.config, self.cohort, self.started_on, threads)
+        begun = (self.run/'config.yaml').is_file()
+        threads = settle_threads(self, read_run(self.run).get('threads') if begun else None, tqdm.write)
+        if not begun: start_run(self.run, self.config, self.cohort, self.started_on, threads)
         for left in self.run.glob('.encoder-*'): shutil.rmtree(left, ignore_errors=True)    # by a process that was killed
     self.metrics = Metrics(self.run, self.step) if self.main else None
     self.probed = self.step//max(t.probe_every, 1)
@@ -401,8 +402,7 @@ def _steps(self:Trainer, bar):
         if self.step % t.log_every == 0 or self.step == self.total:
             now = time.perf_counter()
             row = self.log(out, norm, values, sharpen, (now - before)/t.log_every)
-            siamese = 'loss_above_floor' in row
-            more = f', above floor {row["loss_above_floor"]:.3f}, prototypes {row["used"]:.0f}' if siamese else ''
+            more = f', above floor {row["loss_above_floor"]:.3f}, prototypes {row["used"]:.0f}' if 'used' in row else ''
             bar.set_postfix_str(f'loss {row["loss"]:.3f}{more}, {row["samples_per_s"]:.0f} samples/s')
             before = now
         if self.step % t.checkpoint_every == 0 and self.step < self.total: self.save()

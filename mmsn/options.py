@@ -333,7 +333,8 @@ class Train:
 
 # %% ../nbs/00_options.ipynb #c60e49f8
 # ways of asking, in the order of the report
-PROTOCOLS = ('low_shot', 'linear_probe', 'knn', 'supervised', 'finetune', 'robustness', 'missing', 'retrieval')
+PROTOCOLS = ('low_shot', 'linear_probe', 'knn', 'supervised', 'finetune', 'robustness', 'missing', 'retrieval',
+             'zero_shot')
 
 # %% ../nbs/00_options.ipynb #c60e49f9
 @dataclass(frozen=True)

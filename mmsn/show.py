@@ -122,7 +122,7 @@ def save_figure(
     dpi:int=160,      # of the PNG
 )->list[Path]:
     "Write PATH.png and PATH.svg (its text stays text), renamed into place; the same figure makes the same bytes."
-    fig.draw_without_rendering()
+    if (layout := fig.get_layout_engine()) and fig.axes: layout.execute(fig)
     fig.set_layout_engine('none')     # the layout is settled once: each further drawing would move it by a hair
     out = []
     for end, meta in (('png', dict(Software=None)), ('svg', dict(Date=None, Creator=None))):
@@ -306,7 +306,8 @@ def _batch_row(axes, batch, name):
         if image: ax.imshow(x[i, 0], cmap='gray', vmin=low, vmax=high)
         else:
             scaled = (x[i] - low)/np.maximum(high - low, 1e-9)
-            ax.imshow(scaled[:int(batch.lengths[name][i])] if name in batch.lengths else scaled, aspect='auto', cmap='viridis', vmin=0, vmax=1,
+            hours = int(batch.lengths[name][i]) if name in batch.lengths else None
+            ax.imshow(scaled[:hours], aspect='auto', cmap='viridis', vmin=0, vmax=1,
                       interpolation='nearest')
     axes[0].set_ylabel(name, fontsize=8)
 

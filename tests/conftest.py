@@ -11,7 +11,7 @@ import pytest
 from forks import Command
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {f'mmsn.{name}' for name in ('prepare', 'train', 'evaluate', 'convert', 'demo')}
+COMMANDS = {f'mmsn.{name}' for name in ('prepare', 'train', 'evaluate', 'convert', 'encode', 'demo')}
 # a shell starts jobs in the background with Ctrl-C ignored, and what they start ignores it too: tests that send one would wait
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -19,6 +19,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SMALL = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=1', 'modalities.cxr.views.random_size=32', 'modalities.cxr.views.focal_size=16',
          'modalities.ehr.encoder.hidden=16', 'modalities.ehr.encoder.dim=16', 'fusion.dim=24', 'head.hidden=32', 'head.output=16', 'loss.prototypes=8',
          'optim.batch_size=16', 'optim.epochs=2', 'optim.warmup_epochs=0.5', 'train.log_every=1', 'train.threads=1']
+
+
+# files whose tests take longest begin first, so that two workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) end together
+LONG = ['test_ends.py', 'test_launch.py', 'test_distributed.py', 'test_train.py', 'test_options.py', 'test_mimic.py', 'test_inputs.py', 'test_hostile_report.py', 'test_fuzz.py']
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def run(module, *words, code=0, fork=None, env=None, cwd=None, **kwargs):

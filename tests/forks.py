@@ -79,7 +79,7 @@ def _server():
 def warm():
     "Import what the commands import; nothing of it may start a thread, which a fork would lose."
     import torch._dynamo
-    import matplotlib.pyplot, mmsn.convert, mmsn.demo, mmsn.evaluate.__main__, mmsn.evaluate.evaluation, mmsn.loop, mmsn.prepare, mmsn.train, nbclient, nbconvert, sklearn.ensemble
+    import matplotlib.pyplot, mmsn.convert, mmsn.demo, mmsn.encode, mmsn.evaluate.__main__, mmsn.evaluate.evaluation, mmsn.loop, mmsn.prepare, mmsn.train, nbclient, nbconvert, sklearn.ensemble
     from mmsn.evaluate import report
     report.nbformat.v4
     gc.collect(), gc.freeze()                                 # or each process copies and collects what was imported when it ends

@@ -121,6 +121,7 @@ def evaluate_runs(
     overrides=(),      # key=value changes: evaluate.* and data.cohort
     out=None,          # the report's folder; RUN1/comparison by default
     verify:bool=False, # compare every file of the cohorts with its hash, also those that were compared before
+    page:bool=True,    # whether the report is run; without it there are the tables only
 )->Path:
     "Compare several encoders on the same patients; returns the path of the report's page. Raises InputError."
     start = time.perf_counter()
@@ -139,9 +140,9 @@ def evaluate_runs(
         _write_tables(temporary, tables, {n.replace('/', '-'): p for n, p in predictions.items()})
         _write_about(temporary, names, sources, overrides, tables, cohort, task, e, start, notices)
         say(f'report: {folder}/report.html')
-    page = _write_whole(folder, write)
+    path = _write_whole(folder, write, page)
     print(f'test AUROC, mean over labels and draws; differences from {names[0]}\n' + _printed(folder))
-    return page
+    return path
 
 # %% ../../nbs/84_evaluate.compare.ipynb #e8400028
 def _printed(folder):
