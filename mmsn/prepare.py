@@ -218,7 +218,7 @@ def iu(
                  lambda: prepare_iu(source, out, size, seed, workers, split, reports, most_bad=most_bad,
                                     most_shared=most_shared, tokenizer=tokenizer, say=say))
 
-# %% ../nbs/28_prepare.ipynb #7763f351
+# %% ../nbs/28_prepare.ipynb #b4244472
 def images(
     csv,                   # a row an image
     folder,                # of the images (JPEG, PNG, TIFF, WebP, …; DICOM with pip install mmsn[dicom])
@@ -243,7 +243,8 @@ def images(
     "Any folder of images with a CSV that has a row an image."
     lines = [] if subject else ['no --subject: every image counts as a patient of its own']
     options = dict(subject_column=subject, split_column=split, labels=labels, facts=facts, fit=fit, modality=modality,
-                   reports=reports, tokenizer=tokenizer, name=name, seed=seed, workers=workers, most_bad=most_bad, most_shared=most_shared, say=say)
+                   reports=reports, tokenizer=tokenizer, name=name, seed=seed, workers=workers, most_bad=most_bad,
+                   most_shared=most_shared, say=say)
     lines.append(f'reading {csv}, images of {folder} to {size} x {size} pixels, into {out}')
     return _make(out, overwrite, say, lines, lambda: prepare_images(csv, folder, out, size, id, **options))
 
