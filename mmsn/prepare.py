@@ -1,6 +1,6 @@
 """From tables and images, real or synthetic, to a cohort: a function for each source, and the command `mmsn-prepare`.
 
-Preparing is the first step of the flow: tables and images → cohort → batch → views → model → run → evaluation. The readers of `mmsn.data` know how each source is laid out; this module puts them behind one interface. There is a function for each source (`synthetic`, `mimic`, `physionet2012`, `nih`, `iu`, `images`, `table`, `medfuse`, `meds`, `join`), which returns the opened `Cohort`, and one command, `mmsn-prepare SOURCE … OUT`, whose options are the arguments of these functions.
+Preparing is the first step of the flow: tables and images → cohort → batch → views → model → run → evaluation. The readers of `mmsn.data` know how each source is laid out; this module puts them behind one interface. There is a function for each source (`synthetic`, `mimic`, `physionet2012`, `nih`, `iu`, `images`, `table`, `medfuse`, `meds`, `tok`, `join`), which returns the opened `Cohort`, and one command, `mmsn-prepare SOURCE … OUT`, whose options are the arguments of these functions.
 
 Every function takes `overwrite` (an earlier cohort at `out` may be replaced) and `say` (called with a line of text at each stage; `Teller()` prints them, and the summary, as the command does), returns the opened `Cohort` and raises `InputError` for whatever is wrong with the input: a missing file or column, a label that is neither 0 nor 1, a name that does not exist. Nothing is left behind then. The comments beside the arguments are also the help of the command."""
 
@@ -8,9 +8,9 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 
 # %% auto #0
 __all__ = ['free_place', 'replacing', 'Teller', 'attention', 'finish', 'synthetic', 'mimic', 'physionet2012', 'nih', 'iu',
-           'images', 'table', 'medfuse', 'meds', 'join', 'parser', 'main']
+           'images', 'table', 'medfuse', 'meds', 'tok', 'join', 'parser', 'main']
 
-# %% ../nbs/28_prepare.ipynb #59ff6228
+# %% ../nbs/28_prepare.ipynb #ceb3ed43
 import argparse, inspect, os, re, tempfile, time, typing
 from contextlib import contextmanager
 from dataclasses import fields
@@ -33,6 +33,7 @@ from .data.mimic.prepare import MimicOptions, _CHOICES, TASKS, prepare_mimic
 from .data.physionet import prepare_physionet2012
 from .data.synthetic import LABELS, synthesise
 from .data.times import TIME_UNITS
+from .data.tok import prepare_tok
 from .data.synthetic_mimic import write_mimic
 from .data.yaib import is_yaib, prepare_yaib, table_words
 from .data.writer import replacing_cohort
@@ -217,7 +218,7 @@ def iu(
                  lambda: prepare_iu(source, out, size, seed, workers, split, reports, most_bad=most_bad,
                                     most_shared=most_shared, tokenizer=tokenizer, say=say))
 
-# %% ../nbs/28_prepare.ipynb #7763f351
+# %% ../nbs/28_prepare.ipynb #b4244472
 def images(
     csv,                   # a row an image
     folder,                # of the images (JPEG, PNG, TIFF, WebP, …; DICOM with pip install mmsn[dicom])
@@ -242,7 +243,8 @@ def images(
     "Any folder of images with a CSV that has a row an image."
     lines = [] if subject else ['no --subject: every image counts as a patient of its own']
     options = dict(subject_column=subject, split_column=split, labels=labels, facts=facts, fit=fit, modality=modality,
-                   reports=reports, tokenizer=tokenizer, name=name, seed=seed, workers=workers, most_bad=most_bad, most_shared=most_shared, say=say)
+                   reports=reports, tokenizer=tokenizer, name=name, seed=seed, workers=workers, most_bad=most_bad,
+                   most_shared=most_shared, say=say)
     lines.append(f'reading {csv}, images of {folder} to {size} x {size} pixels, into {out}')
     return _make(out, overwrite, say, lines, lambda: prepare_images(csv, folder, out, size, id, **options))
 
@@ -322,6 +324,33 @@ def meds(
     options = labels, start, end, hours, timestep, facts, modality, name, seed, memory, threads, split
     return _make(out, overwrite, say, [f'reading {folder} into {out}'],
                  lambda: prepare_meds(folder, codes, out, *options))
+
+# %% ../nbs/28_prepare.ipynb #7ff0e5da
+def tok(
+    folder,                # with SPLIT.image.tok, SPLIT.report.tok (or findings, impression), SPLIT.label.tok, labels.tok
+    out,                   # folder of the cohort; new, or empty
+    root:str='',           # folder that the paths of images begin in (default FOLDER)
+    size:int=224,          # side of the stored images in pixels
+    # CSV with image,subject_id, or a pattern such as p\d{8} in every path; without it SPLIT.subject.tok, or each sample its own
+    subject:str='',
+    split:str='',          # hash, or CSV files with subject,split, by commas; without it that of the files
+    texts:list=(),         # names of the files of text, such as impression; without it findings,impression, or report
+    tokenizer:str='',      # whose vocabulary: a cohort's folder, a language model's; without it learned from training reports
+    pick:typing.Literal['first', 'all']='first',   # of several images of a sample; all: a sample each
+    fit:typing.Literal['crop', 'squash']='crop',   # crop: keep proportions, cut to a square; squash: stretch
+    name:str='tok',        # of the cohort
+    modality:str='cxr',    # name of the image modality
+    seed:int=0,            # of a division by hash
+    workers:int=2,         # processes that decode images
+    most_bad:float=.01,    # share of images that may be unusable; they are dropped and listed
+    most_shared:float=.01,  # share of images whose very pixels another split may hold too
+    say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
+)->Cohort:
+    "Folders of earlier image–text code: images, reports and labels, a line a sample in .tok files."
+    options = dict(tokenizer=tokenizer, fit=fit, name=name, modality=modality, seed=seed, workers=workers,
+                   most_bad=most_bad, most_shared=most_shared, say=say)
+    return _make(out, overwrite, say, [f'reading {folder}, images to {size} x {size} pixels, into {out}'],
+                 lambda: prepare_tok(folder, out, root or None, size, subject, split, texts, pick, **options))
 
 # %% ../nbs/28_prepare.ipynb #f3c2e8a7
 def join(
@@ -471,7 +500,7 @@ def _verify(cohort, seal, say):
     state = 'sealed' if 'seal' in opened.meta else 'not sealed (--seal)'
     say(f'{cohort}: {len(opened.meta["files"])} files are what was written, {state}')
 
-# %% ../nbs/28_prepare.ipynb #8d3f6e09
+# %% ../nbs/28_prepare.ipynb #d4858823
 def parser():
     "The parser of `mmsn-prepare`."
     p = Parser(
@@ -483,7 +512,7 @@ def parser():
     _add_mimic(sub, 'MIMIC-IV, with MIMIC-CXR-JPG')
     for source, text in ((physionet2012, 'PhysioNet/CinC Challenge 2012'), (nih, 'NIH ChestX-ray14'), (iu, iu.__doc__[:-1]),
                          (images, 'a folder of images with a CSV'), (table, 'a table of measurements, long or wide'),
-                         (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set'),
+                         (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set'), (tok, 'a folder of .tok files'),
                          (join, 'cohorts that were prepared before')):
         _add_source(sub, source, text)
     for made in sub.choices.values():

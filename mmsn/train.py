@@ -17,7 +17,7 @@ metrics.plot('step', 'loss', figsize=(6, 2.2), legend=False, ylabel='loss');
 __all__ = ['train', 'look_ahead', 'missing_processes', 'start_processes', 'chosen_config', 'say_notes', 'check_run', 'submit',
            'queue_run', 'main']
 
-# %% ../nbs/66_train.ipynb #b4eacee3
+# %% ../nbs/66_train.ipynb #2024b1bf
 import argparse, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from .dials import DRAWING
 from .options import Config, InputError
 from .processes import launcher, launcher_gone, leave_group, lost_peer, parent_words
 from .schedules import cautions, steps_per_epoch
-from .seed_config import read_seed_config
+from .seed_text import read_seed
 from .threads import wait_asleep
 
 # %% ../nbs/66_train.ipynb #97ad6e24
@@ -123,7 +123,7 @@ def start_processes(n:int, argv, grace:float=10.):
     codes = [p.returncode for p in children]
     raise SystemExit(next((c for c in codes if c > 0), 1 if any(codes) else 0))
 
-# %% ../nbs/66_train.ipynb #56573e51
+# %% ../nbs/66_train.ipynb #d67eba3b
 def chosen_config(
     source,          # a preset's name or a YAML file; None with `seed_config`
     overrides=(),    # key=value changes
@@ -140,7 +140,7 @@ def chosen_config(
     folders = [o.partition('=')[2] for o in overrides if o.startswith('data.cohort=')]
     modalities = Cohort.open(folders[-1]).modalities if folders else None
     kinds = modalities and {name: info.kind for name, info in modalities.items()}
-    return read_seed_config(seed_config, kinds, overrides, linear)
+    return read_seed(seed_config, kinds, overrides, linear)
 
 # %% ../nbs/66_train.ipynb #2eb213df
 def say_notes(notes):

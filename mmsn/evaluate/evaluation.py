@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #bd3e18a5
+# %% ../../nbs/83_evaluate.evaluation.ipynb #9a9d9f32
 import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -53,6 +53,7 @@ from ..progress import time_left
 from ..run import find_cohort, read_run, run_config, subjects_of_run
 from ..safe import file_word, read_table, write_table
 from ..safe_yaml import read_changes
+from ..seed_text import own_words
 from ..sources import init_model, open_encoder
 from ..train import chosen_config, say_notes
 
@@ -564,7 +565,7 @@ def open_weights(
     _compare_hashes(cohort, model, None, verify)
     return EvaluatedEncoder(model, config, cohort, Path(config.train.run))
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0089
+# %% ../../nbs/83_evaluate.evaluation.ipynb #1f1cc2d8
 def evaluate_seed(
     seed_config,      # a linear-evaluation file of the earlier code
     overrides=(),     # key=value changes
@@ -581,5 +582,5 @@ def evaluate_seed(
     if not run_folder(source): return evaluate(source, (), out, config, verify=verify)
     options = {f.name: getattr(config.evaluate, f.name) for f in fields(Evaluate)}
     changed = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v != getattr(Evaluate(), k)}
-    rest = [o for o in overrides if not o.startswith('evaluate.')]
+    rest = [o for o in own_words(overrides) if not o.startswith('evaluate.')]
     return evaluate(source, [*(f'evaluate.{k}={v}' for k, v in changed.items()), *rest], out, verify=verify)
