@@ -23,6 +23,7 @@ setup(
         maps=['umap-learn'],
         trackers=['tensorboard', 'trackio', 'wandb', 'mlflow'],
         vision=['transformers', 'timm'],
+        text=['transformers'],
         slurm=['submitit'],
         dicom=['pydicom>=3'],
     ),
