@@ -24,6 +24,7 @@ setup(
         trackers=['tensorboard', 'trackio', 'wandb', 'mlflow'],
         vision=['transformers', 'timm'],
         xrv=['torchxrayvision'],
+        text=['transformers'],
         slurm=['submitit'],
         dicom=['pydicom>=3'],
         onnx=['onnx>=1.16', 'onnxruntime>=1.18'],

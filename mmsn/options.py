@@ -36,7 +36,8 @@ SIZES = dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), large=(1
 @dataclass(frozen=True)
 class ImageEncoder:
     "A vision transformer (Dosovitskiy et al. 2021); the defaults are S/16."
-    name: str = 'vit'            # architecture: 'vit', or 'resnet18', 'resnet50' of torchvision, which have none of what follows but channels and patch
+    # architecture: 'vit', or 'resnet18', 'resnet50' of torchvision, which have none of what follows but channels, patch
+    name: str = 'vit'
     size: str = ''               # 'tiny', 'small', 'base', 'large': sets dim, depth and heads; '': as given
     channels: int = 1            # of the stem: 1, or 3 for published weights (a grey image is repeated)
     dim: int = 384               # width of a token, and of the image embedding

@@ -65,7 +65,7 @@ def _read_foreign(d, where):
     try: from tokenizers import Tokenizer
     except ImportError:
         raise InputError(f'{where} is that of a language model: install the library transformers '
-                         f'(pip install "mmsn[transformers]")')
+                         f'(pip install "mmsn[text]")')
     try: made = ForeignVocabulary(d)
     except Exception as e:       # the library fails in many ways
         raise InputError(f'{where} is no tokenizer that can be read ({" ".join(str(e).split())[:80]}): '
@@ -82,7 +82,7 @@ def _of_transformers(source):
     "The vocabulary of a language model of the library transformers; raises InputError."
     try: from transformers import AutoTokenizer
     except ImportError:
-        raise InputError(f'the tokenizer {source} needs the library transformers: pip install "mmsn[transformers]"')
+        raise InputError(f'the tokenizer {source} needs the library transformers: pip install "mmsn[text]"')
     try: net = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as e:
         raise InputError(f'no tokenizer could be had from {source} ({str(e).splitlines()[0][:120]}): give a folder of a '

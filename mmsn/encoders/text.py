@@ -98,17 +98,16 @@ def forward(self:LanguageModel, x, lengths): "(N, d), as `states`."; return self
 def _language_model(name, info):
     "The network `name`: with its weights, or at random where its description is known. Raises InputError."
     try: from transformers import AutoConfig, AutoModel
-    except ImportError: raise InputError(f'encoder.name=hf:{name} needs the library transformers: pip install "mmsn[transformers]"')
+    except ImportError: raise InputError(f'encoder.name=hf:{name} needs the library transformers: pip install "mmsn[text]"')
     try:
         if 'transformer' in info:
             d = dict(info['transformer'])
-            return AutoModel.from_config(AutoConfig.for_model(d.pop('model_type'), **d))
-        net = AutoModel.from_pretrained(name, trust_remote_code=False)
+            net = AutoModel.from_config(AutoConfig.for_model(d.pop('model_type'), **d))
+        else: net = AutoModel.from_pretrained(name, trust_remote_code=False)
     except Exception as e:
         raise InputError(f'no language model could be had from {name} ({str(e).splitlines()[0][:120]}): give hf:FOLDER, or '
                          f'hf:OWNER/NAME with a network')
     if getattr(net, 'pooler', None) is not None: net.pooler = None      # nothing would train it
-    net.config.add_pooling_layer = False
     info['transformer'] = net.config.to_diff_dict() | dict(model_type=net.config.model_type)
     return net
 

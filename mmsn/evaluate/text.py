@@ -81,7 +81,8 @@ def zero_shot(
         h = torch.as_tensor(feature_matrix(table, image)[test], device=next(m.parameters()).device)
         z, e = m.contrast_space({image: h})[image], embed_texts(m, text, [p for pair in asked for p in pair])
         scores = (z @ (e[::2] - e[1::2]).T).double().cpu().numpy()
-        for suffix, s, told in (('', scores, asked), (', other prompts', np.roll(scores, 1, 1), asked[-1:] + asked[:-1]))[:1 + (not i and len(asked) > 1)]:
+        control = (', other prompts', np.roll(scores, 1, 1), asked[-1:] + asked[:-1])
+        for suffix, s, told in [('', scores, asked), *[control]*(not i and len(asked) > 1)]:
             t = metric_table(task.labels[test], s, task.subjects[test], task.names, task.groups, resamples=resamples, seed=seed)
             given = dict(zip(task.names, (p for p, _ in told)))
             out.append(t.assign(encoder=encoder + suffix, image=image, prompt=t.label.map(given).fillna('')))

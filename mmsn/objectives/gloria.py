@@ -121,7 +121,7 @@ def forward(self:GLoRIAObjective, step:Step):
         regions = self.regions(step.states[image][0][rows].float(), step.online.encoders[image])
         words, seen = self.words(step.states[text][0][rows].float(), told.x[rows], told.lengths[rows])
         pairs = compare(z[image][rows], z[text][rows], patient)
-        local = local_similarity(*map(gather_rows, (regions, words, seen)), (g.attention, g.word))
+        local = local_similarity(*map(gather_rows, (regions, words)), gather_rows(seen.long()) > 0, (g.attention, g.word))
     if not pairs.strangers.any(): return self._nothing(z, regions, words)
     parts = [2*both_ways(g.pair*s, pairs.strangers) for s in (pairs.cosine, local)]
     named = dict(zip(('objective', 'global', 'local'), (sum(parts), *parts)))
