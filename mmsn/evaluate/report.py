@@ -396,7 +396,6 @@ class _NotebookFormat:
 
 nbformat = _NotebookFormat()
 
-
 # %% ../../nbs/82_evaluate.report.ipynb #e583d17c
 def report_notebook(
     folder:Path,       # the report's folder, with its CSVs and about.json
