@@ -212,7 +212,7 @@ def optimizer_tensors(
 def _check_whole(optimizer, names):
     "Raise InputError unless all parameters have the same parts of state, those of AdamW, or none has any."
     parts = {p: set(optimizer.state.get(p, ())) for group in optimizer.param_groups for p in group['params']}
-    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam))
     wanted = {'step', 'exp_avg', 'exp_avg_sq'} if adam else next(iter(parts.values()), set())
     for p, found in parts.items() if any(parts.values()) else ():
         if found != wanted:

@@ -13,7 +13,7 @@ config.optim
 # %% auto #0
 __all__ = ['build', 'check', 'spaces', 'contrasted', 'check_single', 'presets', 'load_config', 'to_dict', 'save_config']
 
-# %% ../nbs/01_config.ipynb #c8957ed2
+# %% ../nbs/01_config.ipynb #343559db
 import dataclasses, difflib, os, types, typing
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from .commands import cli
 from .arguments import check_kind, check_overrides
-from .dials import Objectives, OBJECTIVES
+from .dials import DRAWING, Objectives, OBJECTIVES
 from .options import Config, Fusion, InputError, Loss, MODALITIES, PROTOCOLS, SIZES
 from .ranges import check_numbers, short
 from .safe_yaml import read_changes, read_file, read_tree
@@ -101,7 +101,7 @@ _CHOICES = {
     'size': ('', *SIZES), 'channels': (1, 3), 'protocols': PROTOCOLS, 'probe': ('logistic', 'sgd'),
     'select': ('cv', 'validation'),
     'tracker': ('', 'tensorboard', 'trackio', 'wandb', 'mlflow'), 'loss': ('sigmoid', 'infonce'),
-    'objective': OBJECTIVES}
+    'objective': OBJECTIVES, 'optimizer': ('adamw', 'radam')}
 
 # %% ../nbs/01_config.ipynb #ab482e73
 def _walk(part, where=''):
@@ -125,7 +125,7 @@ def _check_values(config:Config):
             near = _nearest(v, map(str, choices))
             raise InputError(f'{path} should be one of {", ".join(map(repr, choices))}, not {short(v)}{near}')
 
-# %% ../nbs/01_config.ipynb #6a2c857c
+# %% ../nbs/01_config.ipynb #b42e20b2
 def check(config:Config):
     "`config` itself if its parts fit together; raises InputError otherwise."
     _check_values(config)
@@ -139,6 +139,8 @@ def check(config:Config):
     _check_kinds(config)
     _check_space(config)
     _check_objective(config)
+    _check_reports(config)
+    _check_drawing(config)
     return config
 
 # %% ../nbs/01_config.ipynb #1fa47d7e
@@ -269,6 +271,39 @@ def _check_objective(config:Config):
         raise InputError(f'objective={o} does not train the fusion: set fusion.dim=0, the embeddings side by side')
     if between and config.fusion.contrast.weight:
         raise InputError(f'fusion.contrast is what objective={o} is already: set fusion.contrast.weight=0')
+
+# %% ../nbs/01_config.ipynb #09d0a199
+def _check_reports(config:Config):
+    "Raise InputError where an objective of images and reports has other modalities, or views that it cannot use."
+    o, kinds = config.objective, sorted(m.kind for m in config.modalities.values())
+    if o not in ('convirt', 'gloria') or not kinds: return
+    if kinds != ['image', 'text']:
+        raise InputError(f'objective={o} is about one image and one text, not {", ".join(kinds)}: list these two')
+    if config.fusion.dim:
+        raise InputError(f'objective={o} does not train the fusion: set fusion.dim=0, the embeddings side by side')
+    if config.fusion.contrast.weight:
+        raise InputError(f'fusion.contrast is what objective={o} is already: set fusion.contrast.weight=0')
+    for name, m in config.modalities.items() if o == 'gloria' else ():
+        hides = m.kind == 'image' and (m.views.heavy or m.views.patch_drop)
+        if m.views.focal or m.views.random != 1 or hides:
+            raise InputError(f'objective=gloria compares one view of each whole: set modalities.{name}.views.random=1, '
+                             f'views.focal=0' + ', views.patch_drop=0, views.heavy=0'*(m.kind == 'image'))
+
+# %% ../nbs/01_config.ipynb #befd79a9
+def _check_drawing(config:Config):
+    "Raise InputError where a config of a model that draws has other modalities than it reads, or options of an encoder."
+    o, kinds = config.objective, sorted(m.kind for m in config.modalities.values())
+    if o not in DRAWING or not kinds: return
+    wanted = dict(vae=['image'], dalle=['image', 'text'])[o]
+    if kinds != wanted:
+        has = ', '.join(f'{n} ({m.kind})' for n, m in config.modalities.items())
+        raise InputError(f'objective={o} reads one modality of kind {" and one of kind ".join(wanted)}, and nothing else; '
+                         f'the config has {has}')
+    if o == 'dalle' and config.data.samples != 'paired':
+        raise InputError('objective=dalle needs image and report of each sample: set data.samples=paired')
+    given = {f'train.{k}': getattr(config.train, k) for k in ('init_from', 'probe_every', 'compile', 'activation_checkpointing')}
+    given |= {f'loss.{k}.weight': getattr(config.loss, k).weight for k in ('cells', 'tokens')}
+    for key in [k for k, v in given.items() if v]: raise InputError(f'{key} is about encoders, and objective={o} has none')
 
 # %% ../nbs/01_config.ipynb #fe5a5968
 def _check_dials(config:Config):

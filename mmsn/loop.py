@@ -33,10 +33,12 @@ from .checkpoint import load_optimizer_tensors, optimizer_tensors, save_checkpoi
 from .config import to_dict
 from .data.cohort import Cohort
 from .data.loader import loader
+from .dials import DRAWING
 from .early import LEARNED, EarlyWarning, change_from_start, verdict
 from .files import not_finite
 from .launch import hardest_rows, make_trackers, profiled, speed_options
 from .loss import gather
+from .generate.model import build_model, check_same_vae
 from .model import MMSN
 from .options import Config, InputError, Train
 from .processes import launcher, launcher_gone, settle_threads, stopping
@@ -69,11 +71,12 @@ def partner_rows(
 
 # %% ../nbs/64_loop.ipynb #5b87f607
 def make_optimizer(model:MMSN, config:Config, device):
-    "AdamW over two groups: what decays and what does not."
+    "The optimiser of `optim.optimizer` over two groups: what decays and what does not."
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in trained if p.squeeze().ndim <= 1 or n.endswith('prototypes')]
     skip = {id(p) for p in plain}
     groups = [dict(params=[p for _, p in trained if id(p) not in skip], decays=True), dict(params=plain, decays=False)]
+    if config.optim.optimizer == 'radam': return torch.optim.RAdam(groups, lr=config.optim.lr, decoupled_weight_decay=True)
     return torch.optim.AdamW(groups, lr=config.optim.lr, fused=torch.device(device).type == 'cuda')
 
 # %% ../nbs/64_loop.ipynb #de15d526
@@ -196,7 +199,8 @@ class Trainer:
         self.config, self.stop, self.saved, self.parent = config, False, saved[1] if saved else {}, launcher()
         self.early = EarlyWarning(self.cohort, config) if t.probe_every and self.main else None
         torch.manual_seed(t.seed)
-        model = MMSN.from_config(config, self.cohort)
+        model = build_model(config, self.cohort)
+        check_same_vae(model, self.run)
         self.taken = init_model(model, t.init_from) if t.init_from and not saved else []
         model = speed_options(model, t).to(self.accelerator.device)
         if n > 1 and self.accelerator.device.type == 'cuda':
@@ -248,7 +252,9 @@ def take(self:Trainer, batches):
     "The next step of the run; (output, gradient norm, values, sharpening)."
     epoch, micro = next(batches)
     values = schedule(self.config.optim, self.step, self.steps_per_epoch)
-    sharpen = sharpening(self.config.loss, self.step, self.total)
+    drawing = self.config.objective in DRAWING
+    inner = self.accelerator.unwrap_model(self.model)
+    sharpen = inner.annealed(self.step) if drawing else sharpening(self.config.loss, self.step, self.total)
     out, norm = train_step(self.accelerator, self.model, self.optimizer, micro, values, self.config, epoch, self.step,
                            sharpen, self.cohort.samples.sample_id.to_numpy())
     self.step += 1
@@ -280,7 +286,7 @@ def save(self:Trainer):
                      rows=f'{self.step}:{self.metrics.digest.hexdigest()}',
                      processes=self.accelerator.num_processes, mmsn=mmsn.__version__, torch=torch.__version__)
         save_checkpoint(self.run/'checkpoints', self.step, tensors, state, t.keep_last, t.keep_every, t.keep_best)
-        model.save_pretrained(self.run/'encoder')
+        model.save_pretrained(self.run/getattr(model, 'FOLDER', 'encoder'))
     self.accelerator.wait_for_everyone()
 
 # %% ../nbs/64_loop.ipynb #b03c515b
@@ -351,7 +357,7 @@ def fit(self:Trainer,
 @patch
 def _say_learned(self:Trainer):
     "At the end of a run, a warning where the encoder describes patients as its random start does (main process)."
-    if not self.main or self.config.train.init_from: return
+    if not self.main or self.config.train.init_from or self.config.objective in DRAWING: return
     new, split, n = change_from_start(self.accelerator.unwrap_model(self.model), self.cohort)
     if new < LEARNED:
         tqdm.write(f'warning: the encoder hardly differs from its random start: of its embedding of {n} {split} '
@@ -396,8 +402,7 @@ def _steps(self:Trainer, bar):
         if self.step % t.log_every == 0 or self.step == self.total:
             now = time.perf_counter()
             row = self.log(out, norm, values, sharpen, (now - before)/t.log_every)
-            siamese = 'loss_above_floor' in row
-            more = f', above floor {row["loss_above_floor"]:.3f}, prototypes {row["used"]:.0f}' if siamese else ''
+            more = f', above floor {row["loss_above_floor"]:.3f}, prototypes {row["used"]:.0f}' if 'used' in row else ''
             bar.set_postfix_str(f'loss {row["loss"]:.3f}{more}, {row["samples_per_s"]:.0f} samples/s')
             before = now
         if self.step % t.checkpoint_every == 0 and self.step < self.total: self.save()

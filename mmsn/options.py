@@ -20,7 +20,10 @@ __all__ = ['SIZES', 'SERIES_PRESETS', 'PROTOCOLS', 'MODALITIES', 'InputError', '
 import typing
 from dataclasses import dataclass, field, fields
 
+from .modality_text import TextModality
+
 from .dials import Objectives
+from .modality_text import TextModality
 
 # %% ../nbs/00_options.ipynb #d7560bf4
 class InputError(ValueError):
@@ -33,7 +36,7 @@ SIZES = dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), large=(1
 @dataclass(frozen=True)
 class ImageEncoder:
     "A vision transformer (Dosovitskiy et al. 2021); the defaults are S/16."
-    name: str = 'vit'            # architecture; only 'vit' so far
+    name: str = 'vit'            # architecture: 'vit', or 'resnet18', 'resnet50' of torchvision, which have none of what follows but channels and patch
     size: str = ''               # 'tiny', 'small', 'base', 'large': sets dim, depth and heads; '': as given
     channels: int = 1            # of the stem: 1, or 3 for published weights (a grey image is repeated)
     dim: int = 384               # width of a token, and of the image embedding
@@ -274,7 +277,8 @@ class Loss:
 # %% ../nbs/00_options.ipynb #861e8f18
 @dataclass(frozen=True)
 class Optim:
-    "AdamW and its schedules, all of them functions of the step."
+    "The optimiser and its schedules, all of them functions of the step."
+    optimizer: str = 'adamw'         # or 'radam' (arXiv 1908.03265); Adam is AdamW with weight decay 0
     # samples a process and micro-batch at the start; a run keeps their sum over processes, which is what Sinkhorn and
     # me-max see
     batch_size: int = 64
@@ -329,7 +333,8 @@ class Train:
 
 # %% ../nbs/00_options.ipynb #c60e49f8
 # ways of asking, in the order of the report
-PROTOCOLS = ('low_shot', 'linear_probe', 'knn', 'supervised', 'finetune', 'robustness', 'missing', 'retrieval')
+PROTOCOLS = ('low_shot', 'linear_probe', 'knn', 'supervised', 'finetune', 'robustness', 'missing', 'retrieval',
+             'zero_shot')
 
 # %% ../nbs/00_options.ipynb #c60e49f9
 @dataclass(frozen=True)
@@ -371,7 +376,7 @@ class Evaluate:
 class Config:
     "One run, from cohort to evaluation."
     name: str = 'run'                                 # for people: titles and lists of runs
-    modalities: dict = field(default_factory=dict)    # name -> ImageModality | SeriesModality | TabularModality
+    modalities: dict = field(default_factory=dict)    # name -> ImageModality | SeriesModality | TabularModality | TextModality
     fusion: Fusion = field(default_factory=Fusion)    # how modalities are joined
     head: Head = field(default_factory=Head)          # projection
     objective: str = 'msn'                            # what is minimised: 'msn', or one that `objectives` names
@@ -383,4 +388,4 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)  # protocols
 
 # %% ../nbs/00_options.ipynb #391f3fd5
-MODALITIES = dict(image=ImageModality, timeseries=SeriesModality, tabular=TabularModality)
+MODALITIES = dict(image=ImageModality, timeseries=SeriesModality, tabular=TabularModality, text=TextModality)

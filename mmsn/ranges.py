@@ -60,6 +60,8 @@ RANGES = dict(    # dataclass of `mmsn.options` -> field -> what numbers it, or 
     SeriesMasks=dict(time=_SHARE, channel=_SHARE, cell=_SHARE, drop_start=_SHARE),
     SeriesViews=dict(random=_LAYERS, focal=_LAYERS, focal_window=_SHARE_ABOVE, noise=Range(0, 100), shift=Range(0, 100),
                      downsample=Range(1, 10**4), reverse=_SHARE),
+    TextModality=_MODALITY, TextEncoder=dict(dim=_WIDTH, depth=Range(1, 256), heads=Range(1, 1024), length=Range(2, 4096)),
+    TextViews=dict(random=_LAYERS, focal=_LAYERS, drop=Range(0, .99), shuffle=_SHARE, focal_span=_SHARE_ABOVE),
     TabularEncoder=dict(hidden=_WIDTH, dim=_WIDTH),
     Contrast=dict(weight=_WEIGHT, dim=_WIDTH, depth=Range(0, 100)),
     Fusion=dict(dim=Range(0, 65_536), drop=_SHARE, weight=_WEIGHT),
@@ -68,8 +70,14 @@ RANGES = dict(    # dataclass of `mmsn.options` -> field -> what numbers it, or 
 # %% ../nbs/00b_ranges.ipynb #fbd9d0be
 RANGES |= dict(
     Cells=dict(weight=_WEIGHT, horizon=Range(1, 10**5), presence=_WEIGHT, summary=_WEIGHT),
+    ConVIRT=dict(temperature=_SHARPNESS, weight=_SHARE, hidden=_WIDTH, dim=_WIDTH),
+    GLoRIA=dict(attention=_SHARPNESS, word=_SHARPNESS, pair=_SHARPNESS, layers=Range(1, 256), dim=_WIDTH),
     Tokens=dict(weight=_WEIGHT), SimCLR=dict(temperature=_SHARPNESS), SimSiam=dict(bottleneck=_WIDTH),
     VICReg=dict(invariance=_WEIGHT, variance=_WEIGHT, covariance=_WEIGHT),
+    VAE=dict(pixels=_SIDE, layers=Range(1, 8), codes=_COUNT, dim=_WIDTH, hidden=_WIDTH, blocks=Range(0, 100), temperature=_SHARPNESS,
+             temperature_decay=_SHARE, temperature_floor=_SHARPNESS, kl=_WEIGHT),
+    Dalle=dict(length=Range(1, 4096), dim=_WIDTH, depth=Range(1, 1000), heads=Range(1, 1024), dim_head=Range(1, 1024),
+               mlp_ratio=Range(0, 64, above=True), image_weight=_WEIGHT),
     MAE=dict(hidden=_PART, cells=_PART, dim=_WIDTH, depth=_LAYERS, heads=Range(1, 1024)), Pairs=dict(dim=_WIDTH, depth=Range(0, 100)),
     DINO=dict(outputs=Range(2, 10**6), temperature=_SHARPNESS, teacher_temperature=_SHARPNESS, centre=_SHARE),
     Loss=dict(prototypes=_COUNT, temperature=_SHARPNESS, sharpen=_SHARPNESS, final_sharpen=_SHARPNESS,
@@ -96,7 +104,7 @@ PREPARE = dict(           # argument -> what numbers it can be
     window=Range(0, 10**6), most_bad=_SHARE, most_shared=_SHARE, outside=_SHARE)
 
 # %% ../nbs/00b_ranges.ipynb #f2586b8e
-_ENDS = ('random_scale', 'focal_scale', 'ratio', 'heavy_drop', 'focal_window')   # options that are a lower and an upper end
+_ENDS = ('random_scale', 'focal_scale', 'ratio', 'heavy_drop', 'focal_window', 'focal_span')   # options that are a lower and an upper end
 
 def check_number(
     value,       # a number, or several

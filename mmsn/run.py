@@ -179,8 +179,9 @@ def subjects_of_run(
 def _pretrained_on(config, cohort):
     "Subjects of the training samples and of the run that the weights come from, sorted, as text."
     rows = cohort.rows('train', list(config.modalities), config.data.samples)
-    before, source = set(), Path(config.train.init_from or os.devnull)
-    for place in (source, source.parent) if config.train.init_from else (): before |= subjects_of_run(place) or set()
+    vae, before = config.objectives.dalle.vae if config.objective == 'dalle' else '', set()
+    for source in [Path(p) for p in (config.train.init_from, vae) if p]:
+        for place in (source, source.parent): before |= subjects_of_run(place) or set()
     return sorted(before | {str(s) for s in cohort.samples.subject_id.to_numpy()[rows]})
 
 # %% ../nbs/62_run.ipynb #74c66667

@@ -305,7 +305,8 @@ def _batch_row(axes, batch, name):
         if image: ax.imshow(x[i, 0], cmap='gray', vmin=low, vmax=high)
         else:
             scaled = (x[i] - low)/np.maximum(high - low, 1e-9)
-            ax.imshow(scaled[:int(batch.lengths[name][i])] if name in batch.lengths else scaled, aspect='auto', cmap='viridis', vmin=0, vmax=1,
+            hours = int(batch.lengths[name][i]) if name in batch.lengths else None
+            ax.imshow(scaled[:hours], aspect='auto', cmap='viridis', vmin=0, vmax=1,
                       interpolation='nearest')
     axes[0].set_ylabel(name, fontsize=8)
 
@@ -354,14 +355,19 @@ def show_views(
     sample:int=0,     # position in the batch
 ):
     "Target and anchor views of one patient, a row for each modality; hidden patches are grey."
-    names, n = [n for n, v in views.targets.items() if v.x.ndim > 2], len(views.index)
+    texts = [n for n, v in views.targets.items() if hasattr(v, 'vocabulary')]
+    names, n = [n for n, v in views.targets.items() if v.x.ndim > 2 or n in texts], len(views.index)
     size = min(1.7*(views.n + 1), 12), 1.75*len(names)
     fig, axes = plt.subplots(len(names), views.n + 1, figsize=size, dpi=100, squeeze=False)
     for row, name in zip(axes, names):
         groups, places = [('target', views.targets[name])] + [('anchor', g) for g in views.anchors[name]], iter(row)
         for what, group in groups:
             for i in range(sample, group.n*n, n):                            # views lie one after the other
-                if hasattr(group, 'keep'):
+                if name in texts:
+                    words = group.vocabulary.decode(_array(group.x[i][:int(group.lengths[i])]))
+                    (ax := next(places)).set_title(what, fontsize=8)
+                    _draw_text(ax, words, 24, 11)
+                elif hasattr(group, 'keep'):
                     keep = None if group.keep is None else group.keep[i]
                     _show_image(next(places), group.x[i], keep, group.patch, what)
                 else: _show_series(next(places), group.x[i], int(group.lengths[i]), what)

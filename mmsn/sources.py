@@ -463,6 +463,15 @@ def _image_modality(cohort, modality):
         raise InputError(f'cohort {cohort.name!r} has several image modalities: choose {" or ".join(names)}')
     return modality or names[0]
 
+# %% ../nbs/54_sources.ipynb #8cc8f003
+def _draws(source):
+    "Whether `source` is a run or a folder of `mmsn.generate.model`, which has no encoder."
+    for path in (Path(source)/'model'/'config.json', Path(source)/'config.json'):
+        try:
+            if json.loads(path.read_text(encoding='utf-8')).get('format') == 'mmsn-generator': return True
+        except (OSError, ValueError, AttributeError, RecursionError): pass
+    return False
+
 # %% ../nbs/54_sources.ipynb #834a4868
 def open_encoder(
     source,                # of the table above
@@ -480,6 +489,7 @@ def open_encoder(
     check_kind('pretrained', pretrained, bool, 'True or False')
     library, _, name = str(source).partition(':')
     if library in LIBRARIES and name: return _library_model(library, name, cohort, modality, pretrained)
+    if _draws(source): raise InputError(f'{source} draws images and has no encoder of patients: mmsn-generate is for it')
     folder = Path(source)/'encoder' if (Path(source)/'encoder'/'config.json').is_file() else source
     if not Path(folder).is_file() and is_mmsn_encoder(folder := local_folder(folder)):
         model = MMSN.from_pretrained(folder)

@@ -128,11 +128,12 @@ _TOY = dict(
              views=dict(random=1, focal=2, random_size=16, focal_size=8, patch_drop=.25)),
     ehr=dict(kind='timeseries', encoder=dict(hidden=32, dim=32, pool='mean'), views=_TOY_VIEWS),
     labs=dict(kind='timeseries', encoder=dict(hidden=32, dim=32, pool='mean'), views=_TOY_VIEWS),
-    facts=dict(kind='tabular', encoder=dict(hidden=16, dim=8)))
+    facts=dict(kind='tabular', encoder=dict(hidden=16, dim=8)),
+    report=dict(kind='text', encoder=dict(dim=32, depth=1, heads=2, length=24), views=dict(random=1, focal=2)))
 
 # %% ../nbs/16_testing.ipynb #5dd55bbc
 def toy_config(
-    *modalities:str,   # 'cxr', 'ehr', 'labs', 'facts'; cxr and ehr by default
+    *modalities:str,   # 'cxr', 'ehr', 'labs', 'facts', 'report'; cxr and ehr by default
     **changes,         # parts of the config; one that is named like a modality changes that
 )->Config:
     "A model of the toy cohort, small enough to train within a page. Raises InputError."

@@ -26,6 +26,7 @@ from .arguments import check_kind
 from .commands import Parser, check_writable, cli, disk_fault
 from .config import load_config, presets, to_dict
 from .data.cohort import Cohort
+from .dials import DRAWING
 from .options import Config, InputError
 from .processes import launcher, launcher_gone, leave_group, lost_peer, parent_words
 from .schedules import cautions, steps_per_epoch
@@ -56,7 +57,8 @@ def train(
     if trainer.main: check_writable(trainer.run)
     run = trainer.fit(verify)
     end = 'stopped at' if trainer.step < trainer.total else 'finished'
-    say(f'{end} step {trainer.step}: metrics {run}/metrics.csv, encoder {run}/encoder')
+    made = 'model' if config.objective in DRAWING else 'encoder'
+    say(f'{end} step {trainer.step}: metrics {run}/metrics.csv, {made} {run}/{made}')
     return run
 
 # %% ../nbs/66_train.ipynb #98ddc87e

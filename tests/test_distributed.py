@@ -108,6 +108,10 @@ CONFIGS['cells'] = dict(CONFIG, modalities=dict(CONFIG['modalities'], ehr=dict(k
                         loss=dict(prototypes=6, weight=.5, cells=dict(weight=.7, kind=['forecast', 'value', 'latent', 'summary'], horizon=3)))
 # Contrasts between modalities, whose rows are the patients that have both: their number differs from process to process.
 CONFIGS |= {f'contrast, {loss}': dict(CONFIG, fusion=dict(dim=16, contrast=dict(weight=.5, loss=loss, dim=8, depth=depth))) for loss, depth in (('sigmoid', 0), ('infonce', 1))}
+# The rivals: strangers, variances, centres and hidden parts of all processes.
+BARE = dict(CONFIG, fusion=dict(dim=0), modalities=dict(CONFIG['modalities'], ehr=dict(kind='timeseries', encoder=dict(hidden=16, dim=0, pool=['mean']), views=dict(random=1, focal=1))))
+CONFIGS |= {name: dict(CONFIG, objective=name, objectives={name: dict(outputs=9)} if name == 'dino' else {}) for name in ('simclr', 'simsiam', 'vicreg', 'dino')}
+CONFIGS |= {name: dict(BARE, objective=name, objectives={name: dict(dim=8) | (dict(depth=1, heads=2) if name == 'mae' else {})}) for name in ('mae', 'clip', 'siglip')}
 IMAGES = {'paired': [1]*8, 'some': [1, 0, 1, 1, 0, 1, 0, 1], 'one rank has none': [1, 0, 1, 1, 0, 0, 0, 0], 'nobody': [0]*8}   # who of eight samples has an image
 
 
@@ -134,7 +138,8 @@ def model_step(wrap, start, stop, images, config):
         with torch.no_grad(): views = inner.views(batch, 0, 0)
         out = model(views)
         out.loss.backward()
-    metrics = {k: v for k, v in out.metrics.items() if not k.endswith('effective_rank')}
+    metrics = {k: v for k, v in out.metrics.items() if not k.endswith(('effective_rank', 'spread'))}     # of the rows of a process
+    metrics |= {f'buffer {n}': b for n, b in inner.named_buffers() if n.endswith('centres')}
     return dict(loss=out.loss.detach(), **metrics, **{f'gradient {n}': p.grad for n, p in inner.named_parameters() if p.requires_grad})
 
 

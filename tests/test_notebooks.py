@@ -111,7 +111,7 @@ def test_dynamic_fields_are_those_that_setup_sets():
     assert dynamic == {field[k] for k in re.findall(r'^    (\w+)=', setup, re.M) if k in field} | {'scripts'}
 
 
-@pytest.mark.parametrize('name', ['prepare', 'train', 'evaluate', 'convert', 'encode', 'demo'])
+@pytest.mark.parametrize('name', ['prepare', 'train', 'evaluate', 'convert', 'encode', 'generate', 'demo'])
 def test_help(name):
     "Every command explains itself, without loading torch first."
     code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('mmsn.{name}', run_name='__main__')\nfinally: print('torch' in sys.modules)"

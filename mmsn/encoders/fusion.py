@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 
+from .resnet import RESNETS, ResNet
+from .text import text_encoder
 from .timeseries import series_encoder
 from .vit import ViT
 from ..options import Config, InputError, TabularEncoder
@@ -40,7 +42,9 @@ def make_encoder(
     if info.kind != modality.kind:
         raise InputError(f'modality {name!r} is {info.kind} in the cohort but {modality.kind} in the config: change '
                          f'modalities.{name}.kind')
+    if modality.kind == 'image' and modality.encoder.name in RESNETS: return ResNet(modality.encoder)
     if modality.kind == 'image': return ViT(modality.encoder, modality.views.random_size)
+    if modality.kind == 'text': return text_encoder(modality.encoder, info.info)
     if modality.kind == 'tabular': return TabularMLP(modality.encoder, info.width)
     return series_encoder(modality.encoder, info.width, [c['mask'] for c in info.channels], info.owners)
 

@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #0e20d2a3
+# %% ../../nbs/83_evaluate.evaluation.ipynb #f8befdf7
 import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -38,10 +38,12 @@ from .probes import knn, linear_probe, low_shot, probe_solver, summarise
 from .pictures import write_pictures
 from .report import write_report
 from .robustness import CORRUPTIONS, missing, retrieval, robustness
+from .text import shares_space, zero_shot
 from .task import asked_task, make_draws, Task, too_few
 from .trees import fit_booster
 from ..model import MMSN
 from ..arguments import check_kind, check_overrides
+from ..objectives.choice import compared_with
 from ..options import Config, Evaluate, InputError
 from ..run import find_cohort, read_run, run_config, subjects_of_run
 from ..safe import file_word, read_table, write_table
@@ -308,10 +310,18 @@ def _retrieval(ev):
     parts = [retrieval(ev.models, ev.cohort, rows, a, b, **ev.boot, cache=ev.cache, task=ev.task) for a, b in pairs]
     return dict(retrieval=pd.concat(parts)) if parts else {}
 
+def _zero_shot(ev):
+    "Findings of the images asked for by their names, where images and texts lie in one space."
+    of = lambda kind: [n for n, k in ev.kinds.items() if k == kind]
+    model = ev.models['pretrained']
+    parts = [zero_shot(ev.models, ev.cohort, ev.task, image, text, ev.tables, **ev.boot)
+             for image in of('image') for text in of('text') if shares_space(model, image, text)]
+    return dict(zero_shot=pd.concat(parts)) if parts else {}
+
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0045
 PROTOCOL_TABLES = dict(low_shot=_low_shot, linear_probe=_linear_probe, knn=_knn, supervised=_supervised,
                        finetune=_finetune,
-                       robustness=_robustness, missing=_missing, retrieval=_retrieval)
+                       robustness=_robustness, missing=_missing, retrieval=_retrieval, zero_shot=_zero_shot)
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0050
 def _metrics_of(ev, metric_of=None):
@@ -459,7 +469,7 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     own = dict(training=record.get('command', ''), config=record.get('config', ''),
                seed=str(ev.config.train.seed)) if record else {}
     seen = seen_subjects(run, ev.cohort, ev.task)
-    about = dict(name=ev.config.name, sentence=sentence, inputs=ev.inputs, prototypes=ev.config.loss.prototypes,
+    about = dict(name=ev.config.name, sentence=sentence, inputs=ev.inputs, prototypes=compared_with(ev.config),
                  transductive=seen, notices=ev.notices + [seen['notice']]*bool(seen['notice']),
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')

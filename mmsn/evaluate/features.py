@@ -6,10 +6,11 @@ After pre-training, the target network without its head turns a cohort into vect
 
 # %% auto #0
 __all__ = ['linear_model', 'preprocessing', 'extract_features', 'feature_matrix', 'fingerprint', 'block_features', 'plain_image',
-           'plain_series', 'plain_features', 'table_names', 'raw_facts', 'standard_facts', 'joint_facts', 'beside',
-           'series_statistics', 'channel_recall', 'normal_scores', 'plain_baselines']
+           'plain_series', 'common_tokens', 'plain_text', 'plain_features', 'table_names', 'raw_facts',
+           'standard_facts', 'joint_facts', 'beside', 'series_statistics', 'channel_recall', 'normal_scores',
+           'plain_baselines']
 
-# %% ../../nbs/70_evaluate.features.ipynb #e4c3120f
+# %% ../../nbs/70_evaluate.features.ipynb #8ba6d7ec
 import hashlib, json, warnings
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 import mmsn
 from ..commands import later
-from ..data.cohort import Cohort
+from ..data.cohort import Cohort, ranges
 from ..encoders.vit import ViT
 from ..files import read_sealed, write_sealed
 from ..options import InputError
@@ -169,6 +170,28 @@ def _normal(channel):
     if channel['kind'] == 'continuous': return torch.tensor([float(channel['normal'])])
     return torch.tensor([float(c == channel['normal']) for c in channel['categories']])
 
+# %% ../../nbs/70_evaluate.features.ipynb #a78b4c92
+def common_tokens(
+    cohort:Cohort,
+    name:str,        # of a text
+    most:int=256,    # tokens
+):                   # (at most `most`,) int64, the most frequent first
+    "The tokens that are most frequent in the texts of the training patients, each text counted once."
+    at = cohort.samples[(cohort.samples.split == 'train').to_numpy() & cohort.present(name)].drop_duplicates(f'{name}_start')
+    numbers = cohort.array(name)[ranges(at[f'{name}_start'], at[f'{name}_length'])]
+    counts = np.bincount(numbers, minlength=len(cohort.modalities[name].vocabulary))
+    counts[[cohort.modalities[name].vocabulary.sep]] = 0
+    order = np.argsort(-counts, kind='stable')[:most]
+    return order[counts[order] > 0]
+
+def plain_text(
+    x,        # (B, L) int64 tokens
+    tokens,   # (K,) those that are counted
+):            # (B, K) float32
+    "How often each of some tokens is in a text, as log(1 + count)."
+    wanted = torch.as_tensor(np.asarray(tokens), device=x.device)
+    return torch.stack([(x == t).sum(1) for t in wanted], 1).float().log1p() if len(wanted) else x.new_zeros(len(x), 0).float()
+
 # %% ../../nbs/70_evaluate.features.ipynb #6a4ca029
 def plain_features(
     cohort:Cohort,       # where the patients are
@@ -178,12 +201,14 @@ def plain_features(
 )->dict:                 # name -> (N, D) float32, and 'joint'
     "What needs no learning: small images, summaries of series, tables; NaN rows where a modality is missing."
     rows, parts = np.asarray(rows, np.int64), []
+    tokens = {n: common_tokens(cohort, n) for n in cohort._names(modalities) if cohort.modalities[n].kind == 'text'}
     for i in range(0, len(rows), batch_size):
         b, made = cohort.batch(rows[i:i + batch_size], modalities), {}
         for name, x in b.data.items():
             kind = cohort.modalities[name].kind
-            x = plain_image(x) if kind == 'image' else plain_series(x, b.lengths[name],
-                                                                    cohort.modalities[name]) if kind == 'timeseries' else x
+            if kind == 'image': x = plain_image(x)
+            elif kind == 'timeseries': x = plain_series(x, b.lengths[name], cohort.modalities[name])
+            elif kind == 'text': x = plain_text(x, tokens[name])
             made[name] = torch.where(b.present[name][:, None], x, torch.nan)
         made['joint'] = torch.cat([*made.values(), *(b.present[name][:, None].float() for name in b.data)], 1)
         parts.append(made)

@@ -319,7 +319,8 @@ def _training_panels(metrics, prototypes):
     chance = sorted({math.log(prototypes), *(round(float(v.iloc[-1]), 6) for v in of('chance').values())})
     chance, K = [c for i, c in enumerate(chance) if i == 0 or c - chance[i - 1] > 1e-3], sorted({prototypes,
             *(round(math.exp(c)) for c in chance)})
-    panels = [('cross entropy', of('cross_entropy'), chance), ('… above its floor H(t)', above, None),
+    rival = {} if of('cross_entropy') else of('objective')            # of a run without prototypes
+    panels = [('loss', rival, None), ('spread of outputs', of('spread'), None), ('cross entropy', of('cross_entropy'), chance), ('… above its floor H(t)', above, None),
               ('prototypes used', of('used'), K), ('H of the mean assignment', of('entropy_of_mean'), chance),
               ('H of one assignment', of('entropy'), chance), ('effective rank', of('effective_rank'), None),
               ('gradient norm', {'': metrics.gradient_norm}, None), ('learning rate', {'': metrics.lr}, None)]
@@ -350,7 +351,8 @@ def training_figure(
     "Cross entropy per kind of anchor, the signs of collapse, gradient norm and the schedule of a run."
     panels = _training_panels(metrics, prototypes)
     fig, axes = _panels(len(panels), 2.5, 2., 4)
-    order = sorted({t: lines for t, lines, _ in panels}.get('cross entropy', {}), key=lambda k: k != 'joint')
+    lines = {t: lines for t, lines, _ in panels}
+    order = sorted(lines.get('cross entropy') or lines.get('loss', {}), key=lambda k: k != 'joint')
     for ax, (title, lines, level) in zip(axes, panels):
         _training_lines(ax, metrics.step, lines, order)
         for at in level or ():

@@ -82,11 +82,13 @@ def _read(self:PlainViews, name, rows):
 @patch
 def _all(self:PlainViews, name):
     "The view and presence of every row of the cohort, stays padded alike; None where that is too much."
-    rows, series = np.arange(len(self.cohort)), self.cohort.modalities[name].kind == 'timeseries'
+    rows, series = np.arange(len(self.cohort)), self.cohort.modalities[name].kind in ('timeseries', 'text')
     view, _ = self._read(name, rows[:1])
-    T = max(8, -(-int(self.cohort.samples[f'{name}_length'].max())//8)*8) if series else view.x.shape[1]
+    T = view.x.shape[1]
+    if series: T = max(8, -(-int(self.cohort.samples[f'{name}_length'].max())//8)*8) + (view.x.ndim == 2)
     if 4*len(rows)*T*view.x[0, 0].numel() > self.most: return None
     views, present = zip(*(self._read(name, at) for at in np.split(rows, range(1024, len(rows), 1024))))
+    if view.x.ndim == 2: T = max(v.x.shape[1] for v in views)     # an encoder of texts reads no more
     pad = lambda x: F.pad(x, (0, 0)*(x.ndim - 2) + (0, T - x.shape[1]))
     return replace(view, x=torch.cat([pad(v.x) for v in views]),
                    **(dict(lengths=torch.cat([v.lengths for v in views])) if series else {})), torch.cat(present)

@@ -17,6 +17,8 @@ from ..encoders.vit import ViT
 from .inspect import (assignments, attention_cells, attention_figure, attention_maps, hour_contributions,
                                    hours_figure, prototype_figure)
 from .report import save_styles
+from .text import words_figure
+from ..objectives.gloria import word_attention
 from ..safe import file_word
 from ..show import show_views
 
@@ -53,6 +55,18 @@ def _hours(ev, folder, rows):
             save_styles('channels' + f'_{file_word(name)}'*bool(i), hours_figure, view.x[longest], cells[longest],
                         *about, title=f'{name}, attention', folder=folder)
 
+# %% ../../nbs/82b_evaluate.pictures.ipynb #db95eb8a
+def _words(ev, folder, rows):
+    "Attention of the words of a report over its image, where an encoder compares the two."
+    model = ev.models['pretrained']
+    if not hasattr(model.objective, 'local_heads'): return
+    image, text = model.objective.names
+    both = rows[ev.cohort.present(image)[rows] & ev.cohort.present(text)[rows]]
+    if not len(both): return
+    longest = both[ev.cohort.samples[f'{text}_length'].to_numpy()[both].argmax()]
+    words, weights = word_attention(model, ev.cohort.batch([longest], list(ev.kinds)).to(ev.device))
+    save_styles('words', words_figure, ev.cohort[int(longest)][image], words, weights.cpu().numpy(), folder=folder)
+
 # %% ../../nbs/82b_evaluate.pictures.ipynb #e83a0064
 def write_pictures(
     ev,            # an `Evaluation`
@@ -66,6 +80,7 @@ def write_pictures(
     model, names = ev.models['pretrained'], list(ev.kinds)
     pictured = next((n for n, kind in ev.kinds.items() if kind == 'image'), next(iter(ev.standing), None))
     if pictured is None: return
+    _words(ev, folder, rows)
     if model.objective is None:
         save_styles('prototypes', prototype_figure, model, ev.cohort, rows, assignments(model, ev.cohort, rows),
                     pictured, folder=folder)

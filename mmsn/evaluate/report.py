@@ -279,13 +279,19 @@ m = read("missing")
 neat(m.assign(seen="sees " + m.seen).pivot_table(index="encoder", columns="seen", values="auroc", sort=False))'''),
     Section('retrieval.csv', '''### Finding the other half of a patient
 
-Recall at 10: given one modality of a test patient, is the other among the ten nearest? Beside it what chance
-gives. Pair AUROC: how often a true pair is more alike than a mismatched one (chance: .5). Same phenotype: of the
+Recall at 1, 5 and 10: given one modality of a test patient, is the other the nearest, among the five or ten
+nearest? Times chance is that of ten. Pair AUROC: how often a true pair is more alike than a mismatched one (chance: .5). Same phenotype: of the
 ten nearest others, the share with the same label, mean over labels; beside it chance. The last rows are what plain
 features give without pre-training.''', '''
 t = read("retrieval").set_index(["query", "gallery", "encoder", "space"])
-neat(t[[c for c in ("recall", "times_chance", "pair_auroc", "pair_low", "pair_high", "same_phenotype",
-                    "same_phenotype_chance", "rows") if c in t]])''')]
+neat(t[[c for c in ("recall_1", "recall_5", "recall", "times_chance", "pair_auroc", "pair_low", "pair_high", "same_phenotype",
+                    "same_phenotype_chance", "rows") if c in t]])'''),
+    Section('zero_shot.csv', '''### Asked in words
+
+AUROC on the test images without a label: an image nearer to the name of a finding than to its negation. The row
+with other prompts asks each label by the name of another one.''', '''
+z = read("zero_shot").query("metric == 'auroc'")
+neat(z.pivot_table(index=["label", "prompt"], columns="encoder", values="value", sort=False, dropna=False).dropna(how="all"))''')]
 
 # %% ../../nbs/82_evaluate.report.ipynb #1b6f06a7
 def recall_note(
@@ -331,6 +337,10 @@ for name in saved("hours"): display(picture(name, "One stay, and what each hour 
 
 Attention of the dual-axis encoder's last layer: how much each channel weighs at each hour of one stay.''', '''
 for name in saved("channels"): display(picture(name, "One stay, and the attention that each hour and channel gets"))'''),
+    Section('figures/words.png', '''## Where words were looked for
+
+The words of one test patient's report, and how much each attends to the regions of the image.''', '''
+picture("words", "Attention of the words of a report over its image")'''),
     Section('figures/prototypes.png', '''## What the prototypes stand for
 
 The patients who are most surely assigned to each of the commonest prototypes, and the label that is most over-

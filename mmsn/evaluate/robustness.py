@@ -320,7 +320,7 @@ def _sides(m, cohort, rows, query, gallery, cache):
     tables = _left_alone(m, cohort, rows, list(m.config.modalities), (query, gallery), cache)
     q, g = (feature_matrix(t, 'joint').astype(np.float64) for t in tables)
     yield 'embedding', q - q.mean(0), g - g.mean(0)
-    if 'contrast' not in getattr(m, 'auxiliary', {}): return
+    if 'contrast' not in getattr(m, 'auxiliary', {}) and not hasattr(getattr(m, 'objective', None), 'space'): return
     device = next(m.parameters()).device
     own = {n: torch.tensor(feature_matrix(t, n), device=device) for n, t in zip((query, gallery), tables)}
     z = m.contrast_space(own)
@@ -338,7 +338,8 @@ def _retrieval_row(q, g, subjects, labels, k, resamples, seed):
     "The measures of one search, of both sides of N patients."
     recall, low, high = _drawn_mean(recall_hits(q, g, k), subjects, resamples, seed)
     pair, pair_low, pair_high = _drawn_mean(placements(q, g, subjects), subjects, resamples, seed)
-    row = dict(k=k, recall=recall, low=low, high=high, chance=k/len(q), times_chance=recall*len(q)/k, rows=len(q),
+    near = {f'recall_{j}': recall_hits(q, g, j).mean() for j in (1, 5)}
+    row = dict(near, k=k, recall=recall, low=low, high=high, chance=k/len(q), times_chance=recall*len(q)/k, rows=len(q),
                pair_auroc=pair, pair_low=pair_low, pair_high=pair_high)
     return row if labels is None else row | label_agreement(q, g, labels, subjects, k)
 
@@ -381,7 +382,7 @@ def retrieval(
     seed:int=0,            # of the resamples
     cache=None,            # folder of `extract_features`
     task:Task=None,        # labels for the agreement of neighbours, and training patients for the references
-# encoder, query, gallery, space, k, recall, low, high, chance, times_chance, rows, pair_auroc, pair_low, pair_high;
+# encoder, query, gallery, space, recall_1, recall_5, k, recall, low, high, chance, times_chance, rows, pair_auroc, pair_low, pair_high;
 # with a task also same_phenotype, label_overlap and their chance
 )->pd.DataFrame:
     """Recall@k of one modality's patient among the other's, and pair AUROC, in each space of each encoder, beside

@@ -7,7 +7,7 @@ A report is a sequence of words; `mmsn.generate.vae` makes a sequence of an imag
 # %% auto #0
 __all__ = ['Memory', 'CausalAttention', 'CausalBlock', 'DALLE', 'Terms', 'pick']
 
-# %% ../../nbs/56_generate.dalle.ipynb #8b0daf04
+# %% ../../nbs/56_generate.dalle.ipynb #fc483c0e
 import math
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..encoders.vit import MLP
-from .options import Dalle
+from ..dials import Dalle
 from ..options import InputError
 from ..views.random import make_key, uniform
 

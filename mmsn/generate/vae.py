@@ -8,7 +8,7 @@ A transformer writes sequences of words, and an image is no sequence of words. T
 __all__ = ['temperature_at', 'gumbel', 'soft_choice', 'ResBlock', 'make_encoder', 'make_decoder', 'DiscreteVAE',
            'uniform_divergence', 'Terms']
 
-# %% ../../nbs/55_generate.vae.ipynb #bcf98e84
+# %% ../../nbs/55_generate.vae.ipynb #7d8d41c9
 import math
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .options import VAE
+from ..dials import VAE
 from ..options import InputError
 from ..views.random import make_key
 
@@ -77,7 +77,7 @@ def make_decoder(options:VAE, channels:int=1)->nn.Sequential:
     return nn.Sequential(nn.Conv2d(options.dim, h, 1), *(ResBlock(h) for _ in range(options.blocks)), *net,
                          nn.Conv2d(h, channels, 1))
 
-# %% ../../nbs/55_generate.vae.ipynb #7d530767
+# %% ../../nbs/55_generate.vae.ipynb #f1917f2c
 class DiscreteVAE(nn.Module):
     "An autoencoder through a grid of words."
     def __init__(self,
@@ -85,8 +85,8 @@ class DiscreteVAE(nn.Module):
         channels:int=1,   # of the image
     ):
         super().__init__()
-        if options.side < 1 or options.side << options.layers != options.size:
-            raise InputError(f'objectives.vae.size={options.size} cannot be halved {options.layers} times '
+        if options.side < 1 or options.side << options.layers != options.pixels:
+            raise InputError(f'objectives.vae.pixels={options.pixels} cannot be halved {options.layers} times '
                              f'(objectives.vae.layers): use a multiple of {2**options.layers}')
         self.options, self.channels = options, channels
         self.encoder, self.decoder = make_encoder(options, channels), make_decoder(options, channels)

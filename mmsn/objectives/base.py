@@ -57,7 +57,7 @@ def through(
     "Group -> `Sides` of outputs, all of them from one call of the head."
     rows = [x for s in found.values() for x in (s.whole, s.anchors.flatten(0, 1))]
     out = head(torch.cat(rows)).split([len(x) for x in rows])
-    return {g: Sides(a, b.view(*s.anchors.shape[:2], -1))
+    return {g: Sides(a, b.view(*s.anchors.shape[:2], b.shape[1]))
             for (g, s), a, b in zip(found.items(), out[::2], out[1::2])}
 
 # %% ../../nbs/52d_objectives.base.ipynb #73c6b2c9

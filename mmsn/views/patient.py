@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from ..options import InputError
 from .images import image_views, patch_keep, patch_mask, to_float
 from .random import fold_in, make_key
+from .text import TextPart, TextView
 from .timeseries import column_owners, continuous_columns, series_views
 from ..show import show_views
 
@@ -215,7 +216,7 @@ class TabularPart(nn.Module):
         return target, [TabularView(target.x.repeat(len(key) - 1, 1), len(key) - 1)]
 
 # %% ../../nbs/43_views.patient.ipynb #7c41568a
-PARTS = dict(image=ImagePart, timeseries=SeriesPart, tabular=TabularPart)
+PARTS = dict(image=ImagePart, timeseries=SeriesPart, tabular=TabularPart, text=TextPart)
 
 class Views(nn.Module):
     "From a `Batch` in physical units to the views of all its modalities, on the batch's device."

@@ -1,0 +1,135 @@
+"""Every objective with the same encoders, views, batch, steps and patients: one row for each objective, seed and input.
+
+    python benchmarks/rivals.py mmsn-rivals                            # synthetic patients, image and chart: nbs/results/rivals.csv
+    MMSN_DATA=folder python benchmarks/rivals.py mmsn-rivals --images  # IU and NIH radiographs: nbs/results/rivals_images.csv
+    python benchmarks/rivals.py mmsn-rivals --objectives simclr mae    # some of them
+
+The learning rate of each objective is chosen from one short list, the same for all, by the AUROC of a probe on *validation*, with the first seed;
+test is read once, with that rate, for every seed. Encoders are those of the presets `demo` and `images_open`, with embeddings that no layer joins
+(`fusion.dim=0`, `encoder.dim=0`), since some objectives would leave such a layer untrained; `msn` keeps the spaces and aims of the preset, and
+`msn + contrast` also its contrast. Runs and finished rows are kept in the folder: a second call goes on from there.
+"""
+import argparse, os, time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mmsn.config import cli, load_config
+from mmsn.data.cohort import Cohort
+from mmsn.dials import OBJECTIVES
+from mmsn.evaluate.features import extract_features, feature_matrix
+from mmsn.evaluate.probes import fit_probe, linear_probe, low_shot, summarise
+from mmsn.evaluate.robustness import missing, robustness
+from mmsn.evaluate.task import Task, make_draws
+from mmsn.loop import Trainer
+from mmsn.model import MMSN
+from mmsn.options import InputError
+from mmsn.prepare import iu, join, nih, synthetic
+
+RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
+FRACTIONS, RATES, PROBE = (.05, .1, 1.), (1e-3, 4e-3), partial(fit_probe, folds=5)
+ARMS = ['random', 'msn', 'msn + contrast', *OBJECTIVES[1:]]
+FUSED = ['fusion.dim=0', 'modalities.ehr.encoder.dim=0']
+BARE = ['fusion.contrast={weight: 0, loss: sigmoid}']
+# of the size of these encoders, as far as the papers' own are for a million pictures
+DIALS = dict(dino=['objectives.dino.outputs=256'], mae=['objectives.mae={dim: 48, depth: 1, heads: 4}'], clip=['objectives.clip.dim=64'], siglip=['objectives.siglip.dim=64'])
+
+
+def changes_of(arm, images):
+    "What an arm changes in its preset."
+    changes = [] if images else [*FUSED, *(BARE if arm != 'msn + contrast' else [])]
+    return changes + ([f'objective={arm}', *DIALS.get(arm, [])] if arm in OBJECTIVES[1:] else [])
+
+
+def open_cohort(out, images, patients):
+    "The cohort of the comparison, made where it is not there."
+    place = out/('images' if images else 'synthetic')
+    if place.exists(): return Cohort.open(place)
+    if not images: return synthetic(place, patients=patients, seed=11)
+    if not (data := os.environ.get('MMSN_DATA')): raise InputError('set MMSN_DATA to the folder with iu/ and nih/')
+    for name, make in dict(iu=iu, nih=nih).items():
+        if not (out/name).exists(): make(Path(data)/name, out/name, size=72)
+    return join([out/'iu', out/'nih'], place)
+
+
+def trained(out, cohort, arm, images, rate, seed, epochs):
+    "The model of one run, seconds of CPU a step and the most memory of its process in GB; trained where it is not there."
+    folder = out/f'{"images" if images else "fused"}-{arm.replace(" ", "")}-{rate:g}-{seed}-{epochs:g}'
+    config = load_config('images_open' if images else 'demo', [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}', 'train.threads=1', 'train.probe_every=0',
+                                                               f'optim.epochs={epochs}', f'optim.lr={rate}', *changes_of(arm, images)])
+    if arm == 'random': return MMSN.from_config(config, cohort).eval(), np.nan, np.nan
+    clock = folder/'seconds.txt'
+    if not clock.is_file():
+        trainer = Trainer(config, cohort)
+        first, start = trainer.step, time.process_time()
+        trainer.fit()
+        if trainer.step < trainer.total: raise SystemExit(f'stopped at step {trainer.step} of {trainer.total}: the same command goes on')
+        clock.write_text(f'{(time.process_time() - start)/max(trainer.total - first, 1):.4f}')
+    memory = pd.read_csv(folder/'metrics.csv').memory_gb.max()
+    return MMSN.from_pretrained(folder/'encoder'), float(clock.read_text()), memory
+
+
+def on_validation(model, cohort):
+    "Macro AUROC of a probe fitted on training labels and read on validation."
+    whole = Task.of(cohort)
+    on = np.isin(whole.split, ('train', 'val'))
+    task = Task(whole.labels[on], np.where(whole.split[on] == 'train', 'train', 'test'), whole.subjects[on], whole.names, whole.groups, whole.ids[on], whole.rows[on])
+    t = linear_probe({'joint': feature_matrix(extract_features(model, cohort, task.rows), 'joint')}, task, 'arm', PROBE, resamples=0)
+    return t[(t.label == 'macro') & (t.metric == 'auroc')].value.item()
+
+
+def on_test(model, cohort):
+    "One row for each input: AUROC by fraction, with 70 % of the patches hidden, and with a modality alone."
+    task = Task.of(cohort)
+    table, names = extract_features(model, cohort, task.rows), list(model.config.modalities)
+    inputs = names if len(names) == 1 else ['joint', *names]
+    scores = summarise(low_shot({n: feature_matrix(table, n) for n in inputs}, task, make_draws(task, FRACTIONS), 'arm', PROBE, resamples=0))
+    rows = scores.pivot(index='input', columns='fraction', values='auroc').rename(columns=lambda f: f'auroc_{f:g}')
+    hidden = robustness({'arm': model}, cohort, task, {'arm': table}, (0., .7), inputs=inputs, resamples=0)
+    rows['masked_70'] = hidden[hidden.severity > 0].set_index('input').auroc
+    if len(names) > 1:
+        alone = missing({'arm': model}, cohort, task, {'arm': table}, resamples=0).set_index('seen').auroc
+        for n in names: rows.loc['joint', f'{n}_alone'] = alone[n]
+    return rows.reset_index()
+
+
+@cli
+def main(argv=None):
+    "Train the arms, choose their rates, read them, write the table."
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('out', type=Path, help='folder of the cohort and the runs')
+    p.add_argument('--images', action='store_true', help='radiographs of IU and NIH instead of synthetic patients')
+    p.add_argument('--objectives', nargs='*', default=ARMS, help=f'some of {", ".join(ARMS)}')
+    p.add_argument('--seeds', type=int, nargs='*', default=[0, 1])
+    p.add_argument('--epochs', type=float, default=12)
+    p.add_argument('--patients', type=int, default=1000, help='synthetic ones')
+    a = p.parse_args(argv)
+    if unknown := [o for o in a.objectives if o not in ARMS]: raise InputError(f'no objective {unknown[0]!r}: there is {", ".join(ARMS)}')
+    a.out.mkdir(parents=True, exist_ok=True)
+    cohort, name = open_cohort(a.out, a.images, a.patients), 'rivals_images' if a.images else 'rivals'
+    path = a.out/f'{name}.csv'
+    done = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=['objective', 'seed', 'epochs'])
+    wanted = [o for o in a.objectives if not a.images or o not in ('msn + contrast', 'clip', 'siglip')]
+    for arm in wanted:
+        have = {tuple(r) for r in done[['objective', 'seed', 'epochs']].itertuples(index=False)}
+        if all((arm, s, a.epochs) in have for s in a.seeds): continue
+        rate = RATES[0]
+        if arm != 'random':
+            by_rate = {r: on_validation(trained(a.out, cohort, arm, a.images, r, a.seeds[0], a.epochs)[0], cohort) for r in RATES}
+            rate = max(by_rate, key=by_rate.get)
+            print(arm, 'validation AUROC by learning rate:', {f'{r:g}': round(v, 4) for r, v in by_rate.items()}, flush=True)
+        for seed in a.seeds:
+            if (arm, seed, a.epochs) in have: continue
+            model, seconds, memory = trained(a.out, cohort, arm, a.images, rate, seed, a.epochs)
+            rows = on_test(model, cohort).assign(objective=arm, seed=seed, lr=rate, epochs=a.epochs, seconds_a_step=seconds, memory_gb=memory)
+            done = pd.concat([done, rows], ignore_index=True) if len(done) else rows
+            done.round(4).to_csv(path, index=False)
+            print(arm, seed, rows.set_index('input').filter(like='auroc').round(3).to_dict('index'), flush=True)
+    order = ['objective', 'seed', 'input']
+    done[order + [c for c in done if c not in order]].round(4).to_csv(RESULTS/f'{name}.csv', index=False)
+    print('wrote', RESULTS/f'{name}.csv', flush=True)
+
+
+if __name__ == '__main__': main()
