@@ -125,4 +125,3 @@ class later:
         return getattr(import_module(self._name), name)
 
     def __repr__(self): return f'later({self._name!r})'
-

@@ -15,7 +15,6 @@ import psutil
 
 from .threads import candidates, cores, free_cores, others, quickest
 
-
 # %% ../nbs/63b_processes.ipynb #cb8e334d
 _parent = [os.getppid()]    # when this process began: a launcher may be gone before the first step
 os.register_at_fork(after_in_child=lambda: _parent.__setitem__(0, os.getppid()))
@@ -112,7 +111,6 @@ def _trial(trainer):
         for now, before in buffers: now.data.copy_(before)
     return step
 
-
 # %% ../nbs/63b_processes.ipynb #b32450eb
 def _tried(trainer, most, busy, say, trial):
     "The number of threads that is quickest for a run, of `most` cores of which others keep `busy` occupied."
@@ -122,7 +120,6 @@ def _tried(trainer, most, busy, say, trial):
     chosen, seconds = quickest(step, candidates(most, busy))
     say(f'{chosen} of {most} threads: ' + ', '.join(f'{s:.2g} s a step with {n}' for n, s in seconds.items()))
     return chosen
-
 
 # %% ../nbs/63b_processes.ipynb #e1369f46
 def settle_threads(
@@ -139,4 +136,3 @@ def settle_threads(
     else: chosen = min(recorded, cores()) if recorded else torch.get_num_threads()
     torch.set_num_threads(chosen)
     return chosen
-

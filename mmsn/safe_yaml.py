@@ -17,16 +17,9 @@ from omegaconf import OmegaConf
 from .options import InputError
 from .ranges import short
 
-# %% ../nbs/00c_safe_yaml.ipynb #48dd4404
-MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**20, 50_000, 32   # of a config: far beyond what one needs
-
-def check_yaml(
-    text:str,
-    where:str,   # what to call it in a message
-):
-    """Raise InputError for YAML that interpolates, is nested too deep, or holds too many values, aliases counted in
-    full."""
-    if len(text) > MOST_BYTES: raise InputError(f'{where} is longer than {MOST_BYTES:,} characters: it is no config')
+# %% ../nbs/00c_safe_yaml.ipynb #46347781
+def _counted(text, where):
+    "After each event of a YAML text: how deep it is nested, and how many values it stands for so far. Raises InputError."
     total, opened, worth = 0, [], {}
     for event in yaml.parse(text, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
         anchor = getattr(event, 'anchor', None)
@@ -41,7 +34,20 @@ def check_yaml(
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = opened.pop()
             if anchor: worth[anchor] = total - before + 1
-        if len(opened) > MOST_DEPTH: raise InputError(f'{where} is nested more than {MOST_DEPTH} deep: it is no config')
+        yield len(opened), total
+
+# %% ../nbs/00c_safe_yaml.ipynb #48dd4404
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**20, 50_000, 32   # of a config: far beyond what one needs
+
+def check_yaml(
+    text:str,
+    where:str,   # what to call it in a message
+):
+    """Raise InputError for YAML that interpolates, is nested too deep, or holds too many values, aliases counted in
+    full."""
+    if len(text) > MOST_BYTES: raise InputError(f'{where} is longer than {MOST_BYTES:,} characters: it is no config')
+    for depth, total in _counted(text, where):
+        if depth > MOST_DEPTH: raise InputError(f'{where} is nested more than {MOST_DEPTH} deep: it is no config')
         if total > MOST_VALUES: raise InputError(f'{where} stands for more than {MOST_VALUES:,} values: it is no config')
 
 # %% ../nbs/00c_safe_yaml.ipynb #17c4cfd9

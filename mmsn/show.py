@@ -117,7 +117,6 @@ def _write(fig, path, end, dpi, meta):
         fig.set_canvas(canvas)
         fig.dpi = dots
 
-
 # %% ../nbs/02_show.ipynb #2530e63d
 def save_figure(
     fig,              # a matplotlib Figure

@@ -94,7 +94,6 @@ def candidates(
     "Numbers of threads worth trying, from one up."
     return sorted({1, max(1, most//2), free_cores(most, busy), most})
 
-
 # %% ../nbs/00e_threads.ipynb #59ac1c98
 def quickest(
     step,            # called with a number of threads; how long that takes is what counts

@@ -27,21 +27,38 @@ def fingerprints(
         found[i] = np.frombuffer(hashlib.blake2b(x.tobytes(), digest_size=16).digest(), np.uint64)
     return found
 
+# %% ../../nbs/13d_data.duplicates.ipynb #91ff40b4
+def _groups(prints):
+    "(rows in the order of their fingerprints, the group of each, whether it shares its pixels with another)."
+    order = np.lexsort(np.asarray(prints).T)
+    ordered = prints[order]
+    new = np.r_[True, (ordered[1:] != ordered[:-1]).any(1)][:len(order)]
+    group = np.cumsum(new) - 1
+    shared = (np.bincount(group, minlength=1)[group] > 1) & ordered.any(1) if len(order) else new
+    return order, group, shared
+
 # %% ../../nbs/13d_data.duplicates.ipynb #4d2b845c
 def same_pixels(
     prints,   # (N, 2) uint64 of `fingerprints`; zeros: not compared
     split,    # (N,) the split of each image
 )->pd.DataFrame:
     "row, group, split, across of every image that has the pixels of another; `across`: of another split's."
-    order = np.lexsort(np.asarray(prints).T)
-    ordered = prints[order]
-    new = np.r_[True, (ordered[1:] != ordered[:-1]).any(1)][:len(order)]
-    group = np.cumsum(new) - 1
-    shared = (np.bincount(group, minlength=1)[group] > 1) & ordered.any(1) if len(order) else new
+    order, group, shared = _groups(prints)
     table = pd.DataFrame(dict(row=order[shared], group=group[shared], split=np.asarray(split)[order[shared]]))
     table['group'] = pd.factorize(table.group)[0]
     table['across'] = table.groupby('group').split.transform('nunique') > 1
     return table.sort_values(['group', 'row'], ignore_index=True)
+
+# %% ../../nbs/13d_data.duplicates.ipynb #fb6c9845
+def _refuse(found, n, most, folder):
+    "Leave the list beside the cohort that is not written, and raise InputError with the first pair."
+    beside = folder.parent.parent/f'{folder.name}.duplicates.csv'
+    found.to_csv(beside, index=False)
+    a = found.iloc[0]
+    b = found[(found.group == a.group) & (found.split != a.split)].iloc[0]
+    raise InputError(f'{len(found)} of {n} images have the same pixels as an image of another split, more than '
+                     f'{most:.0%}, such as {a.path} ({a.split}) and {b.path} ({b.split}): see {beside}; name the patients, '
+                     f'remove the copies, or allow them with --most-shared')
 
 # %% ../../nbs/13d_data.duplicates.ipynb #d36d8be6
 def check_shared(
@@ -58,14 +75,7 @@ def check_shared(
     across, folder = table[table.across], Path(folder)
     found = pd.DataFrame(dict(modality=modality, group=across.group, path=[str(paths[i]) for i in across.row],
                               split=across.split))
-    if len(found) > most*n:
-        beside = folder.parent.parent/f'{folder.name}.duplicates.csv'
-        found.to_csv(beside, index=False)
-        a = found.iloc[0]
-        b = found[(found.group == a.group) & (found.split != a.split)].iloc[0]
-        raise InputError(f'{len(found)} of {n} images have the same pixels as an image of another split, more than '
-                         f'{most:.0%}, such as {a.path} ({a.split}) and {b.path} ({b.split}): see {beside}; name the patients, '
-                         f'remove the copies, or allow them with --most-shared')
+    if len(found) > most*n: _refuse(found, n, most, folder)
     listed = folder/'duplicates.csv'
     if len(found): found.to_csv(listed, mode='a', header=not listed.exists(), index=False)
     counts = (('with the pixels of another image', len(table)),

@@ -108,7 +108,6 @@ class DropPath(nn.Module):
         stays = torch.empty((len(x), *[1]*(x.ndim - 1)), dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
         return x*stays.div_(1 - self.p)
 
-
 # %% ../../nbs/30_encoders.vit.ipynb #9f810730
 class Block(nn.Module):
     "A pre-norm transformer block (arXiv 2010.11929, equations 2 and 3)."
