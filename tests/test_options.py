@@ -23,6 +23,7 @@ from mmsn.options import MODALITIES, Config, InputError
 from mmsn.config import build, check, check_single, load_config, presets, to_dict
 from mmsn.data.writer import CohortWriter
 from mmsn.model import MMSN
+from mmsn.testing import toy_cohort, toy_config
 from mmsn.schedules import schedule, sharpening, steps_per_epoch, total_steps
 
 HOURS, SIZE = 24, 32
@@ -277,8 +278,8 @@ def samples(tmp, cohorts, monkeypatch):
     assert torch.equal(a.data['cxr'], b.data['cxr']) and differ(a.data['ehr'], b.data['ehr'])
     asked, real = {}, training.loader
     monkeypatch.setattr(training, 'loader', lambda *args, **kw: asked.update(kw) or real(*args, **kw | dict(workers=0)))
-    next(trainer(tmp/'workers', cohorts[0], data__workers=3).batches())
-    assert asked['workers'] == 3
+    next(trainer(tmp/'workers', cohorts[0], data__workers=1).batches())
+    assert asked['workers'] == 1
 
 
 @once('train.checkpoint_every', 'train.keep_last', 'train.log_every', 'train.resume', 'train.keep_every', 'train.keep_best')
@@ -320,6 +321,41 @@ def drawing(tmp, cohorts, monkeypatch):
     "Test_generate changes each of them; `vae` names a model, and is proven there too."
     from test_generate import DIALS
     assert all({*DIALS[k]} | {'vae'} >= {f.name for f in fields(Objectives.__dataclass_fields__[k].default_factory)} for k in DRAWING)
+
+
+# Option of a text, or dial of an objective of images and texts -> what it is changed to.
+TEXT = {'encoder.dim': 48, 'encoder.depth': 2, 'encoder.heads': 4, 'encoder.length': 6, 'encoder.pool': 'cls', 'views.random': 2, 'views.focal': 3, 'views.drop': .6, 'views.shuffle': 1.,
+        'views.focal_span': [.8, .9], 'weight': 3., 'drop': .5, 'alone': False, 'prototypes': 5}
+PAIRED = {'convirt.temperature': .5, 'convirt.weight': .3, 'convirt.hidden': 20, 'convirt.dim': 20, 'gloria.attention': 9., 'gloria.word': 9., 'gloria.pair': 3., 'gloria.layers': 1, 'gloria.dim': 20}
+
+
+@once('text.kind', 'text.encoder.name', *(f'text.{key}' for key in TEXT), *(f'objectives.{dial}' for dial in PAIRED))
+def texts(tmp, cohorts, monkeypatch):
+    "Each changes weights, views or the loss; a language model that is not there is named."
+    from test_text import IMAGE, ONE
+    toy = toy_cohort(tmp/'toy', n=60, reports=True)
+    def computed(objective='msn', report=None, cxr=None, **dials):
+        if objective == 'msn': return Computed(toy_config('cxr', 'report', report=report or {}, cxr=cxr or {}, fusion=dict(dim=0, space='own', aim=['own', 'joint'])), toy)
+        return Computed(toy_config('cxr', 'report', cxr=IMAGE, report=dict(kind='text', views=ONE, encoder=dict(dim=32, depth=2, heads=2, length=24)), fusion=dict(dim=0), objective=objective, objectives={objective: SMALL_PAIRS[objective] | dials}), toy)
+    def nested(tree, key, value):
+        head, _, rest = key.partition('.')
+        return tree | {head: nested(tree.get(head, {}), rest, value) if rest else value}
+    start = to_dict(toy_config('cxr', 'report'))['modalities']
+    for key, value in TEXT.items():
+        other = {}
+        if key in ('views.random', 'views.focal'): other = nested(start['cxr'], key, value)           # as many views of both
+        if key == 'views.shuffle': base = computed(report=nested(start['report'], key, 0.))
+        else: base = computed()
+        changed = computed(report=nested(start['report'], key, value), cxr=other)
+        assert any(differ(base[stage], changed[stage]) for stage in ('model', 'loss')), key
+    with pytest.raises(InputError): computed(report=nested(start['report'], 'encoder.name', f'hf:{tmp}/nowhere'))['built']
+    with pytest.raises(InputError): computed(report=start['report'] | dict(kind='image'))
+    for dial, value in PAIRED.items():
+        name, key = dial.split('.')
+        assert any(differ(computed(name)[stage], computed(name, **{key: value})[stage]) for stage in ('model', 'loss')), dial
+
+
+SMALL_PAIRS = dict(convirt=dict(hidden=16, dim=16), gloria=dict(dim=16, layers=2))
 
 
 @once('train.probe_every')

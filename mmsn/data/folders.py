@@ -200,6 +200,11 @@ def _image_samples(table, where, images, id_column, subject_column, split, seed)
     image = [inside(images, i).relative_to(images).as_posix() if os.path.isabs(i) else i for i in table[id_column]]
     return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=splits, image=image)), told
 
+# %% ../../nbs/25_data.folders.ipynb #e9565089
+def _about_reports(reports, tokenizer):
+    "What provenance says of reports, where there are some."
+    return dict(reports=list(reports), tokenizer=Path(tokenizer).name) if len(reports) else {}
+
 # %% ../../nbs/25_data.folders.ipynb #a1163130
 def image_cohort(
     table,                # DataFrame of text, one row an image
@@ -225,26 +230,22 @@ def image_cohort(
     reports=(),           # columns of text: the sections of a report
     tokenizer:str='',     # whose vocabulary (`mmsn.data.reports`); '': learned from the training reports
 )->pd.DataFrame:
-    """The common part of all image readers: a cohort of `table`; returns the summary (part, what, count). Raises
-    InputError."""
+    "The common part of all image readers: a cohort of `table`; its summary (part, what, count). Raises InputError."
     _check_images(table, where, images, size, id_column, subject_column)
-    notes = _mac_notes(table[id_column], images)
-    table = table[~notes]
+    table = table[~(notes := _mac_notes(table[id_column], images))]
     paths = image_names(list(table[id_column]), images)
     _check_twice(list(table[id_column]), paths, where, id_column)
     samples, listed = _image_samples(table, where, images, id_column, subject_column, split_column, seed)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
     _check_names(labels, facts, modality, where, most_bad=most_bad, most_shared=most_shared)
     texts = (_report_columns(table, reports, where, modality, tokenizer), tokenizer)
-    provenance = dict(provenance or {}, size=size, fit=fit, seed=seed)
-    if len(reports): provenance |= dict(reports=list(reports), tokenizer=Path(tokenizer).name)
-    with CohortWriter(out, name, list(labels), provenance=provenance) as writer:
+    about = dict(provenance or {}, size=size, fit=fit, seed=seed) | _about_reports(reports, tokenizer)
+    with CohortWriter(out, name, list(labels), provenance=about) as writer:
         with kept_blocks(out, writer, len(table), say) as work:
             stored = store_images(paths, size, writer.add_images(modality, size, size), root=images, fit=fit,
                                   workers=workers, most_bad=most_bad, resume=work)
-            rows = _image_rows(samples, stored, int(notes.sum()))
-            return _image_summary(writer, samples, y, tabular, stored, paths, modality, (told, rows, listed),
-                                  most_shared, say, texts)
+            counts = (told, _image_rows(samples, stored, int(notes.sum())), listed)
+            return _image_summary(writer, samples, y, tabular, stored, paths, modality, counts, most_shared, say, texts)
 
 # %% ../../nbs/25_data.folders.ipynb #2ad5e7e4
 def _report_columns(table, names, where, modality, tokenizer):

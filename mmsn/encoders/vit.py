@@ -143,7 +143,8 @@ class ViT(nn.Module):
         size:int,             # side in pixels of the views that the grid of positions is made for
     ):
         super().__init__()
-        if config.name != 'vit': raise InputError(f"encoder.name of an image should be 'vit', 'resnet18' or 'resnet50', not {config.name!r}")
+        if config.name != 'vit':
+            raise InputError(f"encoder.name of an image should be 'vit', 'resnet18' or 'resnet50', not {config.name!r}")
         if config.size and config.size not in SIZES:
             raise InputError(f'encoder.size should be one of {", ".join(SIZES)}, not {config.size!r}')
         if config.channels not in (1, 3): raise InputError(f'encoder.channels should be 1 or 3, not {config.channels}')

@@ -321,7 +321,8 @@ def _training_panels(metrics, prototypes):
     chance, K = [c for i, c in enumerate(chance) if i == 0 or c - chance[i - 1] > 1e-3], sorted({prototypes,
             *(round(math.exp(c)) for c in chance)})
     rival = {} if of('cross_entropy') else of('objective')            # of a run without prototypes
-    panels = [('loss', rival, None), ('spread of outputs', of('spread'), None), ('cross entropy', of('cross_entropy'), chance), ('… above its floor H(t)', above, None),
+    panels = [('loss', rival, None), ('spread of outputs', of('spread'), None),
+              ('cross entropy', of('cross_entropy'), chance), ('… above its floor H(t)', above, None),
               ('prototypes used', of('used'), K), ('H of the mean assignment', of('entropy_of_mean'), chance),
               ('H of one assignment', of('entropy'), chance), ('effective rank', of('effective_rank'), None),
               ('gradient norm', {'': metrics.gradient_norm}, None), ('learning rate', {'': metrics.lr}, None)]
