@@ -101,12 +101,14 @@ def test(out, models, epochs, name='pays_test'):
     for i, seed in enumerate(seed for _, seed in models):
         run = out/f'preset-{seed}-{epochs:g}'
         protocols = ['low_shot', 'linear_probe', *['supervised', 'finetune']*(i == 0)]
+        more = []
+        if name != 'pays_test': protocols, more = ['low_shot'], ['bootstrap=200', f'baselines={str(i == 0).lower()}']   # two modalities: a question of rows, not of networks
         if not (run/'report'/'about.json').is_file():
-            evaluate(run, [f'protocols=[{",".join(protocols)}]', 'shots=[]', 'map_samples=20', f'fractions={list(FRACTIONS)}'], page=False)
+            evaluate(run, [f'protocols=[{",".join(protocols)}]', 'shots=[]', 'map_samples=20', f'fractions={list(FRACTIONS)}', *more], page=False)
         tables.append(pd.read_csv(run/'report'/'summary.csv').assign(seed=seed))
         recalls.append(pd.read_csv(run/'report'/'channels.csv').assign(seed=seed))
     pd.concat(tables).round(4).to_csv(RESULTS/f'{name}.csv', index=False)
-    pd.concat(recalls).groupby(['seed', 'encoder', 'statistic']).r2.median().round(3).to_csv(RESULTS/f'{name}_recall.csv')
+    if name == 'pays_test': pd.concat(recalls).groupby(['seed', 'encoder', 'statistic']).r2.median().round(3).to_csv(RESULTS/f'{name}_recall.csv')
 
 
 def folder_of(out, arm, seed, epochs): return out/f'{"".join(c if c.isalnum() else "-" for c in arm)}-{seed}-{epochs:g}'
