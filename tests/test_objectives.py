@@ -275,6 +275,6 @@ def test_evaluation(cohort, tmp_path, name):
     assert set(pd.read_csv(report/'retrieval.csv').space) == {'embedding', 'plain', *(['contrast'] if name == 'clip' else [])}
     assert list(report.rglob('views.png')) and not list(report.rglob('prototypes*'))
     figure = training_figure(pd.read_csv(report/'metrics.csv'), json.loads((report/'about.json').read_text())['prototypes'])
-    titles = [ax.get_title() for ax in figure.axes]
+    titles = [ax.get_title('left') or ax.get_title() for ax in figure.axes]
     assert ('cross entropy' in titles) == (name == 'dino') and ('loss' in titles) == (name == 'simclr') and 'effective rank' in titles
     assert json.loads((report/'about.json').read_text())['prototypes'] == (16 if name == 'dino' else 8)
