@@ -285,13 +285,13 @@ def test_places_that_cannot_be_written(cohort, trained, tmp_path, disk, capsys, 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if 'transformers' not in name])      # which has no such encoder as this one
 def test_a_disk_that_fills_up(cohort, trained, disk, capsys, monkeypatch, name):
-    "There is room for the trial and not for the result: one line, exit code 2, and nothing half-written."
+    "There is room for the trial and not for the result: one line, exit code 2, and nothing half-written (an evaluation keeps the protocols that it finished)."
     if name == 'convert': monkeypatch.setattr('mmsn.convert.check_writable', lambda out: None)      # this encoder is smaller than the trial
     fill(disk, 8192 if name == 'convert' else 17*4096)
     main, words = commands(cohort, trained, disk/'out')[name]
     line = refused(main, words, capsys)
     assert 'No space left' in line, line
-    assert {p.name for p in disk.iterdir()} <= {'other', 'out', 'out.slurm'} and not [p for p in disk.rglob('*') if p.suffix == '.npy' or p.name.endswith(('.safetensors', '.html'))], list(disk.rglob('*'))
+    assert {p.name for p in disk.iterdir()} <= {'other', 'out', 'out.slurm', 'out-parts'} and not [p for p in disk.rglob('*') if p.suffix == '.npy' or p.name.endswith(('.safetensors', '.html'))], list(disk.rglob('*'))
     assert (disk/'out').exists() <= (name in ('train', 'demo'))
 
 

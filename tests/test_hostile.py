@@ -15,8 +15,8 @@ from mmsn.prepare import main as prepare, parser
 from mmsn.ranges import PREPARE as LIMITS, RANGES
 from mmsn.train import main as train
 
-ALL = 'modalities: {cxr: {kind: image}, ehr: {kind: timeseries}, facts: {kind: tabular}}\n'
-NAMES = dict(image='cxr', timeseries='ehr', tabular='facts')
+ALL = 'modalities: {cxr: {kind: image}, ehr: {kind: timeseries}, facts: {kind: tabular}, report: {kind: text}}\n'
+NAMES = dict(image='cxr', timeseries='ehr', tabular='facts', text='report')
 
 
 def numeric(hint):

@@ -396,7 +396,7 @@ def test_files(monkeypatch):
     with_predictor = MMSN.from_config(PREDICT, cohort)
     folder = model.save_pretrained(f'{tmp.name}/encoder')
     loaded = MMSN.from_pretrained(folder)
-    eq(sorted(p.name for p in folder.iterdir()), ['config.json', 'model.safetensors'])
+    eq(sorted(p.name for p in folder.iterdir()), ['README.md', 'config.json', 'model.safetensors'])
     for name, x in model.encode(batch).items(): eq(loaded.encode(batch)[name].nan_to_num(), x.nan_to_num())
     for t, o in zip(loaded.target.parameters(), loaded.online.parameters()): assert torch.equal(t, o)
     assert loaded.online.encoders['ehr'].training is False and all(p.requires_grad for p in loaded.online.parameters())
