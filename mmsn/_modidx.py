@@ -636,6 +636,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mmsn.data.patients._stacked': ('data.patients.html#_stacked', 'mmsn/data/patients.py'),
                                     'mmsn.data.patients._unread': ('data.patients.html#_unread', 'mmsn/data/patients.py'),
                                     'mmsn.data.patients._values_of': ('data.patients.html#_values_of', 'mmsn/data/patients.py'),
+                                    'mmsn.data.patients._word_column': ('data.patients.html#_word_column', 'mmsn/data/patients.py'),
                                     'mmsn.data.patients.about_data': ('data.patients.html#about_data', 'mmsn/data/patients.py'),
                                     'mmsn.data.patients.all_channels': ('data.patients.html#all_channels', 'mmsn/data/patients.py'),
                                     'mmsn.data.patients.batches': ('data.patients.html#batches', 'mmsn/data/patients.py'),
