@@ -935,6 +935,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mmsn.data.timeseries.n_bins': ('data.timeseries.html#n_bins', 'mmsn/data/timeseries.py')},
             'mmsn.data.tok': { 'mmsn.data.tok._beside': ('data.tok.html#_beside', 'mmsn/data/tok.py'),
                                'mmsn.data.tok._by_pattern': ('data.tok.html#_by_pattern', 'mmsn/data/tok.py'),
+                               'mmsn.data.tok._by_table': ('data.tok.html#_by_table', 'mmsn/data/tok.py'),
                                'mmsn.data.tok._check_once': ('data.tok.html#_check_once', 'mmsn/data/tok.py'),
                                'mmsn.data.tok._found_labels': ('data.tok.html#_found_labels', 'mmsn/data/tok.py'),
                                'mmsn.data.tok._images': ('data.tok.html#_images', 'mmsn/data/tok.py'),
