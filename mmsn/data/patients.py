@@ -25,7 +25,7 @@ from .folders import _fact_numbers, image_names
 from .formats import Columns
 from .images import _FEW, _resize, _results, inside
 from .long import match_long
-from .meds import _is, _windows, load_found, load_mapped, open_meds
+from .meds import _ages, _is, _windows, load_found, load_mapped, open_meds
 from .tables import _near, _need, connect, numbers, read_text, run
 from .timeseries import Channel, grid, layout
 from .units import conversion
@@ -366,8 +366,7 @@ def meds_fact_matrix(
     patterns,          # codes (or beginnings*), as `mmsn-prepare meds --facts` had them
 )->np.ndarray:         # (N, F) float32
     "Facts of MEDS windows in the columns of an encoder. Raises InputError."
-    born = run(con, """select epoch(b - born)/31557600 as age from windows left join (select subject_id,
-        min(time) as born from meds where code = 'MEDS_BIRTH' group by 1) using (subject_id) order by sample""").df()
+    born = _ages(con)
     made = pd.DataFrame(np.nan, born.index, list(info.columns))
     if 'age' in made: made['age'] = born.age
     for pattern in patterns:
