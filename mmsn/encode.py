@@ -92,6 +92,7 @@ class Sources:
 # %% ../nbs/93_encode.ipynb #dead0070
 _ONLY = dict(table=('starts',), meds=('codes', 'labels', 'start', 'end', 'fact_codes'))
 
+# %% ../nbs/93_encode.ipynb #586a3ad3
 def _check_options(s:Sources):
     "Raise InputError for an option that this kind of source has no use for."
     for kind, names in _ONLY.items():
@@ -358,9 +359,18 @@ def _write(encoder, s, p, out, batch_size, say):
     shutil.rmtree(folder)
     say(f'{len(p):,} patients, {", ".join(encoder.config.modalities)}: {out}')
 
+# %% ../nbs/93_encode.ipynb #c2520ece
+def _add_places(add):
+    "What is embedded, by what, and where it goes."
+    add('encoder', metavar='ENCODER', help='folder that mmsn-train wrote, its encoder folder, hub:OWNER/NAME, '
+                                           'published weights, torchvision:NAME or timm:NAME')
+    add('source', metavar='SOURCE', help='a cohort, a folder of images, a table of measurements (CSV or parquet: '
+                                         'subject_id, time, variable, value; or a column a channel), or a MEDS data set')
+    add('out', metavar='OUT.parquet', help='file to write: ids, then name.0, name.1, … of each modality and of joint')
+
 # %% ../nbs/93_encode.ipynb #7c44a182
 def _add_tables(add):
-    "The options of a table and of MEDS."
+    "The options of a table."
     add('--starts', default='', metavar='FILE', help='of a table: CSV or parquet of stays: subject_id, start, '
                                                      'perhaps end, stay_id')
     for name, what in dict(subject='the patient', stay='the stay', time='hours or timestamps', variable='the channel',
@@ -371,6 +381,10 @@ def _add_tables(add):
                                                                 'recognised, or hours)')
     add('--outside', type=float, default=.5, help='largest share of measurements that may lie outside their stays '
                                                   '(default 0.5)')
+
+# %% ../nbs/93_encode.ipynb #9c8f9b40
+def _add_meds(add):
+    "The options of MEDS."
     add('--codes', default='', metavar='FILE', help='of MEDS: CSV code (or beginning*), channel, perhaps unit, '
                                                     'scale, offset')
     add('--labels', default='', metavar='FOLDERS', help='of MEDS: labels, whose prediction times end the windows, '
@@ -388,11 +402,7 @@ def parser():
                epilog='A killed run goes on where it was when the same command is given. Exit codes: 0 done, '
                       '2 the input is wrong (one line says what), 1 anything else.')
     add = p.add_argument
-    add('encoder', metavar='ENCODER', help='folder that mmsn-train wrote, its encoder folder, hub:OWNER/NAME, '
-                                           'published weights, torchvision:NAME or timm:NAME')
-    add('source', metavar='SOURCE', help='a cohort, a folder of images, a table of measurements (CSV or parquet: '
-                                         'subject_id, time, variable, value; or a column a channel), or a MEDS data set')
-    add('out', metavar='OUT.parquet', help='file to write: ids, then name.0, name.1, … of each modality and of joint')
+    _add_places(add)
     add('--images', default='', metavar='FOLDER', help='images beside a table or MEDS, named by patient (or by '
                                                        '--list)')
     add('--list', dest='listed', default='', metavar='FILE', help='CSV that says whose images are which: subject_id '
@@ -404,6 +414,7 @@ def parser():
     add('--fit', choices=('crop', 'squash'), default='', help='how an image becomes square (default as in the '
                                                               'cohort of the encoder, or crop)')
     _add_tables(add)
+    _add_meds(add)
     add('--most-bad', type=float, default=.01, help='largest share of images that cannot be used; they get no '
                                                     'embedding (default 0.01)')
     add('--batch-size', type=int, default=256, help='patients at a time (default 256)')
@@ -411,19 +422,23 @@ def parser():
     add('--overwrite', action='store_true', help='replace OUT.parquet')
     return p
 
-# %% ../nbs/93_encode.ipynb #132dc2ae
-def _sources(a):
-    "The `Sources` of the words. Raises InputError for a number that is none."
+# %% ../nbs/93_encode.ipynb #5575df99
+def _check_numbers(a):
+    "Raise InputError for a number outside its range."
     for name, low, high in (('outside', 0, 1), ('most_bad', 0, 1), ('batch_size', 1, 10**6), ('workers', 0, 1024),
                             ('hours', 0, 10**6)):
         value = getattr(a, name)
         if value is not None and not low <= value <= high:
             raise InputError(f'--{name.replace("_", "-")} should be {low} to {high}, not {value:g}')
+
+# %% ../nbs/93_encode.ipynb #132dc2ae
+def _sources(a):
+    "The `Sources` of the words. Raises InputError for a number that is none."
+    _check_numbers(a)
     names = lambda text: tuple(n.strip() for n in text.split(',') if n.strip())
     columns = Columns(*(getattr(a, n) for n in ('subject', 'stay', 'time', 'variable', 'value', 'unit')))
     return Sources(a.source, a.images, a.listed, a.facts, a.starts, a.codes, names(a.labels), a.start, a.end,
-                   names(a.fact_codes), a.hours,
-                   a.fit, columns, a.time_unit, a.outside, a.most_bad, a.workers)
+                   names(a.fact_codes), a.hours, a.fit, columns, a.time_unit, a.outside, a.most_bad, a.workers)
 
 # %% ../nbs/93_encode.ipynb #bebb51d0
 @cli

@@ -26,6 +26,7 @@ def _outwards(x, up):
     unit = 10.**(np.floor(np.log10(abs(x))) - 1)
     return float(f'{(np.ceil(x/unit - 1e-9) if up else np.floor(x/unit + 1e-9))*unit:.12g}')
 
+# %% ../../nbs/24c_data.draft.ipynb #891f5162
 def draft_range(
     low:float,    # 0.1 percentile
     high:float,   # 99.9 percentile
@@ -45,6 +46,7 @@ def _cells(con, path, columns):
         try_cast(trim(value::varchar) as double) as value, nullif(trim(unit::varchar), '') as unit from source
         where variable is not null and lower(coalesce(trim(value::varchar), '')) not in {_EMPTY}""")
 
+# %% ../../nbs/24c_data.draft.ipynb #d88a69de
 def _units(con):
     "variable -> the most frequent of its units; and (variable, unit, factor, offset), None where no way is known."
     counts = con.execute("""select variable, unit, count(*) as n from cells where unit is not null group by 1, 2
@@ -58,6 +60,7 @@ _STATISTICS = """select variable, quantile_cont(value, .001) as low, quantile_co
     median(value) as normal, min(value) as least, count(*) as n from cells
     where isfinite(value) group by 1 order by 1"""
 
+# %% ../../nbs/24c_data.draft.ipynb #a2c3d453
 def draft_channels(
     path,                        # CSV or parquet, long or wide
     out,                         # the CSV file to write; must not exist

@@ -78,6 +78,7 @@ def fact_table(
 # %% ../../nbs/25_data.folders.ipynb #f3c74ba7
 _MISSING = ('', '.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.jp2', '.pgm', '.dcm', '.dicom')
 
+# %% ../../nbs/25_data.folders.ipynb #29454cbc
 def _files_in(folder):
     "Lower-case name -> names of the files in a folder."
     names = {}
@@ -142,6 +143,7 @@ def _check_twice(ids, paths, where, column):
 # %% ../../nbs/25_data.folders.ipynb #29d450c6
 _WORTH_KEEPING = 1000      # images; of fewer the decoded blocks go when a preparation is refused
 
+# %% ../../nbs/25_data.folders.ipynb #25eb4ed4
 def _others_work(note, out):
     "Remove what a killed preparation of `out` left half-written; raises InputError where it is still at work."
     try: left = json.loads(note.read_text(encoding='utf-8'))

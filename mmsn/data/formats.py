@@ -46,6 +46,7 @@ class Columns:
 # %% ../../nbs/23b_data.formats.ipynb #9b945c61
 _NEEDED = ('subject', 'time', 'variable', 'value')
 
+# %% ../../nbs/23b_data.formats.ipynb #90e84b68
 def _missing(path, name, names, option):
     "The InputError for a column that is not there."
     near = _near(name, names)
@@ -54,6 +55,7 @@ def _missing(path, name, names, option):
     hint = alone if option == 'subject' and 'stay_id' in names else ''
     return InputError(f'{path} has no column {name!r}{said} --{option} names it{hint}')
 
+# %% ../../nbs/23b_data.formats.ipynb #b18c4405
 def _check_names(path, columns, names):
     "Raise InputError for a column that is named or needed, and not there."
     wide = columns.variable not in names and columns.value not in names
@@ -70,8 +72,10 @@ def quoted(name):
     "A name of a column as SQL."
     return '"' + name.replace('"', '""') + '"'
 
+# %% ../../nbs/23b_data.formats.ipynb #8e688941
 _EMPTY = "('', 'nan', 'na', 'n/a', 'null', 'none', '<na>', '.')"
 
+# %% ../../nbs/23b_data.formats.ipynb #6f278730
 def _duration(path, name):
     "How many units of a duration column make an hour, or None where it is none."
     if Path(path).suffix != '.parquet': return None
@@ -96,6 +100,7 @@ _ENDS = """select * from (select row_number() over () + 1 as n, line from read_c
     columns={{'line': 'VARCHAR'}}, delim='\x1f', quote='', escape='', nullstr='\x1e'))
     where line like '%,' and length(line) - length(replace(line, ',', '')) >= {n} limit 100"""
 
+# %% ../../nbs/23b_data.formats.ipynb #225f559a
 def check_ends(
     con,    # DuckDB connection
     path,   # CSV; a Parquet file passes
@@ -184,6 +189,7 @@ def _target(channel, units, path):
                          f'({units[other]}): say in the table of channels which unit the channel has')
     return first
 
+# %% ../../nbs/23b_data.formats.ipynb #8bf07534
 def _way(unit, target, name, rows, path):
     "Factor and offset; InputError where none is known."
     way = conversion(unit, target, name)

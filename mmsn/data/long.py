@@ -49,6 +49,7 @@ def read_channels(
 # %% ../../nbs/24_data.long.ipynb #2717d9d1
 _LONG = ('subject_id', 'time', 'variable', 'value')
 
+# %% ../../nbs/24_data.long.ipynb #2e40f943
 def _columns_of(path, *needed):
     "Column names of a CSV or parquet file; raises InputError for one that is missing."
     if not Path(path).is_file(): raise InputError(f'no file {path}')
@@ -86,6 +87,7 @@ def _words_of(con, path, columns, choices):
     return (f"coalesce(number, {plain})",
             f"left join words on word_of = {_cell('variable')} and word = {_cell('value')}")
 
+# %% ../../nbs/24_data.long.ipynb #0bcc10df
 def _same(a, b):
     "Whether two texts are one word, or one number."
     if a == b: return True
@@ -122,6 +124,7 @@ def _ids_of(labelled, key):
     if labelled.index.name == key: return labelled.index
     return labelled.attrs.get('subjects', {}).values() if key == 'subject_id' else []
 
+# %% ../../nbs/24_data.long.ipynb #e12f330d
 def _one_form(con, labelled, starts, where):
     "Bring the ids of `long`, and of `given` if there are starts, to one form; returns it, for those of the labels too."
     plain = {}
@@ -143,6 +146,7 @@ _NO_STARTS = """select subject, {stay} as stay_id, '-infinity'::double as begin,
     from long where subject is not null and {there} group by 1, 2 order by try_cast(subject as bigint), 1,
     try_cast({stay} as bigint), 2"""
 
+# %% ../../nbs/24_data.long.ipynb #ec3294f2
 def load_starts(
     con,            # DuckDB connection with `long`
     path,           # CSV or parquet: subject_id, start, optionally end, stay_id; None: one stay a subject, or a stay_id
@@ -167,10 +171,12 @@ def load_starts(
 # %% ../../nbs/24_data.long.ipynb #a369aae8
 _KINDS = dict(elapsed='hours', local='dates without a time zone', utc='dates with a time zone')
 
+# %% ../../nbs/24_data.long.ipynb #71382bf7
 def _moment_of(con, t, what, times, where):
     "SQL of parts and moment of a column of `read`, which must be of the kind of the times of the long table."
     if not con.execute(f'select count({t}) from read').fetchone()[0]: return 'null', 'null::double'
-    words = con.execute(f'select count(*) from read where {t} is not null and try_cast({t} as double) is null').fetchone()[0]
+    words = con.execute(f'select count(*) from read where {t} is not null '
+                        f'and try_cast({t} as double) is null').fetchone()[0]
     unit = 'clock' if times.form == 'clock' else times.unit if times.form == 'number' and not words else 'auto'
     f = find_format(con, 'read', t, what, unit, times.form if times.form in ('dmy', 'mdy') else '')
     if f.kind != times.kind:
@@ -216,6 +222,7 @@ def _first(con, sql):
     rows = con.execute(sql).fetchall()
     return rows[0] if rows else None
 
+# %% ../../nbs/24_data.long.ipynb #cf01de65
 def _check_stays(con, path, starts):
     "Raise InputError unless the stays that rows name are each of one subject, and those of the table of starts."
     if not _first(con, 'select count(stay_id) from long')[0]:
@@ -326,6 +333,7 @@ def _shown(x, times):
     if times.kind == 'elapsed': return f'{x:,.6g} h'
     return f'{pd.Timestamp(round(x*1e6), unit="us"):%Y-%m-%d %H:%M}' + ' UTC'*(times.kind == 'utc')
 
+# %% ../../nbs/24_data.long.ipynb #14726f19
 def _times_read(con, times):
     "The row (part, what, count) that says how times were read."
     lo, hi, n = con.execute('select min(moment), max(moment), count(moment) from long').fetchone()
@@ -335,6 +343,7 @@ def _times_read(con, times):
 # %% ../../nbs/24_data.long.ipynb #76419eb5
 _OUTSIDE = "('in no stay', 'before the start of its stay', 'after the end of its stay')"
 
+# %% ../../nbs/24_data.long.ipynb #d72627c2
 def _check_times(con, path, times, unit, outside):
     "Raise InputError where too many measurements lie outside their stays, or where hours are too many to be hours."
     where = f"""from events where (reason is null or reason in {_OUTSIDE})
@@ -405,6 +414,7 @@ def _stay_rows(n, found, left, lost, starts):
     if left: rows.append(('stays', 'labelled, left out: no row in the table', left))
     return rows + [('labels', 'rows of no stay with measurements', lost)]*bool(lost)
 
+# %% ../../nbs/24_data.long.ipynb #21225087
 def _divided(stays, known, split, column):
     "Rows (part, what, count) about a division by lists."
     if not split: return []
@@ -448,6 +458,7 @@ def _known(labels, columns):
     if labels is None: return pd.DataFrame(index=pd.Index([], name='subject_id'))
     return labels if isinstance(labels, pd.DataFrame) else read_labels(labels, columns)
 
+# %% ../../nbs/24_data.long.ipynb #23bd1da1
 def _said_of(columns, split):
     "What a cohort says about columns of other names, and about lists of subjects."
     other = {k: v for k, v in columns.roles.items() if k != v}
@@ -511,8 +522,8 @@ def prepare_table(
         raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
     named = Columns(**columns)
     known, kinds = _known(labels, named), channels if isinstance(channels, list) else read_channels(channels)
-    provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name, hours=hours,
-                      timestep=timestep, seed=seed, **_said_of(named, split),
+    provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name,
+                      hours=hours, timestep=timestep, seed=seed, **_said_of(named, split),
                       **({} if time_unit == 'auto' else dict(time_unit=time_unit)))
     with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=provenance) as writer:
         stays, events, rows = read_long(table, kinds, starts, named, known, time_unit, outside)

@@ -156,6 +156,7 @@ def load_mapped(
 # %% ../../nbs/27_data.meds.ipynb #65fd33ce
 _OF_ACES = dict(index_timestamp='prediction_time', label='boolean_value')
 
+# %% ../../nbs/27_data.meds.ipynb #2b22637c
 def _open_labels(con, view, files, kinds):
     "The view of label files: of MEDS, or as ACES writes them with its own names. Raises InputError."
     names = set(header(files[0]))
@@ -164,6 +165,19 @@ def _open_labels(con, view, files, kinds):
     _open(con, f'{view}_aces', files, theirs, theirs)
     columns = ', '.join(f'"{c}" as "{_OF_ACES.get(c, c)}"' for c in theirs)
     con.execute(f'create or replace view {view} as select {columns} from {view}_aces')
+
+# %% ../../nbs/27_data.meds.ipynb #a85d1c2a
+def _join_labels(con, n:int):
+    "Make `asked` of the views label_0 to label_n-1. Raises InputError where labels contradict each other."
+    union = ' union all '.join(f'select *, {i} as task from label_{i}' for i in range(n))
+    run(con, f'create or replace table answers as select * from ({union}) where subject_id is not null and '
+             f'prediction_time is not null')
+    twice = con.execute('''select subject_id from answers group by task, subject_id, prediction_time
+        having count(distinct boolean_value) > 1 limit 1''').fetchone()
+    if twice: raise InputError(f'the labels of subject {twice[0]} at one prediction_time contradict each other')
+    columns = ', '.join(f'max(boolean_value::int) filter (task = {i})::float as y{i}' for i in range(n))
+    con.execute(f'create or replace table asked as select subject_id, prediction_time, {columns} from answers group '
+                f'by all')
 
 # %% ../../nbs/27_data.meds.ipynb #89ac8c96
 def load_labels(
@@ -177,15 +191,7 @@ def load_labels(
     if len(set(names)) < len(names): raise InputError(f'two label folders have one name: {", ".join(names)}')
     for i, path in enumerate(labels):
         _open_labels(con, f'label_{i}', _shards(path, 'labels are parquet files, or a folder of them'), kinds)
-    union = ' union all '.join(f'select *, {i} as task from label_{i}' for i in range(len(names)))
-    run(con, f'create or replace table answers as select * from ({union}) where subject_id is not null and '
-             f'prediction_time is not null')
-    twice = con.execute('''select subject_id from answers group by task, subject_id, prediction_time
-        having count(distinct boolean_value) > 1 limit 1''').fetchone()
-    if twice: raise InputError(f'the labels of subject {twice[0]} at one prediction_time contradict each other')
-    columns = ', '.join(f'max(boolean_value::int) filter (task = {i})::float as y{i}' for i in range(len(names)))
-    con.execute(f'create or replace table asked as select subject_id, prediction_time, {columns} from answers group '
-                f'by all')
+    _join_labels(con, len(names))
     return names
 
 # %% ../../nbs/27_data.meds.ipynb #fc2c47e6
@@ -257,6 +263,7 @@ def _block(con):
 # %% ../../nbs/27_data.meds.ipynb #ee53bcbf
 _MEDS_SPLITS = dict(train='train', tuning='val', held_out='test', validation='val', val='val', test='test')
 
+# %% ../../nbs/27_data.meds.ipynb #1aea2d75
 def meds_splits(con, subject_id, seed:int)->tuple:
     """(N,) splits of the subjects, and how many were not listed; raises InputError for a split of another name or a
     subject in two."""
@@ -274,12 +281,17 @@ def meds_splits(con, subject_id, seed:int)->tuple:
     return listed.where(listed.notna(), pd.Series(split_of(subject_id,
                                                            seed))).to_numpy(object), unlisted if len(table) else 0
 
+# %% ../../nbs/27_data.meds.ipynb #23a5ff6c
+def _ages(con)->pd.DataFrame:
+    "Sample and age in years at the end of each window; NaN where a birth is not known."
+    return run(con, """select sample, epoch(b - born)/31557600 as age from windows left join
+        (select subject_id, min(time) as born from meds where code = 'MEDS_BIRTH' group by 1)
+            using (subject_id) order by sample""").df()
+
 # %% ../../nbs/27_data.meds.ipynb #0ee1ec79
 def meds_facts(con, facts=())->pd.DataFrame:
     "(N, F) of the windows: age in years where births are known, and a column a code of `facts`. Raises InputError."
-    born = run(con, """select sample, epoch(b - born)/31557600 as age from windows left join
-        (select subject_id, min(time) as born from meds where code = 'MEDS_BIRTH' group by 1)
-            using (subject_id) order by sample""").df()
+    born = _ages(con)
     parts = [born[['age']]] if born.age.notna().any() else []
     for pattern in facts:
         had = run(con, f"""select distinct sample, code from meds e join windows w using (subject_id)
@@ -322,6 +334,14 @@ def _samples(con, names, seed, split=''):
                              window_start=table.a, window_end=table.b))
     return made.assign(**{n: table[f'y{i}'] for i, n in enumerate(names)}), rows
 
+# %% ../../nbs/27_data.meds.ipynb #9f1c2635
+def _add_windows(writer, con, samples, modality, channels, timestep):
+    "Write the grids of all windows; returns the samples with their rows, and the counts of `grid`."
+    length = (samples.window_end - samples.window_start).dt.total_seconds()/3600
+    length = length.clip(timestep/2).to_numpy()                                    # hour 0 needs a row
+    first, rows, counts = add_series(writer, modality, channels, _block(con), length, timestep)
+    return samples.assign(**{f'{modality}_start': first, f'{modality}_length': rows}), counts
+
 # %% ../../nbs/27_data.meds.ipynb #dae11d0d
 def prepare_meds(
     folder,                # MEDS data set: data/**/*.parquet, metadata/subject_splits.parquet
@@ -354,10 +374,7 @@ def prepare_meds(
         names, rows = _windows(con, labels, start, end, hours)
         events += load_found(con)
         samples, divided = _samples(con, names, seed, split)
-        length = (samples.window_end - samples.window_start).dt.total_seconds()/3600
-        length = length.clip(timestep/2).to_numpy()                                    # hour 0 needs a row
-        samples[f'{modality}_start'], samples[f'{modality}_length'], counts = add_series(writer, modality, channels,
-                _block(con), length, timestep)
+        samples, counts = _add_windows(writer, con, samples, modality, channels, timestep)
         if len(known := meds_facts(con, facts)):
             writer.add_tabular('demographics', known)
             samples['demographics_index'] = np.arange(len(samples))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from PIL import Image
 
 from .cohort import Batch, ModalityInfo, _read_series, _read_tokens, offsets
@@ -24,7 +25,7 @@ from .folders import _fact_numbers, image_names
 from .formats import Columns
 from .images import _FEW, _resize, _results, inside
 from .long import match_long
-from .meds import _is, _windows, load_found, load_mapped, open_meds
+from .meds import _ages, _is, _windows, load_found, load_mapped, open_meds
 from .tables import _near, _need, connect, numbers, read_text, run
 from .timeseries import Channel, grid, layout
 from .units import conversion
@@ -58,6 +59,7 @@ def all_channels(
 # %% ../../nbs/29_data.patients.ipynb #2bbfba86
 _TOLD = ('command', 'source', 'licence', 'hours', 'timestep', 'size', 'fit', 'tasks', 'rules', 'samples', 'invented', 'created')
 
+# %% ../../nbs/29_data.patients.ipynb #765734f0
 def about_data(
     cohort,   # Cohort
 )->dict:
@@ -86,6 +88,7 @@ def prepared_of(
 # %% ../../nbs/29_data.patients.ipynb #8737c74e
 _FAR = 20    # standard deviations
 
+# %% ../../nbs/29_data.patients.ipynb #c2316687
 def _check_median(name, unit, count, outside, median, low, high, scale, where):
     "Raise InputError where the values of one channel cannot be in its unit."
     mean, std = scale
@@ -147,21 +150,23 @@ class Series:
 
     def __len__(self): return len(self.lengths)
 
-    def block(self, a:int, b:int)->dict:
-        "Modality name -> (rows laid end to end (R, C), rows of each of the stays a to b; 0: missing)."
-        events = self.con.execute(f'select stay, hours, channel::int as channel, value from found where stay >= {a} '
-                                  f'and stay < {b} order by all').df()
-        made = {}
-        for name, info in self.infos.items():
-            own = channels_of(info)
-            number = pd.Series({self.channels.index(c): i for i, c in enumerate(own)})
-            e = events[events.channel.isin(number.index)]
-            g = grid(e.stay.to_numpy() - a, e.hours, number[e.channel].to_numpy() if len(e) else [], e.value,
-                     self.lengths[a:b], own, info.info.get('timestep', 1.))
-            stay = np.repeat(np.arange(b - a), g.lengths)
-            observed = np.bincount(stay, g.values[:, -len(own):].any(1), b - a) > 0
-            made[name] = g.values[observed[stay]], g.lengths*observed
-        return made
+# %% ../../nbs/29_data.patients.ipynb #c150c0fe
+@patch
+def block(self:Series, a:int, b:int)->dict:
+    "Modality name -> (rows laid end to end (R, C), rows of each of the stays a to b; 0: missing)."
+    events = self.con.execute(f'select stay, hours, channel::int as channel, value from found where stay >= {a} '
+                              f'and stay < {b} order by all').df()
+    made = {}
+    for name, info in self.infos.items():
+        own = channels_of(info)
+        number = pd.Series({self.channels.index(c): i for i, c in enumerate(own)})
+        e = events[events.channel.isin(number.index)]
+        g = grid(e.stay.to_numpy() - a, e.hours, number[e.channel].to_numpy() if len(e) else [], e.value,
+                 self.lengths[a:b], own, info.info.get('timestep', 1.))
+        stay = np.repeat(np.arange(b - a), g.lengths)
+        observed = np.bincount(stay, g.values[:, -len(own):].any(1), b - a) > 0
+        made[name] = g.values[observed[stay]], g.lengths*observed
+    return made
 
 # %% ../../nbs/29_data.patients.ipynb #420320f1
 def _narrow(infos):
@@ -265,6 +270,7 @@ def meds_series(
 # %% ../../nbs/29_data.patients.ipynb #e244fab6
 _ENDS = ('.jpg', '.jpeg', '.jpe', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.jp2', '.pgm', '.dcm', '.dicom')
 
+# %% ../../nbs/29_data.patients.ipynb #7d8cd9cf
 def list_images(
     folder,   # of images, in folders of their own or not
 )->list:      # names relative to it, sorted
@@ -289,24 +295,26 @@ class Pictures:
     most_bad: float = .01 # share of files that may be unusable
     bad: list = field(default_factory=list)   # (file, reason) so far
 
-    def blocks(self, cuts):
-        "For each (a, b) of `cuts`: images (n, 1, H, W) uint8, and who has one."
-        own = [[f for f in self.files[a:b] if f is not None] for a, b in cuts]
-        n = sum(f is not None for f in self.files)
-        workers = 1 if n < _FEW else self.workers or cores()
-        jobs = [(f, self.info.height, self.fit, None) for f in own]
-        with closing(_results(jobs, min(workers, max(len(jobs), 1)))) as results:
-            for (a, b), files, done in zip(cuts, own, results):
-                self.bad += [(f, r) for f, r in zip(files, done.reasons) if r]
-                self._check(n)
-                yield _placed(self.files[a:b], done, self.info.height)
-
     def _check(self, n):
         if len(self.bad) > self.most_bad*n:
             file, reason = self.bad[0]
             raise InputError(f'{len(self.bad)} of {n} images cannot be used, the first is {file}: {reason} '
                              f'(--most-bad '
                              f'1 goes on without them)')
+
+# %% ../../nbs/29_data.patients.ipynb #3c08f999
+@patch
+def blocks(self:Pictures, cuts):
+    "For each (a, b) of `cuts`: images (n, 1, H, W) uint8, and who has one."
+    own = [[f for f in self.files[a:b] if f is not None] for a, b in cuts]
+    n = sum(f is not None for f in self.files)
+    workers = 1 if n < _FEW else self.workers or cores()
+    jobs = [(f, self.info.height, self.fit, None) for f in own]
+    with closing(_results(jobs, min(workers, max(len(jobs), 1)))) as results:
+        for (a, b), files, done in zip(cuts, own, results):
+            self.bad += [(f, r) for f, r in zip(files, done.reasons) if r]
+            self._check(n)
+            yield _placed(self.files[a:b], done, self.info.height)
 
 # %% ../../nbs/29_data.patients.ipynb #d8a22e1b
 def _placed(files, done, side):
@@ -315,6 +323,20 @@ def _placed(files, done, side):
     at = np.flatnonzero([f is not None for f in files])[good]
     images[at] = done.images
     return images[:, None], np.isin(np.arange(len(files)), at)
+
+# %% ../../nbs/29_data.patients.ipynb #5f295b7a
+def _word_column(text, column, columns, where):
+    "1, 0 or NaN (unknown) of `column` of an encoder (sex_F), from the words of a table. Raises InputError."
+    base = max((n for n in text if column.startswith(f'{n}_')), key=len, default=None)
+    if base is None:
+        raise InputError(f'{where} has no column {column!r}, which the encoder reads (it has '
+                         f'{", ".join(map(str, text))})')
+    words = {w[len(base) + 1:] for w in columns if w.startswith(f'{base}_')}
+    odd = sorted(set(text[base].dropna()) - words)
+    if odd:
+        raise InputError(f'column {base!r} of {where} holds {odd[0]!r}: the encoder knows '
+                         f'{", ".join(sorted(words))}')
+    return (text[base] == column[len(base) + 1:]).astype(float).where(text[base].notna())
 
 # %% ../../nbs/29_data.patients.ipynb #9021f164
 def fact_matrix(
@@ -326,17 +348,8 @@ def fact_matrix(
     text = table.astype(object).where(table.notna(),
                                       None).map(lambda v: v if v is None else str(v).strip()).astype('string')
     made = {c: _fact_numbers(text[c], c, where) for c in info.columns if c in text}
-    for c in (c for c in info.columns if c not in text):
-        base = max((n for n in text if c.startswith(f'{n}_')), key=len, default=None)
-        if base is None:
-            raise InputError(f'{where} has no column {c!r}, which the encoder reads (it has '
-                             f'{", ".join(map(str, text))})')
-        made[c] = (text[base] == c[len(base) + 1:]).astype(float).where(text[base].notna())
-        words = {w[len(base) + 1:] for w in info.columns if w.startswith(f'{base}_')}
-        odd = sorted(set(text[base].dropna()) - words)
-        if odd:
-            raise InputError(f'column {base!r} of {where} holds {odd[0]!r}: the encoder knows '
-                             f'{", ".join(sorted(words))}')
+    for c in info.columns:
+        if c not in text: made[c] = _word_column(text, c, info.columns, where)
     for i, c in enumerate(info.columns):
         if made[c] is None and text[c].notna().any(): raise InputError(f'column {c!r} of {where} should hold numbers')
         made[c] = pd.Series(np.nan, text.index) if made[c] is None else made[c]
@@ -353,8 +366,7 @@ def meds_fact_matrix(
     patterns,          # codes (or beginnings*), as `mmsn-prepare meds --facts` had them
 )->np.ndarray:         # (N, F) float32
     "Facts of MEDS windows in the columns of an encoder. Raises InputError."
-    born = run(con, """select epoch(b - born)/31557600 as age from windows left join (select subject_id,
-        min(time) as born from meds where code = 'MEDS_BIRTH' group by 1) using (subject_id) order by sample""").df()
+    born = _ages(con)
     made = pd.DataFrame(np.nan, born.index, list(info.columns))
     if 'age' in made: made['age'] = born.age
     for pattern in patterns:
@@ -381,20 +393,22 @@ class Patients:
 
     def __len__(self): return len(self.ids)
 
-    def cuts(self, size:int=256, cells:int=2**26)->list:
-        "(first, last) of the blocks: at most `size` patients and about so many cells."
-        hours = np.zeros(len(self))
-        if self.series is not None: hours[:len(self.series)] = self.series.lengths
-        width = sum(i.width for i in self.infos.values() if i.kind == 'timeseries') + 1
-        step, made, a = min([i.info.get('timestep', 1.) for i in self.infos.values()]), [], 0
-        for b in range(1, len(self) + 1):
-            more = b < len(self) and hours[a:b + 1].max()/step*(b + 1 - a)*width <= cells
-            if b == len(self) or b - a == size or not more: made.append((a, b)); a = b
-        return made
-
     def whole(self)->Batch:
         "All of them, as one batch."
         return next(self.batches([(0, len(self))]))
+
+# %% ../../nbs/29_data.patients.ipynb #1559dbe2
+@patch
+def cuts(self:Patients, size:int=256, cells:int=2**26)->list:
+    "(first, last) of the blocks: at most `size` patients and about so many cells."
+    hours = np.zeros(len(self))
+    if self.series is not None: hours[:len(self.series)] = self.series.lengths
+    width = sum(i.width for i in self.infos.values() if i.kind == 'timeseries') + 1
+    step, made, a = min([i.info.get('timestep', 1.) for i in self.infos.values()]), [], 0
+    for b in range(1, len(self) + 1):
+        more = b < len(self) and hours[a:b + 1].max()/step*(b + 1 - a)*width <= cells
+        if b == len(self) or b - a == size or not more: made.append((a, b)); a = b
+    return made
 
 # %% ../../nbs/29_data.patients.ipynb #a5dcc0cb
 def _values_of(p, name, a, b, series, pictures):

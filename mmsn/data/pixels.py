@@ -173,6 +173,7 @@ def _unmarked(x, value):
     gap = max(low - float(value), float(value) - high)
     return rest if gap > high - low and len(np.unique(rest)) >= 32 else x
 
+# %% ../../nbs/13b_data.pixels.ipynb #4c28147c
 def ends(x)->tuple:
     "(low, high): the smallest and the largest of the values `x` that are no outliers."
     for end in ('max', 'min', 'max'): x = _unmarked(x, getattr(x, end)())

@@ -58,6 +58,7 @@ def _beside(
 _NAMES = dict(train=('train',), val=('validate', 'val', 'valid', 'validation', 'dev'), test=('test',))
 TEXTS = ('findings', 'impression', 'report')   # files of text that are looked for
 
+# %% ../../nbs/26b_data.tok.ipynb #7c329660
 def tok_files(
     folder,   # of the files
 )->dict:
@@ -107,6 +108,7 @@ def _check_once(
 _SEVERAL = ('multilabel', 'multi', 'multilabels', 'true', 'yes', '1')
 _ONE = ('singlelabel', 'single', 'multiclass', 'notmultilabel', 'false', 'no', '0')
 
+# %% ../../nbs/26b_data.tok.ipynb #ded97d23
 def tok_labels(
     folder,   # of the files
 )->tuple:
@@ -155,6 +157,18 @@ def _by_pattern(images, pattern):
         found += said
     return found
 
+# %% ../../nbs/26b_data.tok.ipynb #dfd1236c
+def _by_table(images, subject):
+    "What the table `subject` names for each path. Raises InputError."
+    table = read_text(subject, ['image', 'subject_id'])
+    key = lambda p: Path(str(p).strip()).as_posix()
+    whose = dict(zip(table.image.map(key), table.subject_id))
+    missing = [p for p in images if pd.isna(whose.get(key(p)))]
+    if missing:
+        raise InputError(f'{subject} names no subject for {len(missing):,} of {len(images):,} images, such as '
+                         f'{missing[0]!r}')
+    return [whose[key(p)] for p in images]
+
 # %% ../../nbs/26b_data.tok.ipynb #5f1a72d5
 def tok_subjects(
     images,       # paths, as the files name them
@@ -164,14 +178,7 @@ def tok_subjects(
     if not Path(subject).is_file():
         if Path(subject).suffix.lower() in ('.csv', '.gz', '.parquet', '.tok'): raise InputError(f'no file {subject}')
         return _by_pattern(images, subject)
-    table = read_text(subject, ['image', 'subject_id'])
-    key = lambda p: Path(str(p).strip()).as_posix()
-    whose = dict(zip(table.image.map(key), table.subject_id))
-    missing = [p for p in images if pd.isna(whose.get(key(p)))]
-    if missing:
-        raise InputError(f'{subject} names no subject for {len(missing):,} of {len(images):,} images, such as '
-                         f'{missing[0]!r}')
-    return [whose[key(p)] for p in images]
+    return _by_table(images, subject)
 
 # %% ../../nbs/26b_data.tok.ipynb #4d7ffb8a
 def _subjects(table, folder, splits, subject, say):
@@ -221,6 +228,7 @@ def _split_table(folder, name, root, pick, texts, labels):
 # %% ../../nbs/26b_data.tok.ipynb #3cea7152
 _OWN = ('image', 'file', 'line', 'n', 'name', 'split', 'subject', *TEXTS)
 
+# %% ../../nbs/26b_data.tok.ipynb #e82d383b
 def _found_labels(folder, splits):
     "(several, names) of the labels; None without files of labels. Raises InputError."
     there = [n for n in splits.values() if (folder/f'{n}.label.tok').is_file()]

@@ -36,6 +36,7 @@ tnt ng/mL 0 100 0.01; urine mL 0 5000 80; wbc K/uL 0 500 8"""
 def _concept(name, unit, low, high, normal):
     return Channel(name, '' if unit == '-' else unit, float(normal), float(low), float(high))
 
+# %% ../../nbs/25b_data.yaib.ipynb #eba38e39
 CONCEPTS = [_concept(*c.split()) for c in _CONCEPTS.replace('\n', ' ').split(';')]
 
 # %% ../../nbs/25b_data.yaib.ipynb #a0b5223f
@@ -45,10 +46,12 @@ def _query(sql, path):
         try: return con.execute(sql).df()
         except duckdb.Error as e: raise InputError(f'{path} is not readable: {str(e).splitlines()[0]}')
 
+# %% ../../nbs/25b_data.yaib.ipynb #87d0ba23
 def is_yaib(folder)->bool:
     "Whether a folder holds a task of YAIB."
     return (Path(folder)/'dyn.parquet').is_file()
 
+# %% ../../nbs/25b_data.yaib.ipynb #2dbc6863
 def _text(path):
     "A Parquet file of a row a stay as text, indexed by stay_id; raises InputError."
     names = header(path)
