@@ -10,7 +10,7 @@ __all__ = ['encode_patients', 'Sources', 'read_patients', 'CohortPatients', 'enc
 # %% ../nbs/93_encode.ipynb #2732ba96
 import hashlib, json, os, re, shutil, tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +53,9 @@ def encode_patients(
                          f'{type(patients).__name__}')
     p = encoder.new_patients(patients)
     device, cuts = next(encoder.parameters()).device, p.cuts(batch_size)
-    parts = [_table(p.ids.iloc[a:b], encoder.encode(batch.to(device))) for (a, b), batch in zip(cuts,
-                                                                                                p.batches(cuts))]
-    p.closing.close()
+    with p.closing:
+        parts = [_table(p.ids.iloc[a:b], encoder.encode(batch.to(device)))
+                 for (a, b), batch in zip(cuts, p.batches(cuts))]
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/93_encode.ipynb #fa120968
@@ -90,16 +90,27 @@ class Sources:
         return 'meds' if next(path.glob('data/**/*.parquet'), None) else 'images'
 
 # %% ../nbs/93_encode.ipynb #dead0070
-_ONLY = dict(table=('starts',), meds=('codes', 'labels', 'start', 'end', 'fact_codes'))
+_ONLY = dict(table=('starts', 'columns', 'time_unit', 'outside'), meds=('codes', 'labels', 'start', 'end', 'fact_codes'))
+_KINDS = dict(table='a table', meds='MEDS', cohort='a cohort', images='images')
+
+def _given(s, names):
+    "The first of the options that were given, as the command spells it; '' where none was."
+    for name in names:
+        value, default = getattr(s, name), Sources.__dataclass_fields__[name].default
+        if value == default: continue
+        roles = [f.name for f in fields(Columns) if name == 'columns' and getattr(value, f.name) != f.default]
+        return '--' + (roles or [name])[0].replace('_', '-')
+    return ''
 
 # %% ../nbs/93_encode.ipynb #586a3ad3
 def _check_options(s:Sources):
     "Raise InputError for an option that this kind of source has no use for."
-    for kind, names in _ONLY.items():
-        given = [n for n in names if getattr(s, n)]
-        if given and s.kind != kind:
-            raise InputError(f'--{given[0].replace("_", "-")} is for {dict(table="a table", meds="MEDS")[kind]}, '
-                             f'and {s.source} is {s.kind}')
+    wanted = [*((k, s.kind == k, names) for k, names in _ONLY.items()),
+              ('a table or MEDS', s.kind in ('table', 'meds'), ['hours']),
+              ('images', s.kind == 'images' or s.images, ['fit', 'most_bad'])]
+    for what, fits, names in wanted:
+        if not fits and (option := _given(s, names)):
+            raise InputError(f'{option} is for {_KINDS.get(what, what)}, and {s.source} is {_KINDS[s.kind]}')
     if s.kind in ('cohort', 'images') and s.images:
         raise InputError(f'--images goes beside a table or MEDS, and {s.source} is {s.kind}')
     if s.kind == 'cohort' and (s.facts or s.listed):
@@ -198,11 +209,13 @@ def read_patients(
             if s.kind == 'table': found = table_series(con, s.source, infos, s.starts or None, s.columns, s.time_unit,
                                                        s.outside, prepared['hours'])
             else: found = meds_series(con, s.source, infos, s.codes, s.labels, s.start, s.end, prepared['hours'])
-            p = Patients(found[0], infos, found[1], lines=found[2], closing=stack.pop_all())
-        if s.fact_codes: _add_fact_codes(p, con, s)
-        if s.images:
-            _add_images(p, s, s.images, prepared['fit'], ['stay_id',
-                                                          'subject_id'] if 'stay_id' in p.ids else ['subject_id'])
+            p = Patients(found[0], infos, found[1], lines=found[2])
+            if s.fact_codes: _add_fact_codes(p, con, s)
+            keys = ['stay_id', 'subject_id'] if 'stay_id' in p.ids else ['subject_id']
+            if s.images: _add_images(p, s, s.images, prepared['fit'], keys)
+            if s.facts: _add_facts(p, s)
+            p.closing = stack.pop_all()                # from here on it goes with the patients
+            return p
     if s.facts: _add_facts(p, s)
     return p
 

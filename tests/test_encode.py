@@ -234,6 +234,7 @@ REFUSED = dict(
     column=(lambda t: t.rename(columns=dict(time='when')), "no column 'time'", ()),
     decimal=(lambda t: t.assign(value=t.value.astype(str).str.replace('.', ',')), 'decimal point', ()),
     option=(lambda t: t, '--codes is for MEDS', ('--codes', 'c.csv')),
+    fit=(lambda t: t, '--fit is for images', ('--fit', 'squash')),
     starts=(lambda t: t, 'no file', ('--starts', 'none.csv')))
 
 
@@ -284,3 +285,23 @@ def test_cohort_of_another_unit(tmp_path):
     (tmp_path/'channels.csv').write_text(CHANNELS.replace('°C,25,45,36.6', '°F,80,115,98'), encoding='utf-8')
     prepare_table(tmp_path/'new.csv', tmp_path/'channels.csv', tmp_path/'other')
     with pytest.raises(InputError, match="'°F'.*'°C'"): encode_source(encoder, tmp_path/'other', tmp_path/'x.parquet')
+
+
+def test_a_median_that_may_be_another_unit_is_told(tmp_path, capsys):
+    "Within the limits of its channel it is no error, and it is not silent."
+    from mmsn.data.patients import _check_median
+    _check_median('lactate', 'mmol/L', 12, 0, 18., 0., 40., (1.9, .7), 'new.csv')
+    _check_median('rate', '/min', 12, 0, 95., 0., 300., (80., 10.), 'new.csv')
+    said = capsys.readouterr().err
+    assert "values of 'lactate' in new.csv is 18, and was 1.9" in said and 'rate' not in said
+
+
+@pytest.mark.parametrize('words', ['--hours=24', '--time=when', '--outside=.1', '--time-unit=days'])
+def test_options_without_a_use_are_refused(tmp_path, words, capsys):
+    (tmp_path/'images').mkdir()
+    Image.new('L', (16, 16)).save(tmp_path/'images'/'a.png')
+    trained(toy_cohort(tmp_path/'cohort', 40), tmp_path/'encoder', 'cxr')
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: main([str(tmp_path/'encoder'), str(tmp_path/'images'), str(tmp_path/'out.parquet'), words])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and f'{words.split("=")[0]} is for a table' in err and err.count('\n') == 1, err

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .cohort import Batch, ModalityInfo, _read_series, _read_tokens, offsets
+from .csvfile import note
 from .folders import _fact_numbers, image_names
 from .formats import Columns
 from .images import _FEW, _resize, _results, inside
@@ -85,8 +86,13 @@ def prepared_of(
     fine = isinstance(hours, (int, float)) and not isinstance(hours, bool) and 0 <= hours < 1e6
     return dict(hours=float(hours) if fine else 48., fit=fit if fit in ('crop', 'squash') else 'crop')
 
-# %% ../../nbs/29_data.patients.ipynb #8737c74e
-_FAR = 20    # standard deviations
+# %% ../../nbs/29_data.patients.ipynb #4fec3234
+_FAR, _ODD = 20, 6    # standard deviations: refused, told
+
+def _far(name, count, where, median, scale, unit):
+    "A median beside the scale in training, in words."
+    return (f'the median of {count:,} values of {name!r} in {where} is {median:.4g}, and was {scale[0]:.4g} '
+            f'± {scale[1]:.4g} {unit} in training')
 
 # %% ../../nbs/29_data.patients.ipynb #c2316687
 def _check_median(name, unit, count, outside, median, low, high, scale, where):
@@ -97,8 +103,10 @@ def _check_median(name, unit, count, outside, median, low, high, scale, where):
         raise InputError(f'{outside:,} of {count:,} values of {name!r} in {where} lie outside {span} {unit} (median '
                          f'{median:.4g}): is it another unit? Convert them, or name it in a column unit')
     if low is None and high is None and std > 0 and abs(median - mean) > _FAR*std:
-        raise InputError(f'the median of {count:,} values of {name!r} in {where} is {median:.4g}, and was {mean:.4g} '
-                         f'± {std:.4g} {unit} in training: is it another unit?')
+        raise InputError(f'{_far(name, count, where, median, scale, unit)}: is it another unit?')
+    if std > 0 and abs(median - mean) > _ODD*std:
+        note(f'{_far(name, count, where, median, scale, unit)}: if it is another unit, convert it or name it in a '
+             f'column unit')
 
 # %% ../../nbs/29_data.patients.ipynb #3ae2a7da
 def scales(infos:dict)->dict:
@@ -204,7 +212,7 @@ def table_series(
 # %% ../../nbs/29_data.patients.ipynb #723f3dba
 def _unread(rows, unknown, empty):
     "Lines about rows that were dropped, variables that are no channels, and channels that nobody has."
-    lines = [f'{n:,} rows {w.replace("dropped: ", "dropped: ")}' for part, w, n in rows
+    lines = [f'{n:,} rows {w}' for part, w, n in rows
              if part == 'events' and w.startswith('dropped') and 'unknown variable' not in w]
     if unknown: lines.append(f'not read, as they are no channels of the encoder: {", ".join(map(str, unknown[:10]))}')
     return lines + ([f'nobody has {", ".join(empty[:10])}'] if empty else [])
@@ -470,7 +478,7 @@ def _by_id(name, value):
     if isinstance(value, dict): return list(value), list(value.values())
     if isinstance(value, pd.DataFrame):
         if 'subject_id' in value: return list(dict.fromkeys(value.subject_id)), value
-        return ([0], [value]) if not isinstance(value.index, pd.Index) else (None, value)
+        return None, value
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim >= 2): return None, value
     raise InputError(f'{name} should be a list, an array, a dict by id or a data frame, not {type(value).__name__}')
 
