@@ -881,6 +881,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmsn.data.text.Vocabulary.sentence': ('data.text.html#vocabulary.sentence', 'mmsn/data/text.py'),
                                 'mmsn.data.text.Vocabulary.text': ('data.text.html#vocabulary.text', 'mmsn/data/text.py'),
                                 'mmsn.data.text.Vocabulary.to_dict': ('data.text.html#vocabulary.to_dict', 'mmsn/data/text.py'),
+                                'mmsn.data.text._counted': ('data.text.html#_counted', 'mmsn/data/text.py'),
                                 'mmsn.data.text._joined': ('data.text.html#_joined', 'mmsn/data/text.py'),
                                 'mmsn.data.text.clean': ('data.text.html#clean', 'mmsn/data/text.py'),
                                 'mmsn.data.text.learn_pieces': ('data.text.html#learn_pieces', 'mmsn/data/text.py'),
