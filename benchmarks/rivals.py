@@ -18,7 +18,7 @@ import pandas as pd
 
 from mmsn.config import cli, load_config
 from mmsn.data.cohort import Cohort
-from mmsn.dials import OBJECTIVES
+from mmsn.dials import DRAWING, OBJECTIVES
 from mmsn.evaluate.features import extract_features, feature_matrix
 from mmsn.evaluate.probes import fit_probe, linear_probe, low_shot, summarise
 from mmsn.evaluate.robustness import missing, robustness
@@ -30,7 +30,8 @@ from mmsn.prepare import iu, join, nih, synthetic
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
 FRACTIONS, RATES, PROBE = (.05, .1, 1.), (1e-3, 4e-3), partial(fit_probe, folds=5)
-ARMS = ['random', 'msn', 'msn + contrast', *OBJECTIVES[1:]]
+RIVALS = [o for o in OBJECTIVES[1:] if o not in (*DRAWING, 'convirt', 'gloria')]     # these need reports: benchmarks/text.py, generate.py
+ARMS = ['random', 'msn', 'msn + contrast', *RIVALS]
 FUSED = ['fusion.dim=0', 'modalities.ehr.encoder.dim=0']
 BARE = ['fusion.contrast={weight: 0, loss: sigmoid}']
 # of the size of these encoders, as far as the papers' own are for a million pictures
@@ -40,7 +41,7 @@ DIALS = dict(dino=['objectives.dino.outputs=256'], mae=['objectives.mae={dim: 48
 def changes_of(arm, images):
     "What an arm changes in its preset."
     changes = [] if images else [*FUSED, *(BARE if arm != 'msn + contrast' else [])]
-    return changes + ([f'objective={arm}', *DIALS.get(arm, [])] if arm in OBJECTIVES[1:] else [])
+    return changes + ([f'objective={arm}', *DIALS.get(arm, [])] if arm in RIVALS else [])
 
 
 def open_cohort(out, images, patients):

@@ -32,7 +32,7 @@ import mmsn
 from .checkpoint import load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from .config import to_dict
 from .data.cohort import Cohort
-from .data.loader import cores, loader
+from .data.loader import loader
 from .dials import DRAWING
 from .early import LEARNED, EarlyWarning, change_from_start, verdict
 from .files import not_finite
@@ -46,6 +46,7 @@ from .progress import Progress
 from .run import Metrics, _flat, as_started, only_here, open_run, read_run, run_hash, start_run
 from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
+from .threads import cores
 from .watch import collapsed
 
 # %% ../nbs/64_loop.ipynb #908d0008

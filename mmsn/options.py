@@ -20,8 +20,6 @@ __all__ = ['SIZES', 'SERIES_PRESETS', 'PROTOCOLS', 'MODALITIES', 'InputError', '
 import typing
 from dataclasses import dataclass, field, fields
 
-from .modality_text import TextModality
-
 from .dials import Objectives
 from .modality_text import TextModality
 

@@ -22,15 +22,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mmsn
-from ..config import build, check, to_dict
-from ..data.cohort import ModalityInfo
-from ..data.entries import check_modality
+from ..config import build, to_dict
 from ..dials import DRAWING, VAE
-from ..files import check_seal, not_finite, read_json, read_tensors, seal, sha256
+from ..files import not_finite, read_json, seal, sha256
 from .dalle import DALLE
 from .images import to_uint8
 from .vae import DiscreteVAE
-from ..model import MMSN, Output
+from ..model import MMSN, Output, read_export
 from ..options import Config, InputError
 from ..views.images import to_float
 
@@ -161,25 +159,6 @@ def reconstruct(self:VAEModel,
     x = resized(torch.as_tensor(np.asarray(images))[:, None].to(next(self.parameters()).device), self.vae.options.pixels)
     return to_uint8(self.vae.decode(self.vae.codes(x))[:, 0])
 
-# %% ../../nbs/58_generate.model.ipynb #e5412956
-def _read(folder):
-    "(config, infos, weights, all of config.json) of an exported model; raises InputError for anything else."
-    path, remedy = Path(folder)/'config.json', 'copy or export the model again'
-    about = read_json(path, remedy)
-    check_seal(about, path, remedy)
-    try:
-        for name, d in about['modalities'].items(): check_modality(name, d, path)
-        infos = {name: ModalityInfo.from_dict(name, d) for name, d in about['modalities'].items()}
-        config = check(build(Config, about.get('config')))
-    except InputError as e: raise InputError(f'{path}: {str(e)[:300]}')
-    # a file from elsewhere fails in many ways
-    except Exception as e: raise InputError(f'{path} is damaged ({type(e).__name__}: {str(e)[:80]}): {remedy}')
-    state = read_tensors(Path(folder)/'model.safetensors', remedy)
-    if about.get('weights') != sha256(Path(folder)/'model.safetensors'):
-        raise InputError(f'{folder}/model.safetensors was changed since it was written: {remedy}')
-    if odd := not_finite(state): raise InputError(f'{folder}/model.safetensors: {odd} is not finite: {remedy}')
-    return config, infos, state, about
-
 # %% ../../nbs/58_generate.model.ipynb #1ddadc75
 def _filled(make, state, folder):
     "The model of `make()` with the weights `state`, in evaluation mode; shapes are compared before memory is reserved."
@@ -213,7 +192,9 @@ def open_generator(
 )->Drawer:
     "The VAE or DALL-E at `source`, in evaluation mode. Raises InputError."
     folder = find_generator(source)
-    config, infos, state, about = _read(folder)
+    config, infos, state, about = read_export(Path(folder), 'copy or export the model again')
+    if 'weights' not in about:
+        raise InputError(f'{folder}/config.json holds no hash of its weights: copy or export the model again')
     if config.objective == 'vae': return _filled(lambda: VAEModel(config, infos), state, folder)
     if config.objective != 'dalle': raise InputError(f'{folder}: objective={config.objective} draws nothing')
     vae = about.get('vae')
