@@ -36,6 +36,15 @@ def check_overrides(overrides):
     for o in overrides: check_kind('each of overrides', o, str, "a text such as 'optim.epochs=20'")
     return overrides
 
+# %% ../nbs/00f_arguments.ipynb #0ccc9d86
+def _dropped(names, drop):
+    "The tuple of modalities in `drop`, one name or several of `names`. Raises InputError."
+    check_kind('drop', drop, Iterable, 'the name of a modality, or names')
+    drop = (drop,) if isinstance(drop, str) else tuple(drop)
+    if unknown := [d for d in drop if d not in [*names]]:
+        raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {", ".join(names)})')
+    return drop
+
 # %% ../nbs/00f_arguments.ipynb #937edb8b
 def check_encoding(
     names,          # modalities of the encoder
@@ -47,10 +56,7 @@ def check_encoding(
     "The names in `drop`, after a look at each argument of `encode`. Raises InputError."
     if not all(hasattr(batch, a) for a in ('data', 'present', 'index')):
         raise InputError(f'encode wants a batch, as cohort.batch(rows) gives it, not {type(batch).__name__}')
-    check_kind('drop', drop, Iterable, 'the name of a modality, or names')
-    drop = (drop,) if isinstance(drop, str) else tuple(drop)
-    if unknown := [d for d in drop if d not in [*names]]:
-        raise InputError(f'there is no modality {unknown[0]!r} to drop (there is {", ".join(names)})')
+    drop = _dropped(names, drop)
     check_kind('the fraction of hidden patches', patches, Real, 'a number')
     if not 0 <= patches < 1:
         raise InputError(f'the fraction of hidden patches should be at least 0 and below 1, not {patches}')

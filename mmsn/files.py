@@ -44,6 +44,7 @@ def _stamp(path):
     s = os.stat(path)
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns]
 
+# %% ../nbs/03_files.ipynb #16a500c6
 def _remembered(places):
     "File name -> [hash, size, times], from the memory in any of the folders `places`; what cannot be read is nothing."
     known = {}
@@ -86,6 +87,7 @@ def verify_once(
 # %% ../nbs/03_files.ipynb #3db48491
 def _refuse_constant(word): raise ValueError(f'{word} is no number')
 
+# %% ../nbs/03_files.ipynb #5b179e23
 def read_json(
     path,                                  # a file that holds one dictionary
     remedy:str='copy it again',            # end of the message
@@ -109,6 +111,7 @@ def _seal_of(content):
     text = json.dumps({k: v for k, v in content.items() if k != 'seal'}, sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()
 
+# %% ../nbs/03_files.ipynb #1cad4a80
 def seal(
     content:dict,  # ready for JSON
 )->dict:
@@ -133,6 +136,7 @@ def is_number(x)->bool:
     "Whether `x` is a number that float32 holds as a finite one; not a bool."
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= float(np.finfo(np.float32).max)
 
+# %% ../nbs/03_files.ipynb #a31d0ead
 def is_whole(
     x,
     low:int=0,         # smallest
@@ -236,8 +240,10 @@ def born(pid:int):
     try: return int(psutil.Process(pid).create_time()*1000)
     except (psutil.Error, ValueError, OverflowError): return None
 
+# %% ../nbs/03_files.ipynb #0d157991
 def _host(): return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 
+# %% ../nbs/03_files.ipynb #c01aab6b
 def beside(
     folder:Path,  # the destination
 )->str:
@@ -261,6 +267,7 @@ def fsync(path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/03_files.ipynb #255f3bae
 def fsync_folder(folder:Path):
     "Flush every file of `folder`, and the folder itself, to disk."
     for path in [*folder.rglob('*'), folder]: fsync(path)
@@ -279,6 +286,7 @@ def sweep(
         say(f'{folder} was being replaced by a process that was killed: the earlier one is back')
     for p in left: shutil.rmtree(p, ignore_errors=True)
 
+# %% ../nbs/03_files.ipynb #4292f1e5
 def swap_in(
     new:Path,     # a filled folder beside the destination
     folder:Path,  # the destination; an earlier folder there goes

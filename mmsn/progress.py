@@ -10,6 +10,7 @@ __all__ = ['time_left', 'Progress']
 # %% ../nbs/03b_progress.ipynb #a0b04a33
 import os, sys, time
 
+from fastcore.basics import patch
 from tqdm import tqdm
 
 # %% ../nbs/03b_progress.ipynb #aee1e4f3
@@ -43,29 +44,33 @@ class Progress:
             self.bar = tqdm(total=total, initial=initial, desc=what, unit=unit or 'it', mininterval=1,
                             dynamic_ncols=True, file=self.file)
 
-    def update(self, n:int=1):
-        "So many more are done."
-        self.n += n
-        if self.bar is not None: self.bar.update(n)
-        elif not self.silent and (self.n < self.total or self.last < 0) and time.monotonic() - self.last >= self.every:
-            self._line()
-
-    def note(self, text:str):
-        "What stands behind the numbers from now on."
-        self.said = text
-        if self.bar is not None: self.bar.set_postfix_str(text)
-
     def __enter__(self): return self
     def __exit__(self, *error):
         if self.bar is not None: self.bar.close()
         elif not self.silent and self.n > self.initial: self._line()
 
+# %% ../nbs/03b_progress.ipynb #b894d272
+@patch
+def update(self:Progress, n:int=1):
+    "So many more are done."
+    self.n += n
+    if self.bar is not None: self.bar.update(n)
+    elif not self.silent and (self.n < self.total or self.last < 0) and time.monotonic() - self.last >= self.every:
+        self._line()
+
+# %% ../nbs/03b_progress.ipynb #825573e8
+@patch
+def note(self:Progress, text:str):
+    "What stands behind the numbers from now on."
+    self.said = text
+    if self.bar is not None: self.bar.set_postfix_str(text)
+
 # %% ../nbs/03b_progress.ipynb #957c2fcf
-def _line(self):
+@patch
+def _line(self:Progress):
+    "Write where the work stands, as one line."
     left = time_left(time.monotonic() - self.start, self.n - self.initial, self.total - self.n)
     parts = [f'{self.what}: {self.n:,} of {self.total:,} {self.unit}'.rstrip(), f'{left} left' if left else '',
              self.said]
     print(', '.join(filter(None, parts)), file=self.file, flush=True)
     self.last = time.monotonic()
-
-Progress._line = _line

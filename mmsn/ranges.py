@@ -47,6 +47,7 @@ _SHARPNESS, _SIDE, _SEED = Range(0, 100, above=True), Range(1, 4096), Range(0, 2
 # %% ../nbs/00b_ranges.ipynb #7806d856
 _MODALITY = dict(weight=_WEIGHT, drop=_SHARE, prototypes=_COUNT)
 
+# %% ../nbs/00b_ranges.ipynb #43e6f875
 RANGES = dict(    # dataclass of `mmsn.options` -> field -> what numbers it, or each number in it, can be
     ImageEncoder=dict(channels=Range(1, 3), dim=_WIDTH, depth=_LAYERS, heads=Range(1, 1024), patch=_SIDE,
                       mlp_ratio=Range(0, 64, above=True), drop_path=Range(0, .99)),
@@ -60,7 +61,8 @@ RANGES = dict(    # dataclass of `mmsn.options` -> field -> what numbers it, or 
     SeriesMasks=dict(time=_SHARE, channel=_SHARE, cell=_SHARE, drop_start=_SHARE),
     SeriesViews=dict(random=_LAYERS, focal=_LAYERS, focal_window=_SHARE_ABOVE, noise=Range(0, 100), shift=Range(0, 100),
                      downsample=Range(1, 10**4), reverse=_SHARE),
-    TextModality=_MODALITY, TextEncoder=dict(dim=_WIDTH, depth=Range(1, 256), heads=Range(1, 1024), length=Range(2, 4096)),
+    TextModality=_MODALITY,
+    TextEncoder=dict(dim=_WIDTH, depth=Range(1, 256), heads=Range(1, 1024), length=Range(2, 4096)),
     TextViews=dict(random=_LAYERS, focal=_LAYERS, drop=Range(0, .99), shuffle=_SHARE, focal_span=_SHARE_ABOVE),
     TabularEncoder=dict(hidden=_WIDTH, dim=_WIDTH),
     Contrast=dict(weight=_WEIGHT, dim=_WIDTH, depth=Range(0, 100)),
@@ -74,11 +76,12 @@ RANGES |= dict(
     GLoRIA=dict(attention=_SHARPNESS, word=_SHARPNESS, pair=_SHARPNESS, layers=Range(1, 256), dim=_WIDTH),
     Tokens=dict(weight=_WEIGHT), SimCLR=dict(temperature=_SHARPNESS), SimSiam=dict(bottleneck=_WIDTH),
     VICReg=dict(invariance=_WEIGHT, variance=_WEIGHT, covariance=_WEIGHT),
-    VAE=dict(pixels=_SIDE, layers=Range(1, 8), codes=_COUNT, dim=_WIDTH, hidden=_WIDTH, blocks=Range(0, 100), temperature=_SHARPNESS,
-             temperature_decay=_SHARE, temperature_floor=_SHARPNESS, kl=_WEIGHT),
+    VAE=dict(pixels=_SIDE, layers=Range(1, 8), codes=_COUNT, dim=_WIDTH, hidden=_WIDTH, blocks=Range(0, 100),
+             temperature=_SHARPNESS, temperature_decay=_SHARE, temperature_floor=_SHARPNESS, kl=_WEIGHT),
     Dalle=dict(length=Range(1, 4096), dim=_WIDTH, depth=Range(1, 1000), heads=Range(1, 1024), dim_head=Range(1, 1024),
                mlp_ratio=Range(0, 64, above=True), image_weight=_WEIGHT),
-    MAE=dict(hidden=_PART, cells=_PART, dim=_WIDTH, depth=_LAYERS, heads=Range(1, 1024)), Pairs=dict(dim=_WIDTH, depth=Range(0, 100)),
+    MAE=dict(hidden=_PART, cells=_PART, dim=_WIDTH, depth=_LAYERS, heads=Range(1, 1024)),
+    Pairs=dict(dim=_WIDTH, depth=Range(0, 100)),
     DINO=dict(outputs=Range(2, 10**6), temperature=_SHARPNESS, teacher_temperature=_SHARPNESS, centre=_SHARE),
     Loss=dict(prototypes=_COUNT, temperature=_SHARPNESS, sharpen=_SHARPNESS, final_sharpen=_SHARPNESS,
               label_smoothing=_SHARE, sinkhorn_iterations=_LAYERS, me_max_weight=_WEIGHT, entropy_weight=_WEIGHT,
@@ -104,8 +107,10 @@ PREPARE = dict(           # argument -> what numbers it can be
     window=Range(0, 10**6), most_bad=_SHARE, most_shared=_SHARE, outside=_SHARE)
 
 # %% ../nbs/00b_ranges.ipynb #f2586b8e
-_ENDS = ('random_scale', 'focal_scale', 'ratio', 'heavy_drop', 'focal_window', 'focal_span')   # options that are a lower and an upper end
+_ENDS = ('random_scale', 'focal_scale', 'ratio', 'heavy_drop',
+         'focal_window', 'focal_span')   # options that are a lower and an upper end
 
+# %% ../nbs/00b_ranges.ipynb #00161737
 def check_number(
     value,       # a number, or several
     r:Range,

@@ -48,7 +48,8 @@ def check_yaml(
     if len(text) > MOST_BYTES: raise InputError(f'{where} is longer than {MOST_BYTES:,} characters: it is no config')
     for depth, total in _counted(text, where):
         if depth > MOST_DEPTH: raise InputError(f'{where} is nested more than {MOST_DEPTH} deep: it is no config')
-        if total > MOST_VALUES: raise InputError(f'{where} stands for more than {MOST_VALUES:,} values: it is no config')
+        if total > MOST_VALUES:
+            raise InputError(f'{where} stands for more than {MOST_VALUES:,} values: it is no config')
 
 # %% ../nbs/00c_safe_yaml.ipynb #17c4cfd9
 def _interpolated(where, value):
@@ -75,7 +76,8 @@ def read_file(
 )->dict:
     "The plain dictionary in a YAML file; raises InputError."
     path = Path(path)
-    if path.stat().st_size > MOST_BYTES: raise InputError(f'{path} is larger than {MOST_BYTES:,} bytes: it is no config')
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f'{path} is larger than {MOST_BYTES:,} bytes: it is no config')
     try: text = path.read_text(encoding='utf-8')
     except UnicodeDecodeError: raise InputError(f'{path} is not YAML: it is not text in UTF-8')
     return read_tree(text, str(path))
@@ -95,4 +97,5 @@ def read_changes(
         try: check_yaml(value, key)
         except yaml.YAMLError as e: raise InputError(f'{key} is not YAML: {" ".join(str(e).split())[:200]}')
     try: return OmegaConf.from_dotlist(list(words))
-    except Exception as e: raise InputError(f'{short(" ".join(words))} cannot be read: {" ".join(str(e).split())[:200]}')
+    except Exception as e:
+        raise InputError(f'{short(" ".join(words))} cannot be read: {" ".join(str(e).split())[:200]}')

@@ -21,9 +21,11 @@ def _need(fine, where, what):
     "Raise InputError with `what` unless it is `fine`."
     if not fine: raise InputError(f'{where}: {what}; copy it again, or make it again')
 
+# %% ../../nbs/09_data.entries.ipynb #c1cc12d9
 def is_text(x, most:int=500)->bool:
     "Whether `x` is a text without control characters; breaks of lines may be in it, as in headers of spreadsheets."
-    return isinstance(x, str) and len(x) <= most and not any(ord(c) < 32 and c not in '\t\r\n' or ord(c) == 127 for c in x)
+    return (isinstance(x, str) and len(x) <= most
+            and not any(ord(c) < 32 and c not in '\t\r\n' or ord(c) == 127 for c in x))
 
 # %% ../../nbs/09_data.entries.ipynb #95281a5b
 def _check_scale(name, d, widths, where):
@@ -47,18 +49,22 @@ def _check_channel(c, width, where):
     if c['kind'] == 'categorical':
         words = c.get('categories')
         _need(isinstance(words, list) and all(map(is_text, words)) and len(words) == span[1] - span[0] and
-              c.get('normal') in words, where, f'categories of the channel {name} should be one a column, the normal one among them')
+              c.get('normal') in words, where,
+              f'categories of the channel {name} should be one a column, the normal one among them')
         return
     limits = [c.get('low'), c.get('high')]
-    _need(is_number(c.get('normal')) and span[1] - span[0] == 1, where, f'normal of the channel {name} should be one number')
-    _need(all(v is None or is_number(v) for v in limits), where, f'low and high of the channel {name} should be numbers')
+    _need(is_number(c.get('normal')) and span[1] - span[0] == 1, where,
+          f'normal of the channel {name} should be one number')
+    _need(all(v is None or is_number(v) for v in limits), where,
+          f'low and high of the channel {name} should be numbers')
     _need(None in limits or limits[0] <= limits[1], where, f'low of the channel {name} lies above high')
 
 # %% ../../nbs/09_data.entries.ipynb #1bfa325f
 def _check_series(name, d, where):
     "Raise InputError unless timestep and channels of the time series `name` make sense."
     width, channels = len(d['columns']), d.get('channels', [])
-    _need(is_number(d.get('timestep', 1)) and d.get('timestep', 1) > 0, where, f'timestep of {name} should be hours, above 0')
+    _need(is_number(d.get('timestep', 1)) and d.get('timestep', 1) > 0, where,
+          f'timestep of {name} should be hours, above 0')
     _need(isinstance(channels, list), where, f'channels of {name} should be a list')
     for c in channels: _check_channel(c, width, where)
     used = sorted([i for c in channels for i in range(*c['columns'])] + [c['mask'] for c in channels])
@@ -70,7 +76,8 @@ def _check_text(name, d, where):
     _need(is_whole(d.get('tokens'), 6, 10**6), where, f'tokens of {name} should be how many numbers its vocabulary has')
     _need(isinstance(d.get('vocabulary'), (str, dict)), where, f'vocabulary of {name} should be a file, or a vocabulary')
     sections = d.get('sections')
-    _need(isinstance(sections, list) and sections and all(map(is_text, sections)), where, f'sections of {name} should be a list of names')
+    _need(isinstance(sections, list) and sections and all(map(is_text, sections)), where,
+          f'sections of {name} should be a list of names')
 
 # %% ../../nbs/09_data.entries.ipynb #b240b14d
 def check_modality(
@@ -79,10 +86,12 @@ def check_modality(
     where,       # the file, for messages
 ):
     "Raise InputError unless an entry of `modalities` describes something that can be."
-    _need(isinstance(name, str) and re.fullmatch(r'[A-Za-z]\w{0,99}', name), where, f'{str(name)[:40]!r} is no name for a modality')
+    _need(isinstance(name, str) and re.fullmatch(r'[A-Za-z]\w{0,99}', name), where,
+          f'{str(name)[:40]!r} is no name for a modality')
     _need(isinstance(d, dict), where, f'the modality {name} should have names and values')
     kind = d.get('kind')
-    _need(kind in ('timeseries', 'image', 'tabular', 'text'), where, f'kind of {name} should be timeseries, image, tabular or text')
+    _need(kind in ('timeseries', 'image', 'tabular', 'text'), where,
+          f'kind of {name} should be timeseries, image, tabular or text')
     if kind == 'text': return _check_text(name, d, where)
     if kind == 'image':
         for side in ('height', 'width'):
@@ -120,19 +129,23 @@ def check_array(
 # %% ../../nbs/09_data.entries.ipynb #9b26979c
 FORMAT = 1   # of the folder; a reader refuses any other
 
+# %% ../../nbs/09_data.entries.ipynb #93adcb3a
 def _check_files(meta, path):
     "Raise InputError unless every file that `meta` names lies in the folder and has a size and a hash."
     files = meta['files']
     _need(isinstance(files, dict), path, 'files should be names with sizes and hashes')
-    named = [m.get(k, '') for m in meta['modalities'].values() for k in ('file', 'vocabulary')[:1 + (m.get('kind') == 'text')]]
+    named = [m.get(k, '') for m in meta['modalities'].values()
+             for k in ('file', 'vocabulary')[:1 + (m.get('kind') == 'text')]]
     for file in [*files, *named]:
         inside = is_text(file) and file not in ('', '.', '..', 'cohort.json') and not set(file) & {'/', '\\'}
-        if not inside: raise InputError(f'{path} names the file {str(file)[:100]!r}, which leaves the cohort folder: refused')
+        if not inside:
+            raise InputError(f'{path} names the file {str(file)[:100]!r}, which leaves the cohort folder: refused')
         if file not in files: raise InputError(f'{path} has no hash for {file}: prepare the cohort again')
     for file, entry in files.items():
         fine = isinstance(entry, dict) and is_whole(entry.get('bytes')) and isinstance(entry.get('sha256'), str)
         _need(fine, path, f'{file} should have a size in bytes and a hash')
-    if 'samples.parquet' not in files: raise InputError(f'{path} has no hash for samples.parquet: prepare the cohort again')
+    if 'samples.parquet' not in files:
+        raise InputError(f'{path} has no hash for samples.parquet: prepare the cohort again')
 
 # %% ../../nbs/09_data.entries.ipynb #ac459396
 def check_meta(
@@ -151,7 +164,8 @@ def check_meta(
     for name, d in modalities.items(): check_modality(name, d, path)
     _need(isinstance(labels, list) and all(map(is_text, labels)) and len(set(labels)) == len(labels), path,
           'labels should be a list of different names')
-    _need(isinstance(groups, dict) and all(map(is_text, groups.values())), path, 'label_groups should be a group a label')
+    _need(isinstance(groups, dict) and all(map(is_text, groups.values())), path,
+          'label_groups should be a group a label')
 
 # %% ../../nbs/09_data.entries.ipynb #eb2cf011
 def read_meta(

@@ -37,14 +37,18 @@ class ForeignVocabulary(Vocabulary):
         for token, i in ids.items(): self.tokens[i] = token
         for name in SPECIAL: setattr(self, name, d['special'][name])
 
-    def to_dict(self)->dict: "Plain values for JSON."; return dict(self.d, kind=self.kind)
-    @property
-    def continues(self)->np.ndarray:
-        "(V,) bool: tokens that continue the word before them."
-        begins = next((c for c in 'Ġ▁' if sum(t.startswith(c) for t in self.tokens) > len(self.tokens)//100), None)
-        if begins is None: return Vocabulary.continues.fget(self)
-        special = [*self.d['special'].values()]
-        return np.array([not t.startswith(begins) and i not in special for i, t in enumerate(self.tokens)])
+    def to_dict(self)->dict:
+        "Plain values for JSON."
+        return dict(self.d, kind=self.kind)
+
+# %% ../../nbs/11b_data.reports.ipynb #b75475d5
+@patch(as_prop=True)
+def continues(self:ForeignVocabulary)->np.ndarray:
+    "(V,) bool: tokens that continue the word before them."
+    begins = next((c for c in 'Ġ▁' if sum(t.startswith(c) for t in self.tokens) > len(self.tokens)//100), None)
+    if begins is None: return Vocabulary.continues.fget(self)
+    special = [*self.d['special'].values()]
+    return np.array([not t.startswith(begins) and i not in special for i, t in enumerate(self.tokens)])
 
 # %% ../../nbs/11b_data.reports.ipynb #68488775
 @patch
@@ -54,6 +58,7 @@ def sentence(self:ForeignVocabulary, text:str)->list:
     ids = self.net.encode(' ' + text.replace(MARK, '_'), add_special_tokens=False).ids
     return [self.unknown if i in special else i for i in ids]
 
+# %% ../../nbs/11b_data.reports.ipynb #c6629c6a
 @patch
 def text(self:ForeignVocabulary, numbers)->str:
     "The text of one sentence."
@@ -75,6 +80,7 @@ def _read_foreign(d, where):
         raise InputError(f'{where} lacks special tokens: it needs one each for {", ".join(SPECIAL)}')
     return made
 
+# %% ../../nbs/11b_data.reports.ipynb #ddb96cee
 _READERS['tokenizers'] = _read_foreign
 
 # %% ../../nbs/11b_data.reports.ipynb #2fe36001
@@ -105,7 +111,8 @@ def open_vocabulary(
         if not texts: raise InputError(f'the cohort {source} has no text, and so no vocabulary')
         return texts[0].vocabulary
     if not Path(source).is_dir() and str(source).count('/') != 1:
-        raise InputError(f'no tokenizer at {source}: give a folder of a cohort, a folder of a language model, or OWNER/NAME')
+        raise InputError(f'no tokenizer at {source}: give a folder of a cohort, a folder of a language model, '
+                         f'or OWNER/NAME')
     return _of_transformers(source)
 
 # %% ../../nbs/11b_data.reports.ipynb #b8c6d316

@@ -32,10 +32,12 @@ def _published(path):
 # %% ../../nbs/15c_data.splits.ipynb #479b0706
 _WORDS = _SPLIT_NAMES | dict(tuning='val', held_out='test')     # the second are those of MEDS
 
+# %% ../../nbs/15c_data.splits.ipynb #33dfc3bf
 def _loose(name):
     "A column's name without case, blanks and signs: 'Patient ID' is patient_id."
     return re.sub(r'[\W_]', '', str(name)).lower()
 
+# %% ../../nbs/15c_data.splits.ipynb #f7958e8a
 def _checked(table, path, column='subject_id'):
     "The columns subject_id (canonical text) and split of a list; raises InputError."
     alike = {c: new for new in ('split', 'subject_id', column) for c in table if _loose(c) == _loose(new)}
@@ -64,12 +66,14 @@ def _text(path):
     except (OSError, ValueError) as e: raise InputError(f'{path} is not a readable table: {str(e).splitlines()[0]}')
     return table.astype('string').astype(object).where(table.notna(), np.nan)
 
+# %% ../../nbs/15c_data.splits.ipynb #f16cd2db
 def _headless(path):
     "Whether the first cell of a list is a number: the published form."
     if Path(path).suffix == '.parquet': return False
     with opened(path) as f: first = next(csv.reader(f), [''])
     return bool(first) and first[0].strip().isdigit()
 
+# %% ../../nbs/15c_data.splits.ipynb #0460d68d
 def _listed(path, column):
     "Rows (subject_id, split) of one list, and whether it is of the form without header."
     if not Path(path).is_file():

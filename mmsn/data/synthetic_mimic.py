@@ -48,6 +48,8 @@ ITEMS = {   # channel: ((itemid, label, unit, factor, plus, decimals), ...); the
                     (223762, 'Temperature Celsius', '°C', 1, 0, 1)),
     'Weight': ((224639, 'Daily Weight', 'kg', 1, 0, 1), (226531, 'Admission Weight (lbs.)', '', 1/.453592, 0, 1)),
     'pH': ((223830, 'PH (Arterial)', 'units', 1, 0, 2), (50820, 'pH', 'units', 1, 0, 2))}
+
+# %% ../../nbs/21_data.synthetic_mimic.ipynb #f275ba04
 _LABS = {50931: ('Blood', 'Chemistry'), 50820: ('Blood', 'Blood Gas'), 51478: ('Urine', 'Hematology'),
          51491: ('Urine', 'Hematology')}
 _SECOND = {'pressure': .4, 'Fraction inspired oxygen': .1, 'coma': .15, 'Height': .25, 'Temperature': .2, 'Weight': .25,
@@ -151,6 +153,15 @@ def _value(text, number):
     "The text column: the word where there is one, else the number as it would be typed."
     return pc.coalesce(_words(text), pc.cast(pa.array(number, from_pandas=True), pa.string()))
 
+# %% ../../nbs/21_data.synthetic_mimic.ipynb #979a7104
+def _urine(p, keys, rng):
+    "Rows of glucose and pH in the urine of a fifth of the patients, three hours into the stay."
+    wet = np.flatnonzero(p.has_chart & (rng.random(len(p)) < .2))
+    return dict(who=np.tile(wet, 2), time=np.tile(keys.intime[wet] + 3*3600, 2),
+                itemid=np.repeat([51478, 51491], len(wet)),
+                number=np.repeat([300, 5.], len(wet)),
+                unit=np.repeat(np.array(['mg/dL', 'units'], object), len(wet)))
+
 # %% ../../nbs/21_data.synthetic_mimic.ipynb #58b4d9d8
 def _write_events(folder, p, keys, rng):
     "chartevents and labevents: the observed cells, and urine that is not blood."
@@ -163,11 +174,7 @@ def _write_events(folder, p, keys, rng):
         charttime=_times(c['time']), storetime=_times(c['time'] + 600), itemid=c['itemid'],
         value=_value(c['text'], c['number']),
         valuenum=c['number'], valueuom=_words(c['unit']), warning=None))
-    wet = np.flatnonzero(p.has_chart & (rng.random(len(p)) < .2))
-    urine = dict(who=np.tile(wet, 2), time=np.tile(keys.intime[wet] + 3*3600, 2),
-                 itemid=np.repeat([51478, 51491], len(wet)),
-                 number=np.repeat([300, 5.], len(wet)),
-                 unit=np.repeat(np.array(['mg/dL', 'units'], object), len(wet)))
+    urine = _urine(p, keys, rng)
     e = {k: np.concatenate([e[k][lab], urine[k]]) for k in urine}
     who, n = e['who'], len(e['who'])
     _write_table(folder, 'hosp/labevents', dict(labevent_id=np.arange(1, n + 1), subject_id=keys.subject[who],
@@ -198,7 +205,13 @@ def _write_people(folder, p, keys, rng):
         insurance=pick('Medicare', 'Medicaid', 'Other'), language=pick('ENGLISH', '?'), marital_status=None,
         race=pick('UNKNOWN', 'OTHER'),
         edregtime=None, edouttime=None, hospital_expire_flag=died[r].astype(int)))
-    unit = pick('Medical Intensive Care Unit (MICU)', 'Surgical Intensive Care Unit (SICU)', 'Coronary Care Unit (CCU)')
+    _write_stays(folder, keys, r, rng)
+
+# %% ../../nbs/21_data.synthetic_mimic.ipynb #f0c486b1
+def _write_stays(folder, keys, r, rng):
+    "icustays of the patients `r`, each in one unit from beginning to end."
+    units = 'Medical Intensive Care Unit (MICU)', 'Surgical Intensive Care Unit (SICU)', 'Coronary Care Unit (CCU)'
+    unit = np.array(units)[rng.integers(0, len(units), len(r))]
     _write_table(folder, 'icu/icustays', dict(subject_id=keys.subject[r], hadm_id=keys.hadm[r], stay_id=keys.stay[r],
         first_careunit=unit, last_careunit=unit, intime=_times(keys.intime[r]), outtime=_times(keys.outtime[r]),
         los=(keys.outtime - keys.intime)[r]/86400))
@@ -248,6 +261,7 @@ CHEXPERT = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged C
             'Lung Lesion', 'Lung Opacity',
             'No Finding', 'Pleural Effusion', 'Pleural Other', 'Pneumonia', 'Pneumothorax', 'Support Devices')
 
+# %% ../../nbs/21_data.synthetic_mimic.ipynb #2787be11
 def _write_xray_tables(folder, p, keys, rng):
     "metadata, chexpert and split of those who have an image."
     r, t = np.flatnonzero(p.has_image), p.truth

@@ -15,8 +15,8 @@ from .synthetic import Truth
 
 # %% ../../nbs/20b_data.synthetic_reports.ipynb #7f31dca0
 _SAYS = {   # condition: (name, sentences of presence, sentences of absence)
-    'heart failure': ('cardiomegaly', ('The heart is {ly} enlarged.', 'There is {s} cardiomegaly with vascular congestion.',
-                                       'Heart size is {ly} increased.'),
+    'heart failure': ('cardiomegaly', ('The heart is {ly} enlarged.',
+                                       'There is {s} cardiomegaly with vascular congestion.', 'Heart size is {ly} increased.'),
                       ('The heart size is normal.', 'Heart size within normal limits.', 'No cardiomegaly.')),
     'oedema': ('pulmonary edema', ('There is {s} pulmonary edema.', '{S} interstitial edema is present.',
                                    'Perihilar haziness in keeping with {s} edema.'),
@@ -32,14 +32,18 @@ _SAYS = {   # condition: (name, sentences of presence, sentences of absence)
 
 # %% ../../nbs/20b_data.synthetic_reports.ipynb #0135d912
 _SAYS |= {
-    'copd': ('hyperinflation', ('The lungs are {ly} hyperinflated.', 'Flattened diaphragms with {s} hyperinflation.'), ()),
+    'copd': ('hyperinflation', ('The lungs are {ly} hyperinflated.',
+                                'Flattened diaphragms with {s} hyperinflation.'), ()),
     'tamponade': ('enlarged cardiomediastinum', ('The cardiac silhouette is {ly} enlarged and globular.',
                                                  '{S}ly enlarged cardiomediastinum, consider pericardial effusion.'), ()),
-    'sepsis': ('diffuse opacities', ('{S} diffuse mottled opacities.', 'There are {s} diffuse opacities in the lower lungs.'), ()),
+    'sepsis': ('diffuse opacities', ('{S} diffuse mottled opacities.',
+                                     'There are {s} diffuse opacities in the lower lungs.'), ()),
     'stroke': ('aspiration', ('Patchy opacity at the right base may reflect {s} aspiration.',), ()),
     'diabetes': ('gastric distension', ('There is {s} gaseous distension of the stomach.',), ())}
-_DEVICES = ('An endotracheal tube ends above the carina.', 'A central venous line is in place.', 'Sternal wires are intact.',
-            'A pacemaker is seen.')
+
+# %% ../../nbs/20b_data.synthetic_reports.ipynb #e5ec98f4
+_DEVICES = ('An endotracheal tube ends above the carina.', 'A central venous line is in place.',
+            'Sternal wires are intact.', 'A pacemaker is seen.')
 _CLEAR = ('No acute cardiopulmonary process.', 'No acute abnormality.', 'Normal chest radiograph.')
 
 # %% ../../nbs/20b_data.synthetic_reports.ipynb #8a000be5
@@ -61,9 +65,11 @@ def _findings(present, devices, severity, rng):
     if len(absent) > 1 and rng.random() < .4:
         a, b = (_SAYS[absent.pop(rng.integers(len(absent)))][0] for _ in range(2))
         said.append(f'No {a} or {b}.')
-    said += [pick(_SAYS[c][2]) for c in absent] + [s for s, there in zip(_DEVICES, devices) if there and rng.random() < .8]
+    said += [pick(_SAYS[c][2]) for c in absent]
+    said += [s for s, there in zip(_DEVICES, devices) if there and rng.random() < .8]
     return ' '.join(said[i] for i in rng.permutation(len(said)))
 
+# %% ../../nbs/20b_data.synthetic_reports.ipynb #0f364863
 def _impression(present, severity, rng):
     "The impression of one patient: up to three findings, or that there is none."
     if not present: return _CLEAR[rng.integers(len(_CLEAR))]

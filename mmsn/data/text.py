@@ -74,6 +74,17 @@ def _joined(parts, pair, new):
         i += 1 + both
     return out
 
+# %% ../../nbs/09b_data.text.ipynb #049e993b
+def _counted(vocabulary, parts, counts):
+    "How often letters and pairs of neighbours are seen, and the numbers of the words that each pair stands in."
+    letters, total, where = Counter(), Counter(), defaultdict(set)
+    for i, (w, p) in enumerate(zip(vocabulary, parts)):
+        for x in p: letters[x] += counts[w]
+        for pair in pairwise(p):
+            total[pair] += counts[w]
+            where[pair].add(i)
+    return letters, total, where
+
 # %% ../../nbs/09b_data.text.ipynb #9bf7ef52
 def learn_pieces(
     counts:dict,     # word -> how often it was seen
@@ -83,12 +94,7 @@ def learn_pieces(
     "Pieces, single letters first (the 1,000 most frequent), then in the order in which they were joined."
     vocabulary = sorted(counts)
     parts = [[w[0], *(f'##{c}' for c in w[1:])] for w in vocabulary]
-    letters, total, where = Counter(), Counter(), defaultdict(set)
-    for i, (w, p) in enumerate(zip(vocabulary, parts)):
-        for x in p: letters[x] += counts[w]
-        for pair in pairwise(p):
-            total[pair] += counts[w]
-            where[pair].add(i)
+    letters, total, where = _counted(vocabulary, parts, counts)
     pieces = dict.fromkeys(sorted(letters, key=lambda x: (-letters[x], x))[:min(1000, size)])
     heap = [(-n, pair) for pair, n in total.items()]
     heapq.heapify(heap)
@@ -114,6 +120,7 @@ def learn_pieces(
 SPECIAL = dict(pad='[PAD]', unknown='[UNK]', cls='[CLS]', sep='[SEP]', mask='[MASK]')
 LONGEST = 1024   # tokens of a report that a cohort keeps
 
+# %% ../../nbs/09b_data.text.ipynb #8338cab6
 class Vocabulary:
     "Word pieces and their numbers."
     kind = 'wordpiece'
@@ -129,10 +136,13 @@ class Vocabulary:
     def continues(self)->np.ndarray:
         "(V,) bool: tokens that continue the word before them."
         return np.array([t.startswith('##') and len(t) > 2 for t in self.tokens])
-    def to_dict(self)->dict: "Plain values for JSON; `read_vocabulary` is the inverse."; return dict(kind=self.kind, tokens=self.tokens)
+    def to_dict(self)->dict:
+        "Plain values for JSON; `read_vocabulary` is the inverse."
+        return dict(kind=self.kind, tokens=self.tokens)
 
 # %% ../../nbs/09b_data.text.ipynb #06df2656
-_BASE = [*'!"#$%&\'()*+,-./:;<=>?@[\\]^_`{|}~', *(c + x for c in ('', '##') for x in '0123456789abcdefghijklmnopqrstuvwxyz')]
+_BASE = [*'!"#$%&\'()*+,-./:;<=>?@[\\]^_`{|}~',
+         *(c + x for c in ('', '##') for x in '0123456789abcdefghijklmnopqrstuvwxyz')]
 
 def train_vocabulary(
     texts,           # reports of the training patients
@@ -153,6 +163,7 @@ def pieces(self:Vocabulary,
     if word not in self._known: self._known[word] = self._cut(word)
     return self._known[word]
 
+# %% ../../nbs/09b_data.text.ipynb #bc927422
 @patch
 def _cut(self:Vocabulary, word):
     "The longest pieces of a word, from its beginning on."
@@ -171,6 +182,7 @@ def sentence(self:Vocabulary, text:str)->list:
     "Numbers of the pieces of one sentence."
     return [i for w in words(text) for i in self.pieces(w)]
 
+# %% ../../nbs/09b_data.text.ipynb #f4e8a753
 @patch
 def encode(self:Vocabulary,
     *sections,          # texts of a report's sections, '' where it has none
@@ -187,8 +199,11 @@ def encode(self:Vocabulary,
     if len(out) > most: out = [*out[:most - 1], self.sep]
     return np.array(out, self.dtype)
 
+# %% ../../nbs/09b_data.text.ipynb #39186ec0
 @patch(as_prop=True)
-def dtype(self:Vocabulary): "The smallest type that holds every number."; return np.dtype('uint16' if len(self) <= 2**16 else 'int32')
+def dtype(self:Vocabulary):
+    "The smallest type that holds every number."
+    return np.dtype('uint16' if len(self) <= 2**16 else 'int32')
 
 # %% ../../nbs/09b_data.text.ipynb #f6507b25
 _CLOSE, _AFTER = re.compile(r' ([.,;:!?%)\]])'), re.compile(r'([(\[]) | ([-/]) ')
@@ -199,6 +214,7 @@ def text(self:Vocabulary, numbers)->str:
     joined = ' '.join(self.tokens[int(i)] for i in numbers).replace(' ##', '')
     return _AFTER.sub(lambda m: m[1] or m[2], _CLOSE.sub(r'\1', joined))
 
+# %% ../../nbs/09b_data.text.ipynb #646d934f
 @patch
 def decode(self:Vocabulary,
     numbers,   # (L,) of `encode`; padding is passed over
@@ -226,7 +242,8 @@ def read_vocabulary(
         raise InputError(f'{where} is no vocabulary of this version of mmsn: {remedy}')
     if d['kind'] in _READERS: return _READERS[d['kind']](d, where)
     tokens, first = d.get('tokens'), [*SPECIAL.values(), MARK]
-    fine = isinstance(tokens, list) and len(tokens) <= 10**6 and all(isinstance(t, str) and 0 < len(t) <= 100 for t in tokens)
+    fine = (isinstance(tokens, list) and len(tokens) <= 10**6
+            and all(isinstance(t, str) and 0 < len(t) <= 100 for t in tokens))
     if not fine or tokens[:6] != first or len(set(tokens)) != len(tokens):
         raise InputError(f'{where}: a vocabulary is a list of different texts that begins with {", ".join(first)}: {remedy}')
     return Vocabulary(tokens)

@@ -37,9 +37,12 @@ _NUMBER = r'^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$'
 _SPAN = r'^(\d+):(\d{2})(?::(\d{2}(?:\.\d+)?))?$'
 _DELTA = r'^(-?)(\d+) days?,?(?: ([+-]?)(\d{1,2}):(\d{2}):(\d{2}(?:\.\d+)?))?$'
 _YEAR2 = r'^\d{1,2}[-/.]\d{1,2}[-/.]\d{2}(\D.*)?$'
+
+# %% ../../nbs/14d_data.times.ipynb #14f2dae0
 _FAST = ' or '.join(f"{{t}} like '____-__-__{sep}__:__:__'" for sep in (' ', 'T'))
 _FAST_UTC = ' or '.join(f"{{t}} like '____-__-__{sep}__:__:__Z'" for sep in (' ', 'T'))
 
+# %% ../../nbs/14d_data.times.ipynb #e8a90d77
 _FORMS = {'ymd': 'ymd', 'slash': 'dmy', 'compact': 'compact', 'month': 'month', 'month first': 'month first'}
 
 def _form_sql(t):
@@ -99,6 +102,7 @@ def _zone_sql(z):
 # %% ../../nbs/14d_data.times.ipynb #9e08ff3a
 def _whole(part): return f"coalesce(try_cast(nullif({part}, '') as bigint), 0)"
 
+# %% ../../nbs/14d_data.times.ipynb #a73e1e67
 def _micros_sql(g):
     "SQL for the microseconds since 1970 of the parts `g`, as UTC where they have a zone; NULL for what is no time."
     names = ', '.join(f"'{m}'" for m in _MONTHS)
@@ -117,6 +121,7 @@ _UNITS = dict(hours=1, minutes=60, seconds=3600, milliseconds=3_600_000, days=1/
 _UNIX = dict(unix=1, unix_ms=10**3, unix_us=10**6, unix_ns=10**9)
 TIME_UNITS = ('auto', *_UNITS, *_UNIX, 'clock')
 
+# %% ../../nbs/14d_data.times.ipynb #0ffd7d58
 @dataclass(frozen=True)
 class TimeFormat:
     "How a column of times is read."
@@ -206,6 +211,7 @@ def _known(zone):
     try: return zoneinfo.ZoneInfo(zone)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError): return None
 
+# %% ../../nbs/14d_data.times.ipynb #6306c733
 def _localise(con, table, column, f, places, what):
     "Rewrite the cells of `table` with the zones `places` as '@' and microseconds of UTC."
     g = f.parts(column)

@@ -28,6 +28,7 @@ class Reading(NamedTuple):
     scale: float
     offset: float = 0.
 
+# %% ../../nbs/15d_data.units.ipynb #ced86c1a
 _PREFIX = {'p': 1e-12, 'n': 1e-9, 'u': 1e-6, 'm': 1e-3, 'c': 1e-2, 'd': .1, '': 1., 'k': 1e3}
 
 # %% ../../nbs/15d_data.units.ipynb #74847d8c
@@ -46,20 +47,26 @@ _WORDS = {
                       'breath/min breathsperminute insp/min resp/min br/min b/min min-1 min^-1',
     ('rate', 60., 0.): '/s 1/s hz s-1 s^-1', ('score', 1., 0.): 'points point pts score', ('ph', 1., 0.): 'ph phunits',
     ('time', 1e-3, 0.): 'ms msec', ('time', 1., 0.): 's sec secs second seconds',
-    ('time', 60., 0.): 'min mins minute minutes', ('time', 3600., 0.): 'h hr hrs hour hours', ('time', 86400., 0.): 'd day days',
+    ('time', 60., 0.): 'min mins minute minutes', ('time', 3600., 0.): 'h hr hrs hour hours',
+    ('time', 86400., 0.): 'd day days',
     ('count', 1e9, 0.): 'k/ul thou/ul thousand/ul 1000/ul k/mm3 k/cumm cells/nl /nl thou/mm3 tsd/ul gpt/l giga/l',
     ('count', 1e12, 0.): 'mio/ul mill/ul million/ul m/ul tpt/l tera/l mil/ul',
     ('count', 1e6, 0.): '/ul cells/ul #/ul /mm3 cells/mm3 /cumm'}
+
+# %% ../../nbs/15d_data.units.ipynb #a6264701
 _KNOWN = {word: Reading(*meaning) for meaning, words in _WORDS.items() for word in words.split()}
 
 # %% ../../nbs/15d_data.units.ipynb #2c4b77d4
 _AMOUNTS = dict(g=('mass', 1.), mol=('amount', 1.), eq=('equivalents', 1.), u=('activity', 1.), iu=('activity', 1.),
                 unit=('activity', 1.), units=('activity', 1.), kat=('activity', 6e7), l=('volume', 1.))
 _TIMES = dict(h=1., hr=1., hour=1., hrs=1., min=1/60, d=24., day=24., s=1/3600, sec=1/3600)
+
+# %% ../../nbs/15d_data.units.ipynb #1a12e3f8
 _COMPOSED = re.compile(r'(?P<prefix>[pnumcdk]?)(?P<amount>mol|eq|iu|units?|u|kat|g|l)'
                        r'(?:/(?P<hundred>100)?(?:(?P<volume>[numcdk]?)l|(?P<time>h|hr|hrs|hour|min|d|day|s|sec)))?')
 _POWER = re.compile(r'(?:x|×)?10(?:\^|e|e\+)?(?P<power>\d{1,2})(?:cells)?/(?P<volume>[numcdk]?)(?:l|m3)')
 
+# %% ../../nbs/15d_data.units.ipynb #fd5507e3
 def _composed(text):
     "The reading of a composed unit in small letters, or None."
     if m := _POWER.fullmatch(text):
@@ -100,8 +107,11 @@ _SUBSTANCES = [(28.0134, None, 'bun; urea nitrogen; urea n'), (60.056, None, 'ur
                (386.65, None, 'cholesterol; chol; hdl; ldl; cholesterin'),
                (885.4, None, 'triglycerides; triglyceride; trig'),
                (17.031, None, 'ammonia; nh3'), (55.845, None, 'iron; fe; eisen')]
+
+# %% ../../nbs/15d_data.units.ipynb #b321966f
 _NOT = {'kinase', 'clearance', 'ratio', 'phosphatase', 'dehydrogenase', 'index'}
 
+# %% ../../nbs/15d_data.units.ipynb #5f7541bc
 def substance(
     name:str,    # of a channel
 )->tuple:
@@ -138,4 +148,5 @@ def conversion(
             x, y = _moles(a, mass, charge), _moles(b, mass, charge)
             if x and y and a.dimension != b.dimension: return _tidy(x/y), 0.
 
+# %% ../../nbs/15d_data.units.ipynb #31aa8731
 def _tidy(x): return float(f'{x:.12g}')

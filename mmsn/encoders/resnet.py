@@ -20,6 +20,7 @@ from ..options import ImageEncoder, InputError
 RESNETS = ('resnet18', 'resnet50')
 _READ = ('name', 'channels', 'patch')   # options that a residual network has
 
+# %% ../../nbs/31c_encoders.resnet.ipynb #933883e8
 class ResNet(nn.Module):
     "A residual network of torchvision without its classifier."
     def __init__(self,
@@ -48,11 +49,15 @@ def states(self:ResNet,
     if keep is not None: x = _masked(x, _visible(x, keep, self.patch))
     return self.stages(self.stem(x)).flatten(2).transpose(1, 2)
 
+# %% ../../nbs/31c_encoders.resnet.ipynb #94bed59d
 @patch
 def pooled(self:ResNet, states, x, keep=None):
     "(N, dim): the fourth stage and the mean over its map, of the states of `x`."
     rows = -(-x.shape[2]//16)
     return self.final(states.transpose(1, 2).unflatten(2, (rows, -1))).mean((2, 3))
 
+# %% ../../nbs/31c_encoders.resnet.ipynb #ea254490
 @patch
-def forward(self:ResNet, x, keep=None): "(N, dim) of images, as `states`."; return self.pooled(self.states(x, keep), x, keep)
+def forward(self:ResNet, x, keep=None):
+    "(N, dim) of images, as `states`."
+    return self.pooled(self.states(x, keep), x, keep)

@@ -57,11 +57,17 @@ def states(self:TextTransformer,
         seen.append(x)
     return sum(self.norm(s) for s in [x, *seen[:-1][::-1]][:self.last])
 
+# %% ../../nbs/31b_encoders.text.ipynb #40b384de
 @patch
-def pooled(self:TextTransformer, states, x, lengths): "(N, d) of the states of `x`."; return pool_tokens(states, lengths, self.config.pool)
+def pooled(self:TextTransformer, states, x, lengths):
+    "(N, d) of the states of `x`."
+    return pool_tokens(states, lengths, self.config.pool)
 
+# %% ../../nbs/31b_encoders.text.ipynb #d599fabf
 @patch
-def forward(self:TextTransformer, x, lengths): "(N, d), as `states`."; return self.pooled(self.states(x, lengths), x, lengths)
+def forward(self:TextTransformer, x, lengths):
+    "(N, d), as `states`."
+    return self.pooled(self.states(x, lengths), x, lengths)
 
 # %% ../../nbs/31b_encoders.text.ipynb #cd3d5dca
 class LanguageModel(nn.Module):
@@ -88,25 +94,32 @@ def states(self:LanguageModel, x, lengths):
     out = self.net(input_ids=x, attention_mask=mask.long(), output_hidden_states=self.last > 1)
     return out.last_hidden_state if self.last == 1 else sum(out.hidden_states[-self.last:])
 
+# %% ../../nbs/31b_encoders.text.ipynb #cad053f6
 @patch
-def pooled(self:LanguageModel, states, x, lengths): "(N, d) of the states of `x`."; return pool_tokens(states, lengths, self.config.pool)
+def pooled(self:LanguageModel, states, x, lengths):
+    "(N, d) of the states of `x`."
+    return pool_tokens(states, lengths, self.config.pool)
 
+# %% ../../nbs/31b_encoders.text.ipynb #3d5f7de5
 @patch
-def forward(self:LanguageModel, x, lengths): "(N, d), as `states`."; return self.pooled(self.states(x, lengths), x, lengths)
+def forward(self:LanguageModel, x, lengths):
+    "(N, d), as `states`."
+    return self.pooled(self.states(x, lengths), x, lengths)
 
 # %% ../../nbs/31b_encoders.text.ipynb #ae8f3d9b
 def _language_model(name, info):
     "The network `name`: with its weights, or at random where its description is known. Raises InputError."
     try: from transformers import AutoConfig, AutoModel
-    except ImportError: raise InputError(f'encoder.name=hf:{name} needs the library transformers: pip install "mmsn[text]"')
+    except ImportError:
+        raise InputError(f'encoder.name=hf:{name} needs the library transformers: pip install "mmsn[text]"')
     try:
         if 'transformer' in info:
             d = dict(info['transformer'])
             net = AutoModel.from_config(AutoConfig.for_model(d.pop('model_type'), **d))
         else: net = AutoModel.from_pretrained(name, trust_remote_code=False)
     except Exception as e:
-        raise InputError(f'no language model could be had from {name} ({str(e).splitlines()[0][:120]}): give hf:FOLDER, or '
-                         f'hf:OWNER/NAME with a network')
+        raise InputError(f'no language model could be had from {name} ({str(e).splitlines()[0][:120]}): '
+                         f'give hf:FOLDER, or hf:OWNER/NAME with a network')
     if getattr(net, 'pooler', None) is not None: net.pooler = None      # nothing would train it
     info['transformer'] = net.config.to_diff_dict() | dict(model_type=net.config.model_type)
     return net
@@ -118,7 +131,8 @@ def text_encoder(
 )->nn.Module:
     """The encoder that `config.name` names: forward(x (N, L), lengths (N,)) -> (N, dim), which is `pooled` of its
     `states` (N, L, width). Raises InputError."""
-    if config.pool not in ('mean', 'cls'): raise InputError(f"encoder.pool of a text is 'mean' or 'cls', not {config.pool!r}")
+    if config.pool not in ('mean', 'cls'):
+        raise InputError(f"encoder.pool of a text is 'mean' or 'cls', not {config.pool!r}")
     if config.name.startswith('hf:'):
         for key in ('dim', 'depth', 'heads'):
             if getattr(config, key) != getattr(TextEncoder, key):

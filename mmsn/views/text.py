@@ -134,6 +134,7 @@ def plain(self:TextPart, x, lengths):
     keep = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     return TextView(*front(x, keep, self.vocabulary.cls, self.vocabulary.pad, self.most), 1, self.vocabulary)
 
+# %% ../../nbs/42b_views.text.ipynb #32c65d93
 @patch
 def forward(self:TextPart, x, lengths, key):
     "Target and anchors of `x` (B, L), `lengths` (B,), with keys (1+R+F, B)."

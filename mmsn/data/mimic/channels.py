@@ -61,6 +61,8 @@ _CATEGORIES = {'Capillary refill rate': ('0.0', '1.0'),
                                                       'No Response-ETT', '5 Oriented', 'Incomprehensible sounds',
                                                       '1.0 ET/Trach',
                                                       '4 Confused', '2 Incomp sounds', '3 Inapprop words')}
+
+# %% ../../../nbs/22a_data.mimic.channels.ipynb #a26d1b76
 _NORMAL = {'Capillary refill rate': '0.0', 'Glascow coma scale eye opening': '4 Spontaneously',
            'Glascow coma scale total': '15',
            'Glascow coma scale motor response': '6 Obeys Commands', 'Glascow coma scale verbal response': '5 Oriented'}
@@ -232,15 +234,17 @@ SPECIMEN = (52033, 50800)     # of labevents: what kind of blood a blood gas is,
 
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #dbda2ca5
 _DIGITS = r"regexp_full_match(said, '[0-9]+(\.[0-9]*)?|\.[0-9]+')"
+
+# %% ../../../nbs/22a_data.mimic.channels.ipynb #4eb3c282
 CONVERSIONS = {'as it is': 'v',
                'inches':   'v * 2.54',
                'pounds':   'v * 0.453592::double',
-               'warmth':   'case when v >= 79 then (v - 32) / 1.8 else v end',          # nobody alive is 79 °C warm
-               'fraction': 'case when v > 1 then v / 100 else v end',                   # percent, or a fraction already
-               'arterial': 'v',                                                         # the specimen decides (`mmsn.data.mimic.events`)
-               'number':   'v',                                                         # the others are the benchmark's alone
-               'text':     'v',                                                         # text order decides ties, then it is a number
-               'category': 'category',                                                  # the number of the category with this very text
+               'warmth':   'case when v >= 79 then (v - 32) / 1.8 else v end',   # nobody alive is 79 °C warm
+               'fraction': 'case when v > 1 then v / 100 else v end',   # percent, or a fraction already
+               'arterial': 'v',   # the specimen decides (`mmsn.data.mimic.events`)
+               'number':   'v',   # the others are the benchmark's alone
+               'text':     'v',   # text order decides ties, then it is a number
+               'category': 'category',   # the number of the category with this very text
                'x 5 / 9':  'case when v >= 79 then ((v - 32) * 5) / 9 else v end',
                '/ 100':    'v / 100',
                'a of a/b': r"coalesce(try_cast(nullif(regexp_extract(said, '^([0-9]+)/([0-9]+)$', 1), '') as "
@@ -267,13 +271,18 @@ def items_of(
 # %% ../../../nbs/22a_data.mimic.channels.ipynb #66c609e6
 _MMHG = {'mmhg|mm hg|mm[hg]|torr': 'v', 'kpa': 'v * 7.50062', 'cmh2o|cm h2o|cm[h2o]': 'v * 0.735559'}
 _RATE = {'bpm|/min|min-1|1/min|{beats}/min|beats/min|beats per minute|insp/min|br/min|breaths/min|{breaths}/min': 'v'}
-UNIT_WORDS = {'Weight': {'kg|kgs|kilogram|kilograms': 'v', 'g|gm|gms|gram|grams': 'v / 1000', 'oz|ounce|ounces': 'v * 0.0283495',
+
+# %% ../../../nbs/22a_data.mimic.channels.ipynb #77319f28
+UNIT_WORDS = {'Weight': {'kg|kgs|kilogram|kilograms': 'v', 'g|gm|gms|gram|grams': 'v / 1000',
+                         'oz|ounce|ounces': 'v * 0.0283495',
                          'lb|lbs|lb.|lbs.|[lb_av]|pound|pounds': CONVERSIONS['pounds']},
-              'Height': {'cm|cms|centimeter|centimeters': 'v', 'mm': 'v / 10', 'm|meter|meters': 'v * 100', 'ft|feet|foot': 'v * 30.48',
-                         'in|in.|[in_i]|inch|inches': CONVERSIONS['inches']},
-              'Temperature': {'°c|c|deg c|deg. c|degc|degrees c|cel|celsius': CONVERSIONS['warmth'], 'k|kelvin': 'v - 273.15',
-                              '°f|f|deg f|deg. f|degf|degrees f|[degf]|fahrenheit': 'case when v > 45 then (v - 32) / 1.8 else v end'},
-              'Glucose': {'mg/dl|mg/100ml|mg %|mg%': 'v', 'mmol/l': 'v * 18.016', 'mg/l': 'v / 10', 'g/l|gm/l': 'v * 100'},
+              'Height': {'cm|cms|centimeter|centimeters': 'v', 'mm': 'v / 10', 'm|meter|meters': 'v * 100',
+                         'ft|feet|foot': 'v * 30.48', 'in|in.|[in_i]|inch|inches': CONVERSIONS['inches']},
+              'Temperature': {'°c|c|deg c|deg. c|degc|degrees c|cel|celsius': CONVERSIONS['warmth'],
+                              'k|kelvin': 'v - 273.15', '°f|f|deg f|deg. f|degf|degrees f|[degf]|fahrenheit':
+                              'case when v > 45 then (v - 32) / 1.8 else v end'},
+              'Glucose': {'mg/dl|mg/100ml|mg %|mg%': 'v', 'mmol/l': 'v * 18.016', 'mg/l': 'v / 10',
+                          'g/l|gm/l': 'v * 100'},
               'Oxygen saturation': {'%|percent': 'v', 'fraction|1': 'v * 100'},
               'Fraction inspired oxygen': {'%|percent|fraction|1': CONVERSIONS['fraction']},
               'pH': {'units|unit|ph|[ph]|ph units|1': 'v'},

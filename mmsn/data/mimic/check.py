@@ -32,6 +32,8 @@ _NEEDS = dict(patients='subject_id bigint, gender varchar, anchor_age integer, a
               d_items='itemid bigint, label varchar', d_labitems='itemid bigint, label varchar',
               diagnoses_icd='hadm_id bigint, icd_code varchar, icd_version integer',
               chartevents=f'{_KEYS}, stay_id bigint, {_EVENT}', labevents=f'{_KEYS}, specimen_id bigint, {_EVENT}')
+
+# %% ../../../nbs/22f_data.mimic.check.ipynb #9fe26aa8
 _LABELS = 'study_id bigint, ' + ', '.join(f'{_SAME.get(c, c)} double' for c in CHEXPERT)
 _NEEDS_CXR = dict(metadata='dicom_id varchar, subject_id bigint, study_id bigint, ViewPosition varchar, StudyDate '
                            'double, StudyTime double',

@@ -182,6 +182,7 @@ def _icd_table():
         return pd.read_csv(f, compression='gzip', dtype=dict(icd_version=int, icd_code=str, ccs=int, icd10=str),
                            keep_default_na=False)
 
+# %% ../../../nbs/22b_data.mimic.stays.ipynb #b4db2d0f
 def ccs_codes()->pd.DataFrame:
     "The official CCS tables: icd_code (no point), icd_version (9 or 10), ccs (single-level category)."
     return _icd_table()[['icd_code', 'icd_version', 'ccs']].copy()
@@ -216,6 +217,7 @@ _WRITTEN = "regexp_replace(upper(d.icd_code), '[^A-Z0-9.]', '', 'g')"
 _ICD = f"""replace(case when d.icd_version = 9 and regexp_matches({_WRITTEN}, '^[0-9]{{1,2}}[.]')
     then lpad({_WRITTEN}, (length({_WRITTEN}) + 4 - strpos({_WRITTEN}, '.'))::int, '0') else {_WRITTEN} end, '.', '')"""
 
+# %% ../../../nbs/22b_data.mimic.stays.ipynb #17505267
 def _group_codes(rules):
     "Codes of the 25 groups: (icd_code, icd_version, label number); version 0 matches either."
     wanted = pd.DataFrame([(ccs, i) for i, (ccs, *_) in enumerate(PHENOTYPES)], columns=['ccs', 'label'])

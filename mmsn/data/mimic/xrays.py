@@ -29,6 +29,7 @@ _PARTS = f"(select *, {_DATE} as day, {_CLOCK} as clock, try_cast(nullif(StudyTi
 _POSITION = 'PatientOrientationCodeSequence_CodeMeaning'
 _METADATA = 'mimic-cxr-2.0.0-metadata'
 
+# %% ../../../nbs/22d_data.mimic.xrays.ipynb #2b1427ca
 def load_images(
     con,         # DuckDB connection that gets the table `images`
     mimic_cxr,   # folder of MIMIC-CXR-JPG, or of its tables
@@ -75,6 +76,7 @@ def _check_views(con, views):
             raise InputError(f'no image has the view {v!r}; there are {", ".join(known) or "none"}, or all')
     return f'coalesce(view in ({", ".join(map(_literal, views))}), false)'
 
+# %% ../../../nbs/22d_data.mimic.xrays.ipynb #b9064cb9
 VIEWS = ('AP', 'PA', 'LATERAL', 'LL')    # nearly all images; the rest are rare angles
 _PICKS = dict(last='order by taken desc, dicom_id desc', first='order by taken, dicom_id', all='')
 
@@ -160,6 +162,7 @@ RADIOLOGIST = 'mimic-cxr-2.1.0-test-set-labeled'
 _SAME = {'Lung Opacity': 'Lung Opacity|Airspace Opacity', 'No Finding': 'No Finding|No Findings'}
 _UNCERTAIN = dict(zeros='0', ones='1', ignore='null')
 
+# %% ../../../nbs/22d_data.mimic.xrays.ipynb #832e712d
 def _label_rows(con, mimic_cxr, name, uncertain):
     "(studies, 14) labels of one table, indexed by study_id."
     open_table(con, mimic_cxr, name, 'study_id bigint, ' + ', '.join(f'{_SAME.get(c, c)} label' for c in CHEXPERT),
@@ -217,6 +220,7 @@ def official_split(
 # %% ../../../nbs/22d_data.mimic.xrays.ipynb #a6e53b6f
 _POSITIONS = ('Erect', 'Recumbent')
 
+# %% ../../../nbs/22d_data.mimic.xrays.ipynb #61894329
 def view_facts(
     images:pd.DataFrame,   # view, position
 )->pd.DataFrame:
@@ -235,6 +239,7 @@ _HEADING = re.compile(r'^[ \t]*([A-Z][A-Z ()/,&.-]{1,70}|(?:[Ff]indings?|[Ii]mpr
 _SECTION = dict(FINDING='findings', FINDINGS='findings', IMPRESSION='impression', CONCLUSION='impression',
                 OPINION='impression')
 
+# %% ../../../nbs/22d_data.mimic.xrays.ipynb #0283594f
 def _sections(heading):
     "Which of findings and impression a heading announces."
     words = (_near(w, _SECTION, .8) for w in re.findall('[A-Z]+', heading.upper()))
