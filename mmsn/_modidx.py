@@ -2361,6 +2361,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mmsn.share.MMSN.push_to_hub': ('share.html#mmsn.push_to_hub', 'mmsn/share.py'),
                             'mmsn.share._check_graph': ('share.html#_check_graph', 'mmsn/share.py'),
                             'mmsn.share._example': ('share.html#_example', 'mmsn/share.py'),
+                            'mmsn.share._free_axes': ('share.html#_free_axes', 'mmsn/share.py'),
                             'mmsn.share._shrinking': ('share.html#_shrinking', 'mmsn/share.py'),
                             'mmsn.share.export_onnx': ('share.html#export_onnx', 'mmsn/share.py'),
                             'mmsn.share.push_folder': ('share.html#push_folder', 'mmsn/share.py')},
