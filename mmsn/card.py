@@ -19,6 +19,7 @@ from .safe import plain_text, read_table
 # %% ../nbs/52c_card.ipynb #159cbd11
 _CREDENTIALED = ('prepare_mimic', 'prepare_medfuse', 'prepare_yaib')
 
+# %% ../nbs/52c_card.ipynb #c87fe703
 def origin_of(
     data:dict,   # `about_data` of the cohort, or an older encoder's nothing
 )->str:
@@ -121,6 +122,8 @@ pipeline_tag: feature-extraction
 license: other
 tags: [mmsn, masked-siamese-networks, self-supervised-learning, medical, {kinds}]
 ---'''
+
+# %% ../nbs/52c_card.ipynb #1ecc68b0
 _USE = '''```python
 from mmsn import open_encoder
 
@@ -129,6 +132,8 @@ features = encoder.encode(dict({example}=…))      # arrays, data frames or ima
 ```
 
 In a shell: `mmsn-encode FOLDER SOURCE OUT.parquet`, for a folder of images, a table of measurements, MEDS, or a cohort of mmsn.'''
+
+# %% ../nbs/52c_card.ipynb #efa850eb
 _INTENDED = '''Research on representations of patients: features for a model of your own, trained and evaluated on your own
 labels. **Not a medical device**: not for diagnosis, triage, or any decision about a patient.
 
@@ -150,21 +155,20 @@ def model_card(
     origin, name = origin_of(data), plain_text(config.get('name') or 'encoder')
     use = _USE.format(where=where, example=next(iter(modalities), 'ehr'))
     licence = ('The code of mmsn is Apache-2.0. The weights have no licence until whoever may share them gives them '
-               'one '
-               '(`license` above).')
+               'one (`license` above).')
     loss, objective = config.get('loss') or {}, str(config.get('objective') or 'msn')
     how = 'masked siamese networks' if objective == 'msn' else f'the objective {plain_text(objective)}'
     facts = [['mmsn', plain_text(about.get('mmsn', ''))], ['modalities', ', '.join(map(plain_text, modalities))],
              ['objective', plain_text(objective)],
-             ['prototypes', plain_text(loss.get('prototypes', '')) if objective == 'msn' else 'none'], ['weights (sha256)',
-                                                                      f'`{plain_text(str(about.get("weights", ""))[:16])}`']]
+             ['prototypes', plain_text(loss.get('prototypes', '')) if objective == 'msn' else 'none'],
+             ['weights (sha256)', f'`{plain_text(str(about.get("weights", ""))[:16])}`']]
     parts = [_FRONT.format(kinds=kinds), _MARK, f'# {name}',
              f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by {how} '
              f'with mmsn.', f'> **{SHARING[origin]}**']
-    for title, text in {'How to use it': use, 'Trained on': _data(data), 'How well it does': _evaluation(report),
-                        'Intended use and limits': _INTENDED, 'What it reads': _channels(modalities), 'Licence': licence,
-                        'Details': _rows(['', ''], facts) + '\n\nThe whole config is in `config.json`.'}.items():
-        parts += [f'## {title}', text]
+    sections = {'How to use it': use, 'Trained on': _data(data), 'How well it does': _evaluation(report),
+                'Intended use and limits': _INTENDED, 'What it reads': _channels(modalities), 'Licence': licence,
+                'Details': _rows(['', ''], facts) + '\n\nThe whole config is in `config.json`.'}
+    for title, text in sections.items(): parts += [f'## {title}', text]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/52c_card.ipynb #28615f87

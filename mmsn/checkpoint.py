@@ -47,20 +47,25 @@ def write_text(path:Path, text:str):
 # %% ../nbs/61_checkpoint.ipynb #9d3b8aef
 FORMAT = 2   # of a checkpoint; a reader refuses any other
 
+# %% ../nbs/61_checkpoint.ipynb #703dc491
 def _sealed(body:dict)->str:
     "The text of a manifest: `body`, and the SHA-256 of `body`."
     return json.dumps(dict(body, sha256=hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()), indent=1)
 
-# %% ../nbs/61_checkpoint.ipynb #9599ecff
-def _check_state(state, path):
-    "Raise InputError for a value that no manifest has, although its hash may be right."
+# %% ../nbs/61_checkpoint.ipynb #8ca3414b
+def _kinds():
+    "Key of a manifest -> whether a value can stand there."
     number = lambda v: v is None or isinstance(v, (int, float)) and not isinstance(v, bool)
     text = lambda v: isinstance(v, str) and len(v) < 200
     named = lambda v, kind: isinstance(v, dict) and all(map(kind, v.values()))
-    kinds = dict(step=lambda v: is_whole(v, 0, 99_999_999), total=is_whole, processes=lambda v: is_whole(v, 1, 10**6),
-                 config=text, cohort=text, mmsn=text, torch=text, rows=text,
-                 metrics=lambda v: named(v, number), files=lambda v: named(v, text))
-    for key, kind in kinds.items():
+    return dict(step=lambda v: is_whole(v, 0, 99_999_999), total=is_whole, processes=lambda v: is_whole(v, 1, 10**6),
+                config=text, cohort=text, mmsn=text, torch=text, rows=text,
+                metrics=lambda v: named(v, number), files=lambda v: named(v, text))
+
+# %% ../nbs/61_checkpoint.ipynb #9599ecff
+def _check_state(state, path):
+    "Raise InputError for a value that no manifest has, although its hash may be right."
+    for key, kind in _kinds().items():
         if (key in state or key in ('step', 'files')) and not kind(state.get(key)):
             raise InputError(f'{path} has {key}={str(state.get(key))[:40]!r}, which no checkpoint can have: refused')
     for name in state['files']:
@@ -117,6 +122,14 @@ def prune(
         found[s].rename(gone)
         shutil.rmtree(gone)
 
+# %% ../nbs/61_checkpoint.ipynb #237046cb
+def _no_room(final, error):
+    "The line that says why the checkpoint `final` was not written, what there is, and what to do."
+    good = [p.name for p in checkpoints(final.parent) if p != final]
+    return (f'the checkpoint {final} cannot be written ({getattr(error, "strerror", None) or error}); the last '
+            f'good one is {good[-1] if good else "none yet"}: make room, or make the folder writable, and give the '
+            f'same command again')
+
 # %% ../nbs/61_checkpoint.ipynb #57d1716b
 def _write_checkpoint(final, step, tensors, state):
     "The folder `final`, in one rename."
@@ -135,11 +148,7 @@ def _write_checkpoint(final, step, tensors, state):
         raise
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        good = [p.name for p in checkpoints(final.parent) if p != final]
-        raise InputError(f'the checkpoint {final} cannot be written ({getattr(e, "strerror", None) or e}); the last '
-                         f'good one is '
-                         f'{good[-1] if good else "none yet"}: make room, or make the folder writable, and give the '
-                         f'same command again')
+        raise InputError(_no_room(final, e))
 
 # %% ../nbs/61_checkpoint.ipynb #2e5b3786
 def save_checkpoint(
@@ -219,7 +228,8 @@ def _check_whole(optimizer, names):
             raise InputError(f'the checkpoint has not all of the optimiser\'s state for {names.get(p, "a parameter")}: '
                              f'{", ".join(sorted(found)) or "nothing"}')
     for p, state in optimizer.state.items():
-        if 'step' in state and not 0 <= float(state['step']) < 2**31: raise InputError('the optimiser\'s step is no step')
+        if 'step' in state and not 0 <= float(state['step']) < 2**31:
+            raise InputError('the optimiser\'s step is no step')
 
 # %% ../nbs/61_checkpoint.ipynb #a30bcf74
 @torch.no_grad()
@@ -228,7 +238,8 @@ def load_optimizer_tensors(
     tensors:dict,              # from `optimizer_tensors`
     names:dict,                # parameter -> name
 ):
-    "Put saved state back, bit for bit; raises InputError for a parameter that is unknown, lacks parts or has another shape."
+    """Put saved state back, bit for bit; raises InputError for a parameter that is unknown, lacks parts or has
+    another shape."""
     by_name = {name: p for p, name in names.items()}
     for key, value in tensors.items():
         name, _, part = key.rpartition('/')

@@ -18,7 +18,15 @@ from .commands import Parser, check_writable, cli
 from .data.cohort import ModalityInfo
 from .options import Config, Head, ImageModality, ImageViews, InputError, Loss
 
-# %% ../nbs/91_convert.ipynb #417530c5
+# %% ../nbs/91_convert.ipynb #de7e21e6
+def _config_of(source, name):
+    "The config of an encoder of mmsn with the one image modality of `source`; its head is an untrained linear layer."
+    focal = source.config.patch*max(1, round(source.size*96/224/source.config.patch))
+    k, d = (1, 1) if source.prototypes is None else source.prototypes.shape    # 1 x 1: there are none
+    image = ImageModality(encoder=source.config, views=ImageViews(random_size=source.size, focal_size=focal))
+    return Config(name=name, modalities={source.name: image}, head=Head(depth=0, output=d), loss=Loss(prototypes=k))
+
+# %% ../nbs/91_convert.ipynb #2a04947c
 def save_mmsn(
     source,                 # of `read_source`
     folder,                 # made, or replaced if it holds an encoder of mmsn
@@ -28,13 +36,8 @@ def save_mmsn(
     from mmsn.sources import for_images
     mean, std = (sum(v)/len(v) for v in (source.mean, source.std))
     source = for_images(source, source.config.channels, mean, std)
-    focal = source.config.patch*max(1, round(source.size*96/224/source.config.patch))
-    k, d = (1, 1) if source.prototypes is None else source.prototypes.shape    # 1 x 1: there are none
-    image = ImageModality(encoder=source.config, views=ImageViews(random_size=source.size, focal_size=focal))
-    config = Config(name=Path(folder).name, modalities={source.name: image},
-                    head=Head(depth=0, output=d), loss=Loss(prototypes=k))
     info = dict(kind='image', height=source.size, width=source.size, mean=source.mean[0], std=source.std[0])
-    model = MMSN(config, {source.name: ModalityInfo.from_dict(source.name, info)})
+    model = MMSN(_config_of(source, Path(folder).name), {source.name: ModalityInfo.from_dict(source.name, info)})
     model.target.encoders[source.name].load_state_dict(source.state)
     if source.prototypes is not None: model.prototypes.data.copy_(source.prototypes)
     return model.save_pretrained(folder)
@@ -58,6 +61,14 @@ def _is_transformers(folder):
     try: return json.loads((folder/'config.json').read_text(encoding='utf-8')).get('model_type') == 'vit_msn'
     except (OSError, ValueError, AttributeError, RecursionError): return False
 
+# %% ../nbs/91_convert.ipynb #a397bd72
+def _fill(new, source, state):
+    "Make the folder `new` with the tensors `state` and the two descriptions of `source`."
+    new.mkdir(parents=True)
+    tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in state.items()}
+    save_file(tensors, new/'model.safetensors', dict(format='pt'))
+    for name, about in _about(source).items(): (new/name).write_text(json.dumps(about, indent=1), encoding='utf-8')
+
 # %% ../nbs/91_convert.ipynb #8df0d44a
 def save_transformers(
     source,                 # of `read_source`
@@ -73,11 +84,7 @@ def save_transformers(
     new = folder.with_name(f'.{folder.name}-{os.getpid()}-new')
     shutil.rmtree(new, ignore_errors=True)
     try:
-        new.mkdir(parents=True)
-        tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in state.items()}
-        save_file(tensors, new/'model.safetensors', dict(format='pt'))
-        for name, about in _about(source).items():
-            (new/name).write_text(json.dumps(about, indent=1), encoding='utf-8')
+        _fill(new, source, state)
         publish(new, folder)
     finally: shutil.rmtree(new, ignore_errors=True)
     return folder
@@ -85,14 +92,15 @@ def save_transformers(
 # %% ../nbs/91_convert.ipynb #0778384c
 def parser():
     "The options of `mmsn-convert`."
-    p = Parser('mmsn-convert',
-                                description='Read an image encoder and write it for mmsn or for transformers.')
+    p = Parser('mmsn-convert', description='Read an image encoder and write it for mmsn or for transformers.')
     p.add_argument('source',
                    help='published weights (.pt, .pth, .pth.tar, .safetensors), a ViTMSN folder of transformers '
                                   'or its name on the hub, or an encoder of mmsn')
     p.add_argument('out', nargs='?', help='folder to write; not with --onnx or --push')
-    p.add_argument('--onnx', metavar='OUT.onnx', help='write an encoder of mmsn as one ONNX file (pip install "mmsn[onnx]")')
-    p.add_argument('--push', metavar='OWNER/NAME', help='upload an encoder of mmsn with its card to the Hugging Face hub, private')
+    p.add_argument('--onnx', metavar='OUT.onnx',
+                   help='write an encoder of mmsn as one ONNX file (pip install "mmsn[onnx]")')
+    p.add_argument('--push', metavar='OWNER/NAME',
+                   help='upload an encoder of mmsn with its card to the Hugging Face hub, private')
     p.add_argument('--public', action='store_true', help='with --push: everybody may see it')
     p.add_argument('--to', choices=('mmsn', 'transformers'), default='mmsn', help='what to write (mmsn)')
     p.add_argument('--layout', type=int, choices=(4, 5),
@@ -111,19 +119,25 @@ def _describe(source, fitted, out, to):
     prototypes = 'none' if q is None else ' x '.join(map(str, q.shape))
     left = '' if q is None or to == 'mmsn' else '; prototypes have no place in it'
     return (f'read   {source.what}: {c.dim}/{c.depth}/{c.heads} (dim/depth/heads), patch {c.patch}, {fitted.size} '
-            f'pixels, '
-            f'channels {source.config.channels}, prototypes {prototypes}\n'
+            f'pixels, channels {source.config.channels}, prototypes {prototypes}\n'
             f'wrote  {out} for {to}, channels {c.channels}{left}')
+
+# %% ../nbs/91_convert.ipynb #3b5ff89c
+def _own_encoder(source):
+    "The folder of an encoder of mmsn, or of the one in a run. Raises InputError for anything else."
+    from mmsn.model import is_mmsn_encoder, local_folder
+    inner = Path(source)/'encoder'
+    folder = inner if (inner/'config.json').is_file() else local_folder(source)
+    if not is_mmsn_encoder(folder):
+        raise InputError(f'{source} is no encoder of mmsn: --onnx and --push are for those')
+    return folder
 
 # %% ../nbs/91_convert.ipynb #590b2ec8
 def _share(a):
-    "What --onnx and --push do. Raises InputError for words that do not go together, and for what is no encoder of mmsn."
+    "What --onnx and --push do. Raises InputError for words that do not go together, and for another kind of source."
     if not (a.onnx or a.push): raise InputError('--public goes with --push OWNER/NAME')
     if a.out: raise InputError(f'{a.out}: give a folder to write, or --onnx or --push, not both')
-    from mmsn.model import is_mmsn_encoder, local_folder
-    inner = Path(a.source)/'encoder'
-    folder = inner if (inner/'config.json').is_file() else local_folder(a.source)
-    if not is_mmsn_encoder(folder): raise InputError(f'{a.source} is no encoder of mmsn: --onnx and --push are for those')
+    folder = _own_encoder(a.source)
     if a.onnx:
         from mmsn.model import MMSN
         from mmsn.share import export_onnx
@@ -133,17 +147,23 @@ def _share(a):
         from mmsn.share import push_folder
         push_folder(folder, a.push, not a.public)
 
+# %% ../nbs/91_convert.ipynb #630b3419
+def _check(a):
+    "Raise InputError for words that do not go together, and where the folder cannot be written."
+    if a.out is None:
+        raise InputError('OUT is missing: give the folder to write, --onnx OUT.onnx, or --push OWNER/NAME')
+    if a.layout and a.to == 'mmsn': raise InputError('--layout is of transformers: add --to transformers')
+    if Path(a.out).exists() and Path(a.out).resolve() == Path(a.source).resolve():
+        raise InputError(f'{a.out} is the source: choose another folder')
+    check_writable(a.out)
+
 # %% ../nbs/91_convert.ipynb #48df9f36
 @cli
 def main(argv=None):
     "Convert an encoder; exits with code 2 and one line if the input is wrong."
     a = parser().parse_args(argv)
     if a.onnx or a.push or a.public: return _share(a)
-    if a.out is None: raise InputError('OUT is missing: give the folder to write, --onnx OUT.onnx, or --push OWNER/NAME')
-    if a.layout and a.to == 'mmsn': raise InputError('--layout is of transformers: add --to transformers')
-    if Path(a.out).exists() and Path(a.out).resolve() == Path(a.source).resolve():
-        raise InputError(f'{a.out} is the source: choose another folder')
-    check_writable(a.out)
+    _check(a)
     from mmsn.sources import for_images, read_source
     source = read_source(a.source, a.modality)
     if a.modality: source = replace(source, name=a.modality)

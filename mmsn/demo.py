@@ -24,6 +24,12 @@ def _check_place(out):
         raise InputError(f'{out} holds something that is not a demo: choose another --out')
     check_writable(out)
 
+# %% ../nbs/90_demo.ipynb #8d1f56a8
+def _prepare(cohort, patients, seed):
+    "Synthetic patients as a cohort, unless it is there already."
+    if (cohort/'cohort.json').is_file(): print(f'{cohort} is there already')
+    else: prepare(['synthetic', str(cohort), '--patients', str(patients), '--seed', str(seed)])
+
 # %% ../nbs/90_demo.ipynb #acc4f1f1
 def _pretrain(config):
     "The run's folder, trained to its end; SystemExit if a signal stopped it."
@@ -54,8 +60,7 @@ def demo(
     config = load_config(preset, [*places, f'train.seed={seed}', *overrides])
     say(1, f'prepare: {patients} synthetic patients, written as MIMIC-IV and MIMIC-CXR-JPG files and read back '
            f'-> {cohort}')
-    if (cohort/'cohort.json').is_file(): print(f'{cohort} is there already')
-    else: prepare(['synthetic', str(cohort), '--patients', str(patients), '--seed', str(data_seed)])
+    _prepare(cohort, patients, data_seed)
     say(2, f'train: masked siamese pre-training without labels -> {out/"run"}')
     run = _pretrain(config)
     say(3, f'evaluate: the frozen encoder beside its baselines -> {run/"report"}')

@@ -125,6 +125,7 @@ def new_structure(
 # %% ../nbs/52b_early.ipynb #a77d1ad7
 LEARNED = .02   # of `new_structure`: less is no more than the random start, see below
 
+# %% ../nbs/52b_early.ipynb #3dc8fcb4
 @torch.no_grad()
 def change_from_start(
     model,             # `MMSN`, left in the mode it is in

@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from fastcore.basics import patch
 from omegaconf import OmegaConf
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,6 +96,7 @@ def parameter_counts(
 # %% ../nbs/63_launch.ipynb #158cc27a
 _PATIENCE = 60.      # seconds that a dry run may spend on a step
 
+# %% ../nbs/63_launch.ipynb #4689ef61
 def _small_steps(trainer, say):
     """(samples, seconds, flops, bytes) of a small step, where whole ones would take more than a minute each; None
     where they will not, or where several processes have to step together."""
@@ -120,8 +122,9 @@ def dry_run(
     steps, device = trainer.total - trainer.step, trainer.accelerator.device
     trainer.accelerator.unwrap_model(trainer.model).train()
     optim, a = trainer.config.optim, trainer.accelerator
-    costs = dict(parameters=parameter_counts(a.unwrap_model(trainer.model)), steps=steps, samples=optim.batch_size*optim.accumulation,
-                 processes=a.num_processes, device=str(device), run=str(trainer.run))
+    costs = dict(parameters=parameter_counts(a.unwrap_model(trainer.model)), steps=steps,
+                 samples=optim.batch_size*optim.accumulation, processes=a.num_processes, device=str(device),
+                 run=str(trainer.run))
     say(f'taking a step of a few samples on {a.num_processes} × {device.type}')
     if small := _small_steps(trainer, say):
         n, seconds, flops, size = small
@@ -163,10 +166,11 @@ def describe(
     lines = dict(
         parameters=f'{each}: {_short(sum(parts.values()))} trained; {_short(target)} of the target follow',
         batch=f'{costs["samples"]} samples × {costs["processes"]} processes on {costs["device"]}',
-        memory=f'{costs["bytes"]/2**30:.2f} GB a {device}' + (f' with {n} samples; --find-batch looks for the largest batch' if n else ''),
+        memory=f'{costs["bytes"]/2**30:.2f} GB a {device}'
+               + (f' with {n} samples; --find-batch looks for the largest batch' if n else ''),
         arithmetic=f'{_short(flops)}FLOP a step and process, {_short(flops/seconds)}FLOP a second',
-        time=f'{seconds:.3g} s a step × {costs["steps"]} steps to go = {_span(seconds*costs["steps"])}, checkpoints not counted'
-             + (f'; estimated from a step of {n}' if n else ''),
+        time=f'{seconds:.3g} s a step × {costs["steps"]} steps to go = {_span(seconds*costs["steps"])}, '
+             'checkpoints not counted' + (f'; estimated from a step of {n}' if n else ''),
         files=f'{costs["run"]}/config.yaml, run.json, metrics.jsonl, metrics.csv, checkpoints/, encoder/; '
               'nothing has been written')
     return '\n'.join(f'{key:<11} {value}' for key, value in lines.items())
@@ -182,7 +186,7 @@ def out_of_memory(
 
 # %% ../nbs/63_launch.ipynb #27cf67c2
 def _free(failed):
-    "Give back what is no longer used, to CUDA and to the operating system, so that one trial does not corrupt the next."
+    "Give back what is no longer used, to CUDA and to the operating system, so that a trial leaves the next alone."
     if failed:
         gc.collect()                                # an exception may keep tensors in a circle
         if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -255,7 +259,7 @@ def hardest_rows(
 def checkpoint_blocks(
     model,  # an MMSN
 )->int:
-    "Compute the online encoders' transformer blocks again in the backward pass; their number. Raises InputError if none."
+    "Compute the online encoders' transformer blocks again in the backward pass; their number. Raises InputError for 0."
     blocks = [m for m in model.online.modules() if isinstance(m, Block)]
     if not blocks:
         raise InputError('train.activation_checkpointing has no effect: '
@@ -393,6 +397,7 @@ SLURM_RANGES = dict(Slurm=dict(
     nodes=Range(1, 10**5), gpus_per_node=Range(0, 1024), processes_per_node=Range(1, 1024), cpus_per_task=Range(1, 1024),
     mem_gb=Range(0, 10**6), time=Range(1, 10**7), signal_delay=Range(0, 10**5), requeues=Range(0, 10**5)))
 
+# %% ../nbs/63_launch.ipynb #203ea01a
 def _check_slurm(slurm):
     "Raise InputError for values that no cluster can follow."
     if slurm.cluster not in ('slurm', 'local'):
@@ -444,13 +449,15 @@ class Job:
             if self.child.poll() is None: self.child.kill()
         if code: raise RuntimeError(f'{self.module} left with exit code {code}: what it said is in the log above')
 
-    def checkpoint(self):
-        "Called by submitit before the job has to leave: stop the command after its step, and queue the same again."
-        from submitit.helpers import DelayedSubmission
-        with suppress(ProcessLookupError, ChildProcessError):            # it may have ended by itself
-            os.kill(self.child.pid, signal.SIGTERM)
-            os.waitpid(self.child.pid, 0)
-        return DelayedSubmission(Job(self.argv, self.folder, self.module, self.cpu))
+# %% ../nbs/63_launch.ipynb #6399248a
+@patch
+def checkpoint(self:Job):
+    "Called by submitit before the job has to leave: stop the command after its step, and queue the same again."
+    from submitit.helpers import DelayedSubmission
+    with suppress(ProcessLookupError, ChildProcessError):            # it may have ended by itself
+        os.kill(self.child.pid, signal.SIGTERM)
+        os.waitpid(self.child.pid, 0)
+    return DelayedSubmission(Job(self.argv, self.folder, self.module, self.cpu))
 
 # %% ../nbs/63_launch.ipynb #c4eb72ad
 def _ignore_usr2(): signal.signal(signal.SIGUSR2, signal.SIG_IGN)

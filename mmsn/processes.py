@@ -19,6 +19,7 @@ from .threads import candidates, cores, free_cores, others, quickest
 _parent = [os.getppid()]    # when this process began: a launcher may be gone before the first step
 os.register_at_fork(after_in_child=lambda: _parent.__setitem__(0, os.getppid()))
 
+# %% ../nbs/63b_processes.ipynb #1a306f60
 def launcher(
     environ=os.environ,
 )->int:
@@ -54,7 +55,8 @@ def stopping(
         if number == signal.SIGINT and loop.stop and time.monotonic() > since[0] + patience: _end_at_once(number)
         if not loop.stop: since[0], loop.stop = time.monotonic(), number
     wanted = [signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN: wanted.append(signal.SIGINT)   # a job in the background ignores it
+    # a job in the background ignores Ctrl-C, and goes on to
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN: wanted.append(signal.SIGINT)
     try: old = {s: signal.signal(s, ask) for s in wanted}
     except ValueError: old = {}        # not the main thread, which alone hears signals
     try: yield
@@ -69,8 +71,10 @@ def _end_at_once(number):
     signal.raise_signal(number)
 
 # %% ../nbs/63b_processes.ipynb #d9e399a5
-_GONE = re.compile(r'gloo|nccl|Connection (closed|reset|refused)|Broken pipe|TCPStore|recvValue|sendBytes|ProcessGroup', re.I)
+_GONE = re.compile(r'gloo|nccl|Connection (closed|reset|refused)|Broken pipe|TCPStore|recvValue|sendBytes|'
+                   r'ProcessGroup', re.I)
 
+# %% ../nbs/63b_processes.ipynb #6af8ccca
 def lost_peer(
     error:BaseException,
     environ=os.environ,
@@ -78,8 +82,8 @@ def lost_peer(
     "One line where an exception says that another process of this run has ended; otherwise ''."
     if not isinstance(error, RuntimeError) or environ.get('WORLD_SIZE', '1') in ('', '1'): return ''
     if not (type(error).__name__.startswith('Dist') or _GONE.search(str(error))): return ''
-    return ('another process of this run has ended (killed, perhaps for its memory, or by an error that it says itself); '
-            'the last checkpoint is whole, the same command resumes from it')
+    return ('another process of this run has ended (killed, perhaps for its memory, or by an error that it says '
+            'itself); the last checkpoint is whole, the same command resumes from it')
 
 # %% ../nbs/63b_processes.ipynb #e69f370e
 def leave_group(
@@ -131,7 +135,8 @@ def settle_threads(
     "Set the number of threads of a run that starts, or that resumes; returns it."
     import torch
     t, a = trainer.config.train, trainer.accelerator
-    if t.threads or 'OMP_NUM_THREADS' in os.environ or a.num_processes > 1 or a.device.type != 'cpu': return torch.get_num_threads()
+    decided = t.threads or 'OMP_NUM_THREADS' in os.environ
+    if decided or a.num_processes > 1 or a.device.type != 'cpu': return torch.get_num_threads()
     if not (trainer.run/'config.yaml').is_file(): chosen = _tried(trainer, cores(), others(), say, trial)
     else: chosen = min(recorded, cores()) if recorded else torch.get_num_threads()
     torch.set_num_threads(chosen)

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from omegaconf import OmegaConf
 
 import mmsn
@@ -41,6 +42,7 @@ _FREE = ('name', 'data.cohort', 'data.workers', 'evaluate.', 'train.run', 'train
          'train.keep_', 'train.log_every', 'train.probe_every', 'train.threads', 'train.tracker', 'train.profile',
          'train.activation_checkpointing')
 
+# %% ../nbs/62_run.ipynb #c4927340
 def _flat(values, where=''):
     "Dotted keys of a nested dictionary."
     if not isinstance(values, dict): return {where[:-1]: values}
@@ -111,6 +113,26 @@ def as_started(config:Config)->Config:
     started = load_config(path).optim
     return replace(config, optim=replace(optim, **{k: getattr(started, k) for k in missing}))
 
+# %% ../nbs/62_run.ipynb #d043a659
+_UNFINISHED = {'.lock', 'run.json', '.run.json.tmp', 'pretrained_on.csv', '.pretrained_on.csv.tmp', '.config.yaml.tmp',
+               '.verified.json'}
+
+def _check_free(run):
+    "Raise InputError if a folder without a config holds anything but what a start that was stopped has left."
+    if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - _UNFINISHED):
+        raise InputError(f'{run} is not empty and not a run: choose another train.run')
+
+# %% ../nbs/62_run.ipynb #6a0b4185
+def _about_run(run, cohort):
+    "What `run.json` says of a run that is to be resumed; raises InputError for another cohort, or what it lacks."
+    about = read_run(run)
+    if lacking := [k for k in ('cohort', 'processes') if k not in about]:
+        raise InputError(f'{run}/run.json is missing, or says no {lacking[0]}: bring it back, or choose another '
+                         'train.run')
+    if about['cohort'] != cohort.hash:
+        raise InputError(f'{run} was started on another cohort than {cohort.folder} (its cohort.json differs)')
+    return about
+
 # %% ../nbs/62_run.ipynb #0d94b5e6
 def open_run(
     config:Config,        # train.run says where
@@ -122,10 +144,7 @@ def open_run(
     config = as_started(config)
     run = Path(config.train.run)
     if not (run/'config.yaml').is_file():
-        unfinished = {'.lock', 'run.json', '.run.json.tmp', 'pretrained_on.csv', '.pretrained_on.csv.tmp',
-                      '.config.yaml.tmp', '.verified.json'}
-        if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - unfinished):
-            raise InputError(f'{run} is not empty and not a run: choose another train.run')
+        _check_free(run)
         return run, None, processes
     if config.train.resume == 'never':
         raise InputError(f'{run} already holds a run (train.resume=never): choose another train.run')
@@ -135,11 +154,7 @@ def open_run(
     elif keys:
         raise InputError(f'{run} was started with other values of {", ".join(keys)}: '
                          'give the same, or another train.run')
-    about = read_run(run)
-    if lacking := [k for k in ('cohort', 'processes') if k not in about]:
-        raise InputError(f'{run}/run.json is missing, or says no {lacking[0]}: bring it back, or choose another train.run')
-    if about['cohort'] != cohort.hash:
-        raise InputError(f'{run} was started on another cohort than {cohort.folder} (its cohort.json differs)')
+    about = _about_run(run, cohort)
     _check_processes(config, about['processes'], processes, warn)
     # a version of mmsn with more options hashes more keys: what counts is what the run itself wrote down
     written = run_hash(OmegaConf.to_container(OmegaConf.load(run/'config.yaml')))
@@ -176,6 +191,7 @@ def subjects_of_run(
     try: return set(path.read_text(encoding='utf-8').splitlines()[1:])
     except ValueError: raise InputError(f'{path} is not text: bring it back, or remove it')
 
+# %% ../nbs/62_run.ipynb #2e10dfda
 def _pretrained_on(config, cohort):
     "Subjects of the training samples and of the run that the weights come from, sorted, as text."
     rows = cohort.rows('train', list(config.modalities), config.data.samples)
@@ -190,6 +206,7 @@ def _places(run, cohort):
     folder = Path(cohort.folder).resolve()
     return dict(folder=str(folder), beside=os.path.relpath(folder, Path(run).resolve()))
 
+# %% ../nbs/62_run.ipynb #130e5942
 def find_cohort(
     named:str,   # data.cohort of the run's config
     run,         # its folder
@@ -219,7 +236,8 @@ def start_run(run:Path, config:Config, cohort:Cohort, processes:int, threads:int
     by_command = sys.argv[0].endswith(('mmsn-train', 'train.py'))
     about = dict(cohort=cohort.hash, config=_hash(to_dict(config)), processes=processes,
                  batch=config.optim.batch_size*processes, mmsn=mmsn.__version__, torch=torch.__version__,
-                 python=platform.python_version(), started=time.strftime('%Y-%m-%d %H:%M:%S'), **(dict(threads=threads) if threads else {}),
+                 python=platform.python_version(), started=time.strftime('%Y-%m-%d %H:%M:%S'),
+                 **(dict(threads=threads) if threads else {}),
                  command=' '.join(['mmsn-train', *sys.argv[1:]]) if by_command else '', **_places(run, cohort))
     subjects = '\n'.join(['subject_id', *_pretrained_on(config, cohort)]) + '\n'
     about['pretrained_on'] = hashlib.sha256(subjects.encode()).hexdigest()
@@ -258,6 +276,7 @@ def _row(line):
         raise ValueError('it should hold a step and numbers')
     return row
 
+# %% ../nbs/62_run.ipynb #b9b29256
 def read_rows(
     path:Path,        # metrics.jsonl
     step:int,         # of the checkpoint
@@ -295,14 +314,18 @@ class Metrics:
         self.rows.append(row); self.digest.update(line.encode())
         with self.path.open('a', encoding='utf-8') as f: f.write(line)
 
-    def mean(self, name:str, since:int)->float:
-        "Mean of one metric over the rows after step `since`; of the last row if there are none."
-        rows = [r for r in self.rows if name in r]      # a probe is not in every row
-        recent = [r[name] for r in rows if r['step'] > since]
-        return float(np.mean(recent or [r[name] for r in rows[-1:]] or [math.nan]))
+# %% ../nbs/62_run.ipynb #ebbd2438
+@patch
+def mean(self:Metrics, name:str, since:int)->float:
+    "Mean of one metric over the rows after step `since`; of the last row if there are none."
+    rows = [r for r in self.rows if name in r]      # a probe is not in every row
+    recent = [r[name] for r in rows if r['step'] > since]
+    return float(np.mean(recent or [r[name] for r in rows[-1:]] or [math.nan]))
 
-    def flush(self):
-        "Rows on the disk, and all of them as metrics.csv."
-        if not self.rows: return
-        with self.path.open('rb') as f: os.fsync(f.fileno())
-        write_text(self.path.with_suffix('.csv'), pd.DataFrame(self.rows).to_csv(index=False))
+# %% ../nbs/62_run.ipynb #f086c81e
+@patch
+def flush(self:Metrics):
+    "Rows on the disk, and all of them as metrics.csv."
+    if not self.rows: return
+    with self.path.open('rb') as f: os.fsync(f.fileno())
+    write_text(self.path.with_suffix('.csv'), pd.DataFrame(self.rows).to_csv(index=False))

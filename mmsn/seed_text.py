@@ -22,10 +22,12 @@ from .seed_config import _config, read_seed_config
 # %% ../nbs/65b_seed_text.ipynb #cebe9791
 PROTOS = dict(ConVIRT='convirt', GLoRIA='gloria', SimCLR='simclr', VAE='vae', DALLE='dalle')   # proto -> objective
 
+# %% ../nbs/65b_seed_text.ipynb #92ce3122
 _VAE = dict(image_size=(int, 'pixels'), num_layers=(int, 'layers'), num_tokens=(int, 'codes'),
-            codebook_dim=(int, 'dim'), hidden_dim=(int, 'hidden'), num_resnet_blocks=(int, 'blocks'), temperature=(float, 'temperature'),
-            kl_div_loss_weight=(float, 'kl'))
+            codebook_dim=(int, 'dim'), hidden_dim=(int, 'hidden'), num_resnet_blocks=(int, 'blocks'),
+            temperature=(float, 'temperature'), kl_div_loss_weight=(float, 'kl'))
 
+# %% ../nbs/65b_seed_text.ipynb #eb698e74
 DIRECT = {   # key -> (type, ours)
     'trainor.optim_params.lr': (float, 'optim.lr'), 'trainor.batch_size': (int, 'optim.batch_size'),
     'trainor.epochs': (float, 'optim.epochs'), 'trainor.grad_accu': (int, 'optim.accumulation'),
@@ -34,6 +36,8 @@ DIRECT = {   # key -> (type, ours)
     'ensemblor.post_processing.plot_representation.labels_keep': (tuple[str, ...], 'evaluate.map_labels'),
     'ensemblor.post_processing.plot_representation.max_samples_per_class': (int, 'evaluate.map_samples'),
 }
+
+# %% ../nbs/65b_seed_text.ipynb #87fe042d
 OF_MODEL = dict(   # objective -> key -> (type, ours)
     convirt={'model.loss.tau': (float, 'objectives.convirt.temperature'),
              'model.loss.lambda_': (float, 'objectives.convirt.weight')},
@@ -55,6 +59,7 @@ _LENGTH = {'dataset.seq.tokenizer_max_len': (int, 'text.encoder.length')}
 _LANGUAGE = {'model.encoder.proto': (_TEXT, 'text.encoder.name')}
 _WIDTH = {'model.projection.projection_dim': (int, 'the width of the compared space')}
 
+# %% ../nbs/65b_seed_text.ipynb #9ce56dfd
 RULES = {    # key -> (type, what of ours it takes part in)
     'name': (str, 'name train.run'), 'ckpt_dir': (_TEXT, 'train.run'), 'trainor.ckpt_dir': (_TEXT, 'train.run'),
     'model.proto': (str, 'objective'), 'trainor.optimizer': (str, 'optim.optimizer'),
@@ -62,6 +67,8 @@ RULES = {    # key -> (type, what of ours it takes part in)
     'trainor.clip_grad_norm': (typing.Optional[float], 'optim.clip'),
     'trainor.use_amp': (bool, 'train.mixed_precision'),
 }
+
+# %% ../nbs/65b_seed_text.ipynb #504da8b9
 RULES_OF = dict(convirt=_CNN | _VIEWS | _LENGTH | _LANGUAGE | _WIDTH, gloria=_CNN | _VIEWS | _LENGTH | _LANGUAGE,
                 simclr=_CNN | _WIDTH | {'dataset.crop': (int, 'image.views.random_size'),
                                         'dataset.image.crop': (int, 'image.views.random_size')}, vae={},
@@ -75,8 +82,11 @@ _PROBE = 'nothing is validated while a run trains, unless train.probe_every; mms
 _BEST = 'a run takes all its epochs; train.keep_best=METRIC keeps the best checkpoint too'
 _NO_VAE = 'the VAE that objectives.dalle.vae names knows it'
 _FOLLOWS = 'it follows from the encoder'
+
+# %% ../nbs/65b_seed_text.ipynb #75d7b05e
 ANY = object()     # a key that asks for something, whatever its value
 
+# %% ../nbs/65b_seed_text.ipynb #2e71392b
 NAMED = {    # key -> (type, the value that asks for nothing, why others do nothing)
     'ckpt': (_TEXT, None, 'checkpoints of the earlier code are not read; mmsn-evaluate names a run'),
     'dataset.proto': (str, ANY, 'the cohort and the objective say what a sample is'),
@@ -147,6 +157,8 @@ NAMED |= {
     'ensemblor.post_processing.plot_representation.keys': (
         tuple[str, ...], ANY, 'a map of each modality is drawn, visual and linguistic, beside the joint one'),
 }
+
+# %% ../nbs/65b_seed_text.ipynb #cd78ba44
 KEYS = {o: NAMED | DIRECT | RULES | OF_MODEL[o] | RULES_OF[o] for o in OF_MODEL}   # objective -> key -> …
 
 # %% ../nbs/65b_seed_text.ipynb #811cf039
@@ -206,6 +218,7 @@ def _value(value, kind, key):
 _KINDS = dict(simclr=('image',), vae=('image',))     # others: an image and a text
 _USUAL = dict(image='cxr', text='report')
 
+# %% ../nbs/65b_seed_text.ipynb #bde9c10d
 class TextPlan:
     "The values of a file, what of ours they become, and what there is to say."
     def __init__(self,
@@ -236,6 +249,7 @@ class TextPlan:
 # %% ../nbs/65b_seed_text.ipynb #a8626b0d
 _OPTIMIZERS = dict(radam='radam', adam='adamw', adamw='adamw')
 
+# %% ../nbs/65b_seed_text.ipynb #1f1ca94c
 def _optim_rules(plan):
     "Optimiser, schedule, precision."
     name = plan.get('trainor.optimizer', 'Adam')
@@ -341,6 +355,7 @@ def plan_text(
 # %% ../nbs/65b_seed_text.ipynb #93547a60
 _SECTIONS = ('model', 'trainor', 'dataset', 'validator', 'ensemblor')
 
+# %% ../nbs/65b_seed_text.ipynb #829d0967
 def own_words(
     words,   # `key=value`
 )->list:

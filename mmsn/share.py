@@ -89,31 +89,35 @@ def forward(self:Exported, *tensors):
     if len(h) == 1: joint = joint.masked_fill(next(iter(nothing.values())), float('nan'))
     return (*(x.masked_fill(nothing[n], float('nan')) for n, x in h.items()), joint)
 
+# %% ../nbs/53c_share.ipynb #c479802a
+def _free_axes(graph):
+    "Axes that may have another size than in the example: patients everywhere, hours of a series."
+    free = {n: {0: 'patients'} for n in (*graph.inputs, *(f'{o}_embedding' for o in graph.outputs))}
+    for n, kind in graph.kinds.items():
+        if kind == 'timeseries': free[n] = {0: 'patients', 1: 'hours'}
+    return free
+
 # %% ../nbs/53c_share.ipynb #52e7ea5f
 def export_onnx(
     model:MMSN,   # of `open_encoder`
     path,         # file to write, ending in .onnx
 )->Path:
-    "Write an encoder as an ONNX graph; returns the path. Raises InputError without the package, or for what ONNX cannot hold."
+    """Write an encoder as an ONNX graph; returns the path. Raises InputError without the package, or for what ONNX
+    cannot hold."""
     path = Path(path)
     if path.suffix != '.onnx': raise InputError(f'{path} should end in .onnx')
     try: import onnx, onnxruntime                                                         # noqa: F401
     except ImportError: raise InputError('ONNX needs the packages onnx and onnxruntime: pip install "mmsn[onnx]"')
     if odd := [n for n, i in model.infos.items() if i.kind == 'text']:
         raise InputError(f'{odd[0]} is text, which ONNX files of mmsn do not read')
-    graph, free = Exported(model).eval(), {}
-    for n, kind in graph.kinds.items():
-        free |= {n: {0: 'patients', 1: 'hours'} if kind == 'timeseries' else {0: 'patients'},
-                 f'{n}_present': {0: 'patients'}}
-        free |= {f'{n}_hours': {0: 'patients'}} if kind == 'timeseries' else {}
-    free |= {n: {0: 'patients'} for n in (f'{o}_embedding' for o in graph.outputs)}
+    graph = Exported(model).eval()
     temporary = path.with_name(f'.{path.name}')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')           # of the tracer, about what is constant: the widths of the network
-            torch.onnx.export(graph, _example(model), str(temporary), input_names=graph.inputs, dynamic_axes=free,
-                              opset_version=18,
-                              output_names=[f'{o}_embedding' for o in graph.outputs], dynamo=False)
+            torch.onnx.export(graph, _example(model), str(temporary), input_names=graph.inputs,
+                              output_names=[f'{o}_embedding' for o in graph.outputs],
+                              dynamic_axes=_free_axes(graph), opset_version=18, dynamo=False)
         _check_graph(graph, model, temporary)
         temporary.replace(path)
     except InputError: raise
@@ -140,7 +144,7 @@ def _example(model, n_patients=2, n_hours=16, noise=0.):
 
 # %% ../nbs/53c_share.ipynb #2edc077e
 def _check_graph(graph, model, path):
-    "Raise InputError unless the file gives what torch gives, for other numbers of patients and hours than it was made with."
+    "Raise InputError unless the file gives what torch gives, for other numbers of patients and hours than traced."
     import onnxruntime
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     for patients, hours in ((5, 24), (1, 8)):
@@ -156,6 +160,7 @@ def _check_graph(graph, model, path):
 # %% ../nbs/53c_share.ipynb #5220e738
 _PUSHED = ['config.json', 'model.safetensors', 'README.md']
 
+# %% ../nbs/53c_share.ipynb #988adaae
 def push_folder(
     folder,              # of an exported encoder
     name:str,            # OWNER/NAME
@@ -177,8 +182,8 @@ def push_folder(
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, repo_type='model', private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=_PUSHED, commit_message='An encoder '
-                                                                                                        'of mmsn')
+        api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=_PUSHED,
+                          commit_message='An encoder of mmsn')
     except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as e:
         raise InputError(f'the hub did not take {name}: {str(e).splitlines()[0][:200]}') from None
     say(f'uploaded to https://huggingface.co/{name}{" (private)" if private else ""}')

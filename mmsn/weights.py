@@ -42,9 +42,11 @@ def _safetensors(path):
 _HOLDERS = ('target_encoder', 'teacher', 'student', 'state_dict', 'model_state_dict', 'model', 'encoder', 'backbone',
             'network', 'net', 'module')
 _PREFIXES = {*_HOLDERS, 'target', 'momentum_encoder', '_orig_mod', 'vit', '_forward_module'}
-_HEADS = re.compile(r'(fc|head|heads|classifier|projection_head|projector|predictor|prototypes)(\.|$)|decoder|mask_token$')
+_HEADS = re.compile(r'(fc|head|heads|classifier|projection_head|projector|predictor|prototypes)(\.|$)|decoder|'
+                    r'mask_token$')
 _STEMS = 'patch_embed.proj.weight', 'embeddings.patch_embeddings.projection.weight', 'patch_embed.convs.0.weight'
 
+# %% ../nbs/53b_weights.ipynb #97d4b3d9
 def _inside(whole, path):
     "(names and tensors of a file's networks, prototypes or None), out of the dictionaries that training puts around."
     prototypes = None
@@ -83,7 +85,7 @@ def _plain(value, name, path):
     wrong = InputError(f'{path}: {name} should be a tensor of finite numbers')
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized: raise wrong
     if value.is_meta or not value.is_floating_point(): raise wrong
-    if value.numel()*value.element_size() > value.untyped_storage().nbytes(): raise wrong    # one number for many places
+    if value.numel()*value.element_size() > value.untyped_storage().nbytes(): raise wrong   # one number, many places
     value = value.detach().float()
     if not value.isfinite().all(): raise wrong
     return value
@@ -92,8 +94,8 @@ def _plain(value, name, path):
 def read_weights(
     path,  # .safetensors, .pt, .pth, .pth.tar, .ckpt or .bin
 )->tuple:
-    """(tensors of the encoder by name, without its head; prototypes (K, D) or None), in float32; never runs what is in the file.
-    Raises InputError."""
+    """(tensors of the encoder by name, without its head; prototypes (K, D) or None), in float32; never runs what is
+    in the file. Raises InputError."""
     path = Path(path)
     if not path.is_file(): raise InputError(f'no weights file at {path}')
     if path.name.endswith('.safetensors'): whole = _safetensors(path)

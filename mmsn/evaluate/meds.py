@@ -17,23 +17,28 @@ from .predictions import Predictions
 from ..options import InputError
 from ..safe import file_word
 
+# %% ../../nbs/82d_evaluate.meds.ipynb #086af48a
+def _times(p, on, times):
+    "(n,) datetime64 of the samples `on`; raises InputError for one without a time."
+    when = pd.to_datetime(pd.Series(times).reindex(p.ids[on]))
+    if when.isna().any(): raise InputError(f'sample {p.ids[on][when.isna().to_numpy()][0]} has no time of prediction')
+    return when.to_numpy().astype('datetime64[us]')
+
 # %% ../../nbs/82d_evaluate.meds.ipynb #a8b50e1e
 def meds_predictions(
     p:Predictions,     # of one encoder and input
     label:str,         # one of its names
     times,             # Series sample_id -> time of the prediction
-)->pd.DataFrame:       # subject_id, prediction_time, boolean_value, predicted_boolean_value, predicted_boolean_probability
+)->pd.DataFrame:       # subject_id, prediction_time, boolean_value, predicted_boolean_value and …_probability
     "Predictions of one label in the schema of meds-evaluation. Raises InputError for an unknown label or time."
     if label not in p.names:
         raise InputError(f'no label {label!r} in these predictions: there is {", ".join(p.names)}')
     k = p.names.index(label)
     on = ~np.isnan(p.labels[:, k])
-    when = pd.to_datetime(pd.Series(times).reindex(p.ids[on]))
-    if when.isna().any(): raise InputError(f'sample {p.ids[on][when.isna().to_numpy()][0]} has no time of prediction')
-    likely = p.probabilities[on, k]
+    when, likely = _times(p, on, times), p.probabilities[on, k]
     return pd.DataFrame(dict(subject_id=p.subjects[on].astype(np.int64),
-                             prediction_time=when.to_numpy().astype('datetime64[us]'),
-                             boolean_value=p.labels[on, k] == 1, predicted_boolean_value=likely >= .5,
+                             prediction_time=when, boolean_value=p.labels[on, k] == 1,
+                             predicted_boolean_value=likely >= .5,
                              predicted_boolean_probability=likely.astype(np.float64)))
 
 # %% ../../nbs/82d_evaluate.meds.ipynb #4562c28c

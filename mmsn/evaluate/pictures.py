@@ -22,6 +22,11 @@ from ..objectives.gloria import word_attention
 from ..safe import file_word
 from ..show import show_views
 
+# %% ../../nbs/82b_evaluate.pictures.ipynb #953c72aa
+def _named(figure, name, i):
+    "The file of a figure of the `i`-th modality of its kind: the first has no name in it."
+    return figure + f'_{file_word(name)}'*bool(i)
+
 # %% ../../nbs/82b_evaluate.pictures.ipynb #e83a0061
 def _attention(ev, folder, rows):
     "Attention over a few images."
@@ -32,8 +37,7 @@ def _attention(ev, folder, rows):
         if not isinstance(net, ViT) or not len(some): continue
         b = ev.cohort.batch(some, [name], []).to(ev.device)
         x = model.views.parts[name].plain(b.data[name]).x if ev.ours else model.plain(b.data[name])
-        save_styles('attention' + f'_{file_word(name)}'*bool(i), attention_figure, x, attention_maps(net, x),
-                    folder=folder)
+        save_styles(_named('attention', name, i), attention_figure, x, attention_maps(net, x), folder=folder)
 
 # %% ../../nbs/82b_evaluate.pictures.ipynb #e83a0063
 def _hours(ev, folder, rows):
@@ -48,12 +52,12 @@ def _hours(ev, folder, rows):
         normal = torch.as_tensor(model.infos[name].normal, dtype=torch.float32)
         cells = hour_contributions(lambda x, lengths: encoder(x, lengths), view.x, view.lengths, normal)
         about = ev.cohort.modalities[name], int(view.lengths[longest])
-        save_styles('hours' + f'_{file_word(name)}'*bool(i), hours_figure, view.x[longest], cells[longest],
-                    *about, title=name, folder=folder)
+        def save(figure, cells, title):
+            save_styles(_named(figure, name, i), hours_figure, view.x[longest], cells[longest], *about, title=title,
+                        folder=folder)
+        save('hours', cells, name)
         if isinstance(encoder, AxialEncoder):
-            cells = attention_cells(encoder, view.x, view.lengths)
-            save_styles('channels' + f'_{file_word(name)}'*bool(i), hours_figure, view.x[longest], cells[longest],
-                        *about, title=f'{name}, attention', folder=folder)
+            save('channels', attention_cells(encoder, view.x, view.lengths), f'{name}, attention')
 
 # %% ../../nbs/82b_evaluate.pictures.ipynb #db95eb8a
 def _words(ev, folder, rows):
@@ -67,6 +71,14 @@ def _words(ev, folder, rows):
     words, weights = word_attention(model, ev.cohort.batch([longest], list(ev.kinds)).to(ev.device))
     save_styles('words', words_figure, ev.cohort[int(longest)][image], words, weights.cpu().numpy(), folder=folder)
 
+# %% ../../nbs/82b_evaluate.pictures.ipynb #d2915269
+def _views(ev, folder):
+    "What training saw of a patient: target and anchors."
+    names, model = list(ev.kinds), ev.models['pretrained']
+    paired = ev.cohort.rows('train', names, 'paired')
+    batch = ev.cohort.batch(paired[:8] if len(paired) else ev.task.rows[:8], names).to(ev.device)
+    save_styles('views', show_views, model.views(batch, seed=ev.config.train.seed, epoch=0), folder=folder)
+
 # %% ../../nbs/82b_evaluate.pictures.ipynb #e83a0064
 def write_pictures(
     ev,            # an `Evaluation`
@@ -77,13 +89,11 @@ def write_pictures(
     _attention(ev, folder, rows)
     if not ev.ours: return
     _hours(ev, folder, rows)
-    model, names = ev.models['pretrained'], list(ev.kinds)
+    model = ev.models['pretrained']
     pictured = next((n for n, kind in ev.kinds.items() if kind == 'image'), next(iter(ev.standing), None))
     if pictured is None: return
     _words(ev, folder, rows)
     if model.objective is None:
         save_styles('prototypes', prototype_figure, model, ev.cohort, rows, assignments(model, ev.cohort, rows),
                     pictured, folder=folder)
-    paired = ev.cohort.rows('train', names, 'paired')
-    batch = ev.cohort.batch(paired[:8] if len(paired) else ev.task.rows[:8], names).to(ev.device)
-    save_styles('views', show_views, model.views(batch, seed=ev.config.train.seed, epoch=0), folder=folder)
+    _views(ev, folder)

@@ -58,15 +58,17 @@ def score_table(
     "The summary as a styled table: inputs and encoders down, numbers of labels across; bold where `clear`."
     s = summary.assign(encoder=summary.encoder.map(ENCODERS).fillna(summary.encoder),
                        shots=summary.shots.fillna(0) if 'shots' in summary else 0)
-    s = s.assign(few=s.shots > 0).sort_values(['few', 'fraction', 'shots'], kind='stable')      # what every row has comes first
+    # what every row has comes first
+    s = s.assign(few=s.shots > 0).sort_values(['few', 'fraction', 'shots'], kind='stable')
     s = s.assign(column=_columns(s), t=[_cell(row, metric) for _, row in s.iterrows()])
     order = [(i, e) for i in dict.fromkeys(summary.input) for e in [*ENCODERS.values(), *s.encoder.unique()]
              if ((s.input == i) & (s.encoder == e)).any()]
     order, columns = list(dict.fromkeys(order)), list(dict.fromkeys(s.column))
-    text = s.pivot(index=['input', 'encoder'], columns='column', values='t').loc[order, columns].rename_axis(columns=None)
+    wide = lambda values: s.pivot(index=['input', 'encoder'], columns='column', values=values).loc[order, columns]
+    text = wide('t').rename_axis(columns=None)
     clear = pd.DataFrame(False, text.index, text.columns)
     mark = 'clear' if metric == 'auroc' else f'{metric}_clear'
-    if mark in s: clear = s.pivot(index=['input', 'encoder'], columns='column', values=mark).loc[order, columns].eq(True)
+    if mark in s: clear = wide(mark).eq(True)
     return text.style.apply(lambda _: clear.map(lambda b: 'font-weight: bold' if b else ''),
                             axis=None).format(na_rep='').format_index(escape='html').hide(names=True)
 
@@ -170,10 +172,11 @@ _SETUP = '''import json
 from pathlib import Path
 import pandas as pd
 from IPython.display import Markdown, display
-from mmsn.evaluate.figures import (calibration_figure, comparison_figure, low_shot_figure, recall_figure, representation_figure,
-                                   robustness_figure, roc_pr_figure, subgroup_figure, training_figure)
-from mmsn.evaluate.report import (METHODS, by_encoder, can_draw, neat, one_row, picture, predictions_of, recall_note, saved,
-                                  score_table, show)
+from mmsn.evaluate.figures import (calibration_figure, comparison_figure, low_shot_figure, recall_figure,
+                                   representation_figure, robustness_figure, roc_pr_figure, subgroup_figure,
+                                   training_figure)
+from mmsn.evaluate.report import (METHODS, by_encoder, can_draw, neat, one_row, picture, predictions_of, recall_note,
+                                  saved, score_table, show)
 from mmsn.safe import file_word, read_table
 about = json.loads(Path('about.json').read_text())
 read = lambda name: read_table(f'{name}.csv')
@@ -204,6 +207,7 @@ class Section(NamedTuple):
     text: str     # Markdown above it; may be empty
     code: str     # of its cell
 
+# %% ../../nbs/82_evaluate.report.ipynb #7a912f8e
 METHODS = dict(tsne='t-SNE', umap='UMAP', pca='The two first principal components (PCA)')
 
 # %% ../../nbs/82_evaluate.report.ipynb #c2a0fe58
@@ -218,31 +222,33 @@ show("low_shot", low_shot_figure, read("summary"),
 Test AUROC, mean over labels and over draws of the labels that may be used. Probes are trained on the train
 split and evaluated on test; no subject is in two of them. Penalties and numbers of steps are chosen as
 `evaluate.select` says: within these labels, by cross-validation (*cv*), or on all of the validation split.
-Below each number the 95 % interval from resampled subjects. In bold only what clearly exceeds every baseline (the interval
-of each paired difference above zero; `differences.csv`). *joint* is all modalities of the model and, in every row, the
-facts that the cohort knows (age, sex …) unless `evaluate.facts` is off. *Too few labels*: the
-training rows of a draw hold fewer than five positives or negatives; a mean then runs over the labels that have
-enough.''', '''
+Below each number the 95 % interval from resampled subjects. In bold only what clearly exceeds every baseline (the
+interval of each paired difference above zero; `differences.csv`). *joint* is all modalities of the model and, in
+every row, the facts that the cohort knows (age, sex …) unless `evaluate.facts` is off. *Too few labels*: the training
+rows of a draw hold fewer than five positives or negatives; a mean then runs over the labels that have enough.''', '''
 score_table(read("summary"))'''),
     Section('summary.csv', '''### Average precision
 
 The same for the AUPRC, mean over labels: what guessing gets is the mean of the labels' fractions of positives.''', '''
 s = read("summary")
 score_table(s, "auprc") if "auprc_low" in s else None'''),
-    Section('scores.csv',
-            '''The standard deviation between draws, where there are several: which patients happen to be labelled matters as
-much as the encoder when they are few.''', '''
+    Section('scores.csv', '''The standard deviation between draws, where there are several: which patients happen to be
+labelled matters as much as the encoder when they are few.''', '''
 s = read("summary")
 s = s[s.draws > 1]
 s = s.assign(labels=[f"{int(n)} of each class" if n else f"{f:.0%}" for f, n in zip(s.fraction, s.shots)])
-neat(s.pivot_table(index=["input", "encoder"], columns="labels", values="deviation", sort=False))'''),
+neat(s.pivot_table(index=["input", "encoder"], columns="labels", values="deviation", sort=False))''')]
+
+# %% ../../nbs/82_evaluate.report.ipynb #eb9d2d73
+_LEARNED += [
     Section('labels.csv', '''## Label by label
 
 Linear probes with all training labels. A label that has one class in the training or the test split is *undefined*
 for every encoder and left out of every mean.''', '''
 labels = one_row(read("labels"))
 neat(by_encoder(labels[labels.metric == "auroc"], "label"))'''),
-    Section('splits.csv', '''How many patients have each label, do not have it, or are not known to, in each split.''', '''
+    Section('splits.csv', '''How many patients have each label, do not have it, or are not known to, in each
+split.''', '''
 t = read("splits").melt(["label", "split"], ["positive", "negative", "unknown"])
 neat(t.pivot_table(index="label", columns=["split", "variable"], values="value", sort=False), 0)'''),
     Section('labels.csv',
@@ -294,7 +300,10 @@ show("robustness", robustness_figure, read("robustness"),
 r = read("robustness")
 worst = r[r.severity == r.groupby(["corruption", "modality", "input"]).severity.transform("max")]
 lost = 100*worst.pivot_table(index=["corruption", "input"], columns="encoder", values="relative_loss", sort=False)
-neat(lost.add_suffix(", % lost at the worst"), 1)'''),
+neat(lost.add_suffix(", % lost at the worst"), 1)''')]
+
+# %% ../../nbs/82_evaluate.report.ipynb #77d627a3
+_TESTED += [
     Section('missing.csv', '''### A whole modality missing
 
 One encoder, the joint embedding, on the patients who have everything; for a modality that is taken away its
@@ -309,14 +318,15 @@ nearest? Times chance is that of ten. Pair AUROC: how often a true pair is more 
 ten nearest others, the share with the same label, mean over labels; beside it chance. The last rows are what plain
 features give without pre-training.''', '''
 t = read("retrieval").set_index(["query", "gallery", "encoder", "space"])
-neat(t[[c for c in ("recall_1", "recall_5", "recall", "times_chance", "pair_auroc", "pair_low", "pair_high", "same_phenotype",
-                    "same_phenotype_chance", "rows") if c in t]])'''),
+neat(t[[c for c in ("recall_1", "recall_5", "recall", "times_chance", "pair_auroc", "pair_low", "pair_high",
+                    "same_phenotype", "same_phenotype_chance", "rows") if c in t]])'''),
     Section('zero_shot.csv', '''### Asked in words
 
 AUROC on the test images without a label: an image nearer to the name of a finding than to its negation. The row
 with other prompts asks each label by the name of another one.''', '''
 z = read("zero_shot").query("metric == 'auroc'")
-neat(z.pivot_table(index=["label", "prompt"], columns="encoder", values="value", sort=False, dropna=False).dropna(how="all"))''')]
+z = z.pivot_table(index=["label", "prompt"], columns="encoder", values="value", sort=False, dropna=False)
+neat(z.dropna(how="all"))''')]
 
 # %% ../../nbs/82_evaluate.report.ipynb #1b6f06a7
 def recall_note(
@@ -326,7 +336,8 @@ def recall_note(
     t = table.groupby(['input', 'statistic', 'encoder'], sort=False).r2.median().unstack('encoder')
     if not {'pretrained', 'random'} <= set(t): return ''
     less = t[t.pretrained < t.random]
-    if not len(less): return 'In the median over channels the pretrained features give back no less than those of the random start.'
+    if not len(less):
+        return 'In the median over channels the pretrained features give back no less than those of the random start.'
     rows = zip(less.index, less.pretrained, less.random)
     parts = [f'{plain_text(i)} {plain_text(s)} {p:.2f} (random start {r:.2f})' for (i, s), p, r in rows]
     return f'**Warning:** pre-training has removed clinical content. Median R²: {", ".join(parts)}.'
@@ -340,18 +351,22 @@ which it was observed; R² on test, a point a channel, a line the median. Below 
 forgotten what was measured.''', '''
 channels = read("channels")
 display(Markdown(recall_note(channels)))
-show("recall", recall_figure, channels, alt="R² of channel statistics from frozen features, by statistic and encoder")'''),
+show("recall", recall_figure, channels,
+     alt="R² of channel statistics from frozen features, by statistic and encoder")'''),
     Section('map.csv', '''## Maps of the test patients
 
 Frozen features, a colour a diagnosis: at most nine, the commonest or those of `evaluate.map_labels`; a patient with
-several has that of the rarest, and of each class at most `evaluate.map_samples` patients are drawn. A map is for looking: the
-random encoder has structure too. The number below each is counted in the features, not on the map: how many of
-a patient's ten nearest neighbours are of the same class, and in brackets what chance would give.''', '''
+several has that of the rarest, and of each class at most `evaluate.map_samples` patients are drawn. A map is for
+looking: the random encoder has structure too. The number below each is counted in the features, not on the map: how
+many of a patient's ten nearest neighbours are of the same class, and in brackets what chance would give.''', '''
 points = read("map")
 for method, part in points.groupby("method", sort=False):
     display(Markdown(f"### {METHODS.get(method, method)}"))
     display(show(f"map_{method}", representation_figure, part,
-                 alt=f"{METHODS.get(method, method)} of frozen features, coloured by label"))'''),
+                 alt=f"{METHODS.get(method, method)} of frozen features, coloured by label"))''')]
+
+# %% ../../nbs/82_evaluate.report.ipynb #20ad802f
+_SEEN += [
     Section('figures/attention.png', '''## Where it looks
 
 What the last block attends to (from its class token, or from all tokens in the mean), on test images.''', '''
@@ -363,7 +378,8 @@ for name in saved("hours"): display(picture(name, "One stay, and what each hour 
     Section('figures/channels.png', '''## Which channel, when
 
 Attention of the dual-axis encoder's last layer: how much each channel weighs at each hour of one stay.''', '''
-for name in saved("channels"): display(picture(name, "One stay, and the attention that each hour and channel gets"))'''),
+for name in saved("channels"):
+    display(picture(name, "One stay, and the attention that each hour and channel gets"))'''),
     Section('figures/words.png', '''## Where words were looked for
 
 The words of one test patient's report, and how much each attends to the regions of the image.''', '''
@@ -398,7 +414,10 @@ shown = c[(c.label == "macro") & (c.metric == "auroc")].copy()
 ends = zip(shown.difference, shown.difference_low, shown.difference_high)
 shown["difference"] = [f"{d:+.3f} ({a:+.3f} to {b:+.3f})" for d, a, b in ends]
 shown["labels"] = [f"{f:.0%}" for f in shown.fraction]
-neat(shown.set_index(["input", "labels", "run"])[["value", "difference", "p"]])'''),
+neat(shown.set_index(["input", "labels", "run"])[["value", "difference", "p"]])''')]
+
+# %% ../../nbs/82_evaluate.report.ipynb #3e07da11
+_COMPARED += [
     Section('comparison.csv', '''### Label by label
 
 Difference from the first run in AUROC, all training labels.''', '''
@@ -430,6 +449,7 @@ class _NotebookFormat:
         finally:
             if hidden: del sys.modules[grammar]
 
+# %% ../../nbs/82_evaluate.report.ipynb #687821b8
 nbformat = _NotebookFormat()
 
 # %% ../../nbs/82_evaluate.report.ipynb #51f7ecda
@@ -443,18 +463,19 @@ def report_notebook(
     md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
     notices = ''.join(f'\n\n> **{plain_text(line)}**' for line in about.get('notices', ()))
     short = in_short(folder)
-    first = '\n\n'.join(filter(None, (f'# {plain_text(about["name"])}', short, plain_text(about["sentence"]) + notices)))
+    first = f'# {plain_text(about["name"])}', short, plain_text(about["sentence"]) + notices
+    first = '\n\n'.join(filter(None, first))
     cells = [md(first), code(_SETUP)]
     for needs, text, source in (*_COMPARED, *_LEARNED, *_PREDICTED, *_TESTED, *_SEEN):
         if (folder/needs).exists(): cells += [md(text)]*bool(text) + [code(source.strip())]
     facts = '\n'.join(f'| {plain_text(k)} | <code>{plain_text(v)}</code> |' for k, v in about['facts'].items())
     tables = ', '.join(f'`{p.name}`' for p in sorted(folder.glob('*.csv')))
     cells += [md(_END.format(facts=facts, tables=tables))]
-    cells += [md('The whole config:'),
-              code('print(Path("config.yaml").read_text())')] if (folder/'config.yaml').is_file() else []
+    if (folder/'config.yaml').is_file():
+        cells += [md('The whole config:'), code('print(Path("config.yaml").read_text())')]
     for i, cell in enumerate(cells): cell['id'] = f'report-{i:02d}'
-    return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3',
-                                                                               language='python')))
+    kernel = dict(name='python3', display_name='python3', language='python')
+    return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
 
 # %% ../../nbs/82_evaluate.report.ipynb #8370a80c
 _STYLE = '''
@@ -507,11 +528,11 @@ def page(
     nb,   # `nbformat.NotebookNode`, executed
 )->str:
     "One self-contained page of an executed notebook: no code, no scripts, light or dark, for wide screens and narrow."
-    body, _ = nbconvert.HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True).from_notebook_node(nb)
-    body = clean_html(body)
+    exporter = nbconvert.HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True)
+    body = clean_html(exporter.from_notebook_node(nb)[0])
     body = re.sub(r'(<table\b.*?</table>)', r'<div class="table">\1</div>', body, flags=re.S)
-    links = ' '.join(f'<a href="#{i}">{t}</a>' for i, t in re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"',
-                                                                      body))
+    sections = re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', body)
+    links = ' '.join(f'<a href="#{i}">{t}</a>' for i, t in sections)
     title = html.unescape(re.search(r'^# (.*)', nb.cells[0].source)[1])
     at = body.index('</h1>') + len('</h1>')
     body = f'{body[:at]}<nav>{links}</nav>{body[at:]}'
@@ -540,8 +561,9 @@ def write_report(
     folder = Path(folder)
     nb = report_notebook(folder)
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')   # a warning of the debugger, of no use to anyone here
-    _execute(nbclient.NotebookClient(nb, timeout=600, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=40'],
-                            resources=dict(metadata=dict(path=str(folder)))))
+    _execute(nbclient.NotebookClient(nb, timeout=600, kernel_name='python3',
+                                     extra_arguments=['--IPKernelApp.log_level=40'],
+                                     resources=dict(metadata=dict(path=str(folder)))))
     for name, text in (('report.ipynb', nbformat.writes(nb)), ('report.html', page(nb))):
         temporary = folder/f'.{name}.tmp'
         temporary.write_text(text, encoding='utf-8')

@@ -21,6 +21,7 @@ WORDS = dict(pretrained='the pretrained encoder', random='its random start', scr
                                                                                      'scratch',
              plain='logistic regression on plain features', booster='boosted trees on plain features')
 
+# %% ../../nbs/81b_evaluate.short.ipynb #218357e2
 def _gap(row):
     "A difference with its interval."
     return f'{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})'
@@ -64,6 +65,7 @@ def pays(
 NOTICE = dict(invented='These patients are invented: no number here says anything about medicine.',
               credentialed='These numbers come from credentialed data: share the report as its data use agreement allows.')
 
+# %% ../../nbs/81b_evaluate.short.ipynb #a17bfd04
 def in_short(
     folder,   # of a report, with its tables and about.json
 )->str:

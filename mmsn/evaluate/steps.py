@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 
 import mmsn
@@ -33,8 +34,9 @@ def plan_of(
 )->str:
     "A hash of everything that the results of an evaluation depend on."
     said = dict(models={n: fingerprint(m) for n, m in ev.models.items()}, cohort=ev.cohort.hash, device=ev.device,
-                evaluate=asdict(ev.options), config=to_dict(ev.config), rows=hashlib.sha256(ev.task.rows.tobytes()).hexdigest(),
-                labels=list(ev.task.names), mmsn=mmsn.__version__, torch=torch.__version__)
+                evaluate=asdict(ev.options), config=to_dict(ev.config),
+                rows=hashlib.sha256(ev.task.rows.tobytes()).hexdigest(), labels=list(ev.task.names),
+                mmsn=mmsn.__version__, torch=torch.__version__)
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 # %% ../../nbs/82c_evaluate.steps.ipynb #75868d0e
@@ -44,29 +46,28 @@ def _before(ev): return len(ev.scores), set(ev.predictions), set(ev.means), set(
 def _changes(ev, before, tables):
     "What a protocol has added to an evaluation."
     n, predicted, means, networks, told = before
-    return dict(tables=tables, scores=ev.scores[n:], predictions={k: v for k,
-                                                                  v in ev.predictions.items() if k not in predicted},
+    return dict(tables=tables, scores=ev.scores[n:],
+                predictions={k: v for k, v in ev.predictions.items() if k not in predicted},
                 means={k: v for k, v in ev.means.items() if k not in means},
                 networks={k: v for k, v in ev.networks.items() if k not in networks}, notices=ev.notices[told:])
 
 # %% ../../nbs/82c_evaluate.steps.ipynb #0a288720
 def _write(folder, changes):
     "Write what a protocol has added into a folder."
-    frames = {f'table-{n}': t for n, t in changes['tables'].items()} | {f'scores-{i:03d}': t for i,
-                                                                        t in enumerate(changes['scores'])}
+    frames = {f'table-{n}': t for n, t in changes['tables'].items()}
+    frames |= {f'scores-{i:03d}': t for i, t in enumerate(changes['scores'])}
     for name, t in frames.items(): t.to_parquet(folder/f'{file_word(name)}.parquet')
     for name, t in changes['tables'].items(): write_table(t, folder/f'{file_word(name)}.csv')
     if changes['scores']: write_table(pd.concat(changes['scores'], ignore_index=True), folder/'scores.csv')
     predicted = [(e, i, p) for e, by_input in changes['predictions'].items() for i, p in by_input.items()]
     for k, (_, _, p) in enumerate(predicted): save_predictions(p, folder/f'predictions-{k:03d}.parquet')
     means = [(list(key), int(n), {m: v for m, v in values.items()}) for key, (n, values) in changes['means'].items()]
-    np.savez(folder/'means.npz', **{f'{k}/{m}': v for k, (_, _, values) in enumerate(means) for m,
-                                    v in values.items()})
+    arrays = {f'{k}/{m}': v for k, (_, _, values) in enumerate(means) for m, v in values.items()}
+    np.savez(folder/'means.npz', **arrays)
     for k, net in enumerate(changes['networks'].values()):
         save_file({n: t.detach().cpu().contiguous() for n, t in net.state_dict().items()},
                   folder/f'network-{k:03d}.safetensors')
-    about = dict(tables=list(changes['tables']), scores=len(changes['scores']),
-                 predictions=[p[:2] for p in predicted],
+    about = dict(tables=list(changes['tables']), scores=len(changes['scores']), predictions=[p[:2] for p in predicted],
                  encoders=list(changes['predictions']), means=[(key, n, list(v)) for key, n, v in means],
                  networks=list(changes['networks']), notices=changes['notices'])
     (folder/'step.json').write_text(json.dumps(about), encoding='utf-8')
@@ -89,11 +90,11 @@ def _read(folder, ev):
     tables = {n: pd.read_parquet(folder/f'{file_word(f"table-{n}")}.parquet') for n in about['tables']}
     scores = [pd.read_parquet(folder/f'scores-{i:03d}.parquet') for i in range(about['scores'])]
     predictions = {e: {} for e in about['encoders']}
-    for k, (e,
-            i) in enumerate(about['predictions']): predictions[e][i] = open_predictions(folder/f'predictions-{k:03d}.parquet')
+    for k, (e, i) in enumerate(about['predictions']):
+        predictions[e][i] = open_predictions(folder/f'predictions-{k:03d}.parquet')
     with np.load(folder/'means.npz', allow_pickle=False) as kept:
-        means = {tuple(key): (n, {m: kept[f'{k}/{m}'] for m in names}) for k, (key, n,
-                                                                               names) in enumerate(about['means'])}
+        means = {tuple(key): (n, {m: kept[f'{k}/{m}'] for m in names})
+                 for k, (key, n, names) in enumerate(about['means'])}
     networks = {n: _network(ev, n, folder/f'network-{k:03d}.safetensors') for k, n in enumerate(about['networks'])}
     ev.scores += scores
     for kept, new in ((ev.predictions, predictions), (ev.means, means), (ev.networks, networks)): kept.update(new)
@@ -112,33 +113,42 @@ class Steps:
         note = self.folder/'plan'
         if self.folder.exists() and not (note.is_file() and note.read_text(encoding='utf-8') == plan): self.remove()
 
-    def do(self, name:str, protocol, ev)->dict:
-        "The tables of a protocol: kept, or computed and then kept."
-        place = self.folder/name
-        if (place/'step.json').is_file():
-            try:
-                tables = _read(place, ev)
-                self.say(f'{name.replace("_", " ")}: kept from an evaluation that was stopped')
-                return tables
-            except Exception as e: self.say(f'{name}: what was kept cannot be read ({type(e).__name__}), computed '
-                                            f'again')
-        before = _before(ev)
-        tables = protocol(ev) or {}
-        self._keep(place, _changes(ev, before, tables))
-        return tables
+# %% ../../nbs/82c_evaluate.steps.ipynb #6fea11ff
+@patch
+def remove(self:Steps):
+    "The steps go, when the report is there."
+    shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _keep(self, place, changes):
-        new = place.with_name(f'.{place.name}')
+# %% ../../nbs/82c_evaluate.steps.ipynb #699fb19b
+@patch
+def do(self:Steps, name:str, protocol, ev)->dict:
+    "The tables of a protocol: kept, or computed and then kept."
+    place = self.folder/name
+    if (place/'step.json').is_file():
         try:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-            (self.folder/'plan').write_text(self.plan, encoding='utf-8')
-            _write(new, changes)
-            shutil.rmtree(place, ignore_errors=True)
-            new.rename(place)
-        except (OSError, ValueError, TypeError, InputError) as e:
-            shutil.rmtree(new, ignore_errors=True)
-            self.say(f'WARNING: {place.name} could not be kept ({str(e).splitlines()[0][:100]}): a stopped '
-                     f'evaluation does it again')
+            tables = _read(place, ev)
+            self.say(f'{name.replace("_", " ")}: kept from an evaluation that was stopped')
+            return tables
+        except Exception as e:
+            self.say(f'{name}: what was kept cannot be read ({type(e).__name__}), computed again')
+    before = _before(ev)
+    tables = protocol(ev) or {}
+    self._keep(place, _changes(ev, before, tables))
+    return tables
 
-    def remove(self): "The steps go, when the report is there."; shutil.rmtree(self.folder, ignore_errors=True)
+# %% ../../nbs/82c_evaluate.steps.ipynb #1e32ebca
+@patch
+def _keep(self:Steps, place, changes):
+    "Write a step aside and rename it into place; says so where that fails."
+    new = place.with_name(f'.{place.name}')
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        (self.folder/'plan').write_text(self.plan, encoding='utf-8')
+        _write(new, changes)
+        shutil.rmtree(place, ignore_errors=True)
+        new.rename(place)
+    except (OSError, ValueError, TypeError, InputError) as e:
+        shutil.rmtree(new, ignore_errors=True)
+        self.say(f'WARNING: {place.name} could not be kept ({str(e).splitlines()[0][:100]}): a stopped '
+                 f'evaluation does it again')

@@ -66,7 +66,8 @@ def counts(self:Task)->pd.DataFrame:   # label, split, samples, positive, negati
     rows = []
     for split in SPLITS:
         y = self.labels[self.split == split]
-        rows += [dict(label=n, split=split, samples=len(y), positive=int(a), negative=int(b), unknown=int(len(y) - a - b))
+        rows += [dict(label=n, split=split, samples=len(y), positive=int(a), negative=int(b),
+                      unknown=int(len(y) - a - b))
                  for n, a, b in zip(self.names, (y == 1).sum(0), (y == 0).sum(0))]
     return pd.DataFrame(rows, columns=['label', 'split', 'samples', 'positive', 'negative', 'unknown'])
 
@@ -76,14 +77,23 @@ def without(self:Task, left_out):
     "The same task with the labels `left_out` (K,) bool unknown for everybody."
     return replace(self, labels=np.where(left_out, np.nan, self.labels))
 
+# %% ../../nbs/73_evaluate.task.ipynb #7c532c1b
 @patch
 def one_class(self:Task)->dict:   # label -> what there is of it
     "The labels that have one class only, or none, in the training or the test split."
     t = self.counts().query("split != 'val'")
-    said = t.assign(text=[f'{r.split}: {r.positive} positive, {r.negative} negative' + f', {r.unknown} unknown'*bool(r.unknown)
-                          for r in t.itertuples()])
+    said = t.assign(text=[f'{r.split}: {r.positive} positive, {r.negative} negative'
+                          + f', {r.unknown} unknown'*bool(r.unknown) for r in t.itertuples()])
     bad = t.label[t[['positive', 'negative']].min(axis=1) == 0]
     return {n: '; '.join(said.text[said.label == n]) for n in self.names if n in set(bad)}
+
+# %% ../../nbs/73_evaluate.task.ipynb #c4b88564
+def _check_names(task, names, where):
+    "Raise InputError for no labels, one that is asked for twice, or one with the name of a mean."
+    if not names: raise InputError(f'{where} has no labels: prepare it with labels, an encoder is evaluated by them')
+    if twice := [n for n in names if names.count(n) > 1]: raise InputError(f'the label {twice[0]!r} is asked for twice')
+    if taken := {'macro', *(f'macro {g}' for g in task.groups.values())} & set(names):
+        raise InputError(f'the label {min(taken)!r} has the name of a mean: rename it and prepare {where} again')
 
 # %% ../../nbs/73_evaluate.task.ipynb #3846ee97
 def usable_task(
@@ -91,13 +101,11 @@ def usable_task(
     where:str='',         # whose it is, for messages
     validation:bool=False,   # whether something is chosen on the validation split
 )->tuple:                 # (Task, label -> why it is undefined)
-    "The task without labels of one class, which are undefined for everybody; raises InputError if nothing is left to ask."
-    sizes = {s: int((task.split == s).sum()) for s in SPLITS}
-    has, names = ', '.join(f'{s} {n}' for s, n in sizes.items()), list(task.names)
-    if not names: raise InputError(f'{where} has no labels: prepare it with labels, an encoder is evaluated by them')
-    if twice := [n for n in names if names.count(n) > 1]: raise InputError(f'the label {twice[0]!r} is asked for twice')
-    if taken := {'macro', *(f'macro {g}' for g in task.groups.values())} & set(names):
-        raise InputError(f'the label {min(taken)!r} has the name of a mean: rename it and prepare {where} again')
+    """The task without labels of one class, which are undefined for everybody; raises InputError if nothing is left
+    to ask."""
+    names, sizes = list(task.names), {s: int((task.split == s).sum()) for s in SPLITS}
+    _check_names(task, names, where)
+    has = ', '.join(f'{s} {n}' for s, n in sizes.items())
     for split in ['train', 'test'] + ['val']*validation:
         if not sizes[split]: raise InputError(f'{where} has no {split} samples ({has}): prepare it with another split')
     undefined = task.one_class()
@@ -124,8 +132,8 @@ def facts_only(
     if not bare.any(): return []
     found = cohort.samples.split.iloc[np.asarray(rows)[bare]].value_counts()
     where = ', '.join(f'{s} {found.get(s, 0)}' for s in SPLITS)
-    return [f'{bare.sum()} of {len(rows)} samples have facts only ({where}): they are read by these alone, and are in no '
-            f'row of {", ".join(others)}']
+    return [f'{bare.sum()} of {len(rows)} samples have facts only ({where}): they are read by these alone, and are in '
+            f'no row of {", ".join(others)}']
 
 # %% ../../nbs/73_evaluate.task.ipynb #ec8aefdc
 def asked_task(
@@ -228,6 +236,7 @@ def training_sets(task:Task, draws:pd.DataFrame):
 # %% ../../nbs/73_evaluate.task.ipynb #e99680c0
 FEWEST = 5   # positives, and negatives, among the training rows for which a fraction of the labels is evaluated
 
+# %% ../../nbs/73_evaluate.task.ipynb #bda3f73e
 def too_few(
     labels,             # (n, K) of the training rows that may be used: 1, 0, NaN = unknown
     least:int=FEWEST,   # of each class

@@ -54,8 +54,16 @@ def shares_space(
     "Whether two modalities lie in one space."
     terms = getattr(model, 'auxiliary', {})
     term = terms['contrast'] if 'contrast' in terms else getattr(model, 'objective', None)
-    heads = getattr(term, 'heads', None) or getattr(term, 'whole_heads', None) or getattr(getattr(term, 'term', None), 'heads', ())
+    heads = (getattr(term, 'heads', None) or getattr(term, 'whole_heads', None)
+             or getattr(getattr(term, 'term', None), 'heads', ()))
     return hasattr(term, 'space') and image in heads and text in heads
+
+# %% ../../nbs/77_evaluate.text.ipynb #2194bbfa
+def _scores(model, h, image, text, asked):
+    "(n, K) of images with features `h` (n, d) and K pairs of prompts: how much nearer to the first than to the second."
+    h = torch.as_tensor(h, device=next(model.parameters()).device)
+    z, e = model.contrast_space({image: h})[image], embed_texts(model, text, [p for pair in asked for p in pair])
+    return (z @ (e[::2] - e[1::2]).T).double().cpu().numpy()
 
 # %% ../../nbs/77_evaluate.text.ipynb #26d59a92
 def zero_shot(
@@ -78,15 +86,19 @@ def zero_shot(
     for i, (encoder, m) in enumerate(models.items()):
         if not shares_space(m, image, text): raise InputError(f'{image} and {text} share no space in {encoder}')
         table = extract_features(m, cohort, task.rows, cache=cache) if features is None else features[encoder]
-        h = torch.as_tensor(feature_matrix(table, image)[test], device=next(m.parameters()).device)
-        z, e = m.contrast_space({image: h})[image], embed_texts(m, text, [p for pair in asked for p in pair])
-        scores = (z @ (e[::2] - e[1::2]).T).double().cpu().numpy()
+        scores = _scores(m, feature_matrix(table, image)[test], image, text, asked)
         control = (', other prompts', np.roll(scores, 1, 1), asked[-1:] + asked[:-1])
         for suffix, s, told in [('', scores, asked), *[control]*(not i and len(asked) > 1)]:
-            t = metric_table(task.labels[test], s, task.subjects[test], task.names, task.groups, resamples=resamples, seed=seed)
+            t = metric_table(task.labels[test], s, task.subjects[test], task.names, task.groups, resamples=resamples,
+                             seed=seed)
             given = dict(zip(task.names, (p for p, _ in told)))
             out.append(t.assign(encoder=encoder + suffix, image=image, prompt=t.label.map(given).fillna('')))
     return pd.concat(out, ignore_index=True)
+
+# %% ../../nbs/77_evaluate.text.ipynb #0ee2be7f
+def _uneven(weights, most):
+    "Numbers of the `most` words, in their order, whose attention (n, R) has the highest peak."
+    return sorted(np.argsort(-weights.max(1)*weights.shape[1], kind='stable')[:most])
 
 # %% ../../nbs/77_evaluate.text.ipynb #0f510975
 @_drawn
@@ -97,15 +109,13 @@ def words_figure(
     most:int=6,  # words shown
 ):
     "The attention of words over an image."
-    weights = np.asarray(weights, float)
-    peaked = weights.max(1)*weights.shape[1]
-    chosen = sorted(np.argsort(-peaked, kind='stable')[:most])
-    side = round(weights.shape[1]**.5)
+    weights, (h, w) = np.asarray(weights, float), np.shape(image)
+    chosen, side = _uneven(weights, most), round(weights.shape[1]**.5)
     fig, axes = plt.subplots(1, max(1, len(chosen)), figsize=(1.5*max(1, len(chosen)), 1.9), dpi=100, squeeze=False)
     for ax, i in zip(axes[0], chosen):
         _blank(ax)
-        h, w = np.shape(image)
         ax.imshow(image, cmap='gray', extent=(0, w, h, 0))
-        ax.imshow(weights[i].reshape(side, side), cmap='inferno', alpha=.45, extent=(0, w, h, 0), interpolation='bilinear', vmin=0)
+        ax.imshow(weights[i].reshape(side, side), cmap='inferno', alpha=.45, extent=(0, w, h, 0),
+                  interpolation='bilinear', vmin=0)
         ax.set_title(str(words[i])[:18], fontsize=8)
     return fig

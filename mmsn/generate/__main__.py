@@ -36,12 +36,17 @@ def parser():
     return p
 
 # %% ../../nbs/92_generate.ipynb #367a675d
+_RANGES = dict(samples=(1, 10_000), images=(1, 1_000), top_k=(0, 10**6), seed=(0, 2**63 - 1))   # option -> least, most
+
+# %% ../../nbs/92_generate.ipynb #2631f27e
 def _check(a):
     "Raise InputError for numbers that mean nothing."
-    for name, least, most in (('samples', 1, 10_000), ('images', 1, 1_000), ('top_k', 0, 10**6), ('seed', 0, 2**63 - 1)):
-        if not least <= getattr(a, name) <= most:
-            raise InputError(f'--{name.replace("_", "-")} should lie between {least} and {most}, not {getattr(a, name)}')
-    if not 0 < a.temperature <= 100: raise InputError(f'--temperature should be above 0 and at most 100, not {a.temperature}')
+    for name, (least, most) in _RANGES.items():
+        value = getattr(a, name)
+        if not least <= value <= most:
+            raise InputError(f'--{name.replace("_", "-")} should lie between {least} and {most}, not {value}')
+    if not 0 < a.temperature <= 100:
+        raise InputError(f'--temperature should be above 0 and at most 100, not {a.temperature}')
     if a.report and a.cohort: raise InputError('give --report or --cohort: with --report no cohort is read')
 
 # %% ../../nbs/92_generate.ipynb #8a268bbc
@@ -54,8 +59,8 @@ def _rows(model, run, cohort, split, samples):
     opened.check_has({name: m.kind for name, m in model.config.modalities.items()}, 'the model')
     names = list(model.config.modalities)
     if len(names) > 1 and opened.modalities[model.text].vocabulary != model.infos[model.text].vocabulary:
-        raise InputError(f'the reports of {folder} have another vocabulary than those of the model: give the cohort that '
-                         'it was trained on, or prepare this one with --tokenizer and that cohort')
+        raise InputError(f'the reports of {folder} have another vocabulary than those of the model: give the cohort '
+                         'that it was trained on, or prepare this one with --tokenizer and that cohort')
     return opened, opened.rows(split, names, 'paired')[:samples]
 
 # %% ../../nbs/92_generate.ipynb #e0d1e33f
@@ -100,16 +105,20 @@ def _free(out):
     check_writable(out)
 
 # %% ../../nbs/92_generate.ipynb #5a6f9782
+def _drawn(a, texts, ids):
+    "The table of the images that are drawn: a row each, with what it takes to draw it again."
+    import pandas as pd
+    return pd.DataFrame([dict(file=f'images/{i:04}-{j:03}.png', report=i, image=j,
+                              **({} if ids is None else dict(sample_id=ids[i])), seed=a.seed,
+                              temperature=a.temperature, top_k=a.top_k, text=texts[i])
+                         for i in range(len(texts)) for j in range(a.images)])
+
+# %% ../../nbs/92_generate.ipynb #644e48bb
 def _draw(model, a, out):
     "The folder of what a DALL-E drew, and a line on it."
-    import pandas as pd
     from mmsn.generate.images import show_grid
     texts, tokens, lengths, ids, real = _asked(model, a)
-    images = model.draw(tokens, lengths, a.images, a.seed, a.temperature, a.top_k)
-    table = pd.DataFrame([dict(file=f'images/{i:04}-{j:03}.png', report=i, image=j,
-                               **({} if ids is None else dict(sample_id=ids[i])), seed=a.seed,
-                               temperature=a.temperature, top_k=a.top_k, text=texts[i])
-                          for i in range(len(texts)) for j in range(a.images)])
+    images, table = model.draw(tokens, lengths, a.images, a.seed, a.temperature, a.top_k), _drawn(a, texts, ids)
     figure = show_grid(images[:16, :8], texts[:16], None if real is None else real[:16])
     _publish(out, table, images.reshape(-1, *images.shape[2:]), figure)
     return f'{len(table)} images of {len(texts)} reports'
@@ -128,7 +137,16 @@ def _tell_again(model, a, out):
     table = pd.DataFrame(dict(file=[f'images/{i:04}.png' for i in range(len(rows))], sample_id=ids, error=error))
     figure = show_grid(again[:16, None], [f'sample {i}\nerror {e:.2g}' for i, e in zip(ids, error)][:16], real[:16])
     _publish(out, table, again, figure)
-    return f'{len(rows)} images told again in {model.vae.options.side**2} words each, mean squared error {np.mean(error):.3g}'
+    words = model.vae.options.side**2
+    return f'{len(rows)} images told again in {words} words each, mean squared error {np.mean(error):.3g}'
+
+# %% ../../nbs/92_generate.ipynb #602586b3
+def _device(word):
+    "'cpu' or 'cuda', of --device; raises InputError for a GPU that is not there."
+    import torch
+    if word not in ('', 'cpu', 'cuda') or word == 'cuda' and not torch.cuda.is_available():
+        raise InputError(f"--device should be 'cpu', or 'cuda' where there is a GPU, not {word!r}")
+    return word or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 # %% ../../nbs/92_generate.ipynb #2cf57350
 @cli
@@ -140,10 +158,8 @@ def main(argv=None):
     from mmsn.generate.model import find_generator, open_generator
     find_generator(a.run)
     _free(out)
-    import torch
-    if a.device not in ('', 'cpu', 'cuda') or a.device == 'cuda' and not torch.cuda.is_available():
-        raise InputError(f"--device should be 'cpu', or 'cuda' where there is a GPU, not {a.device!r}")
-    model = open_generator(a.run).to(a.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = _device(a.device)
+    model = open_generator(a.run).to(device)
     if model.config.objective == 'vae' and a.report:
         raise InputError(f'{a.run} is a VAE, which knows no reports: give a run of objective=dalle')
     line = (_tell_again if model.config.objective == 'vae' else _draw)(model, a, out)

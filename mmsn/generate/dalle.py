@@ -75,21 +75,24 @@ class DALLE(nn.Module):
         o, d = options, options.dim
         self.options, self.vocabulary, self.codes, self.side = o, vocabulary, codes, side
         self.begin = nn.Parameter(torch.zeros(d))
-        self.text, self.image = nn.Embedding(vocabulary + o.length, d), nn.Embedding(codes, d)   # the last are paddings
+        self.text, self.image = nn.Embedding(vocabulary + o.length, d), nn.Embedding(codes, d)  # the last are paddings
         self.place = nn.Embedding(o.length, d)
         self.row, self.column = nn.Embedding(side, d), nn.Embedding(side, d)
         self.blocks, self.norm = nn.ModuleList(CausalBlock(o) for _ in range(o.depth)), nn.LayerNorm(d)
         self.to_text, self.to_image = nn.Linear(d, vocabulary), nn.Linear(d, codes)
         self._draw()
 
-    def _draw(self):
-        "Initial weights, from torch's global generator; branches begin small where there are many."
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
-            if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
-        nn.init.normal_(self.begin, std=.02)
-        for block in self.blocks:
-            for out in (block.attn.proj, block.mlp.fc2): nn.init.normal_(out.weight, std=.02/math.sqrt(2*len(self.blocks)))
+# %% ../../nbs/56_generate.dalle.ipynb #6352c9b2
+@patch
+def _draw(self:DALLE):
+    "Initial weights, from torch's global generator; branches begin small where there are many."
+    for m in self.modules():
+        if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
+        if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
+    nn.init.normal_(self.begin, std=.02)
+    small = .02/math.sqrt(2*len(self.blocks))
+    for block in self.blocks:
+        for out in (block.attn.proj, block.mlp.fc2): nn.init.normal_(out.weight, std=small)
 
 # %% ../../nbs/56_generate.dalle.ipynb #2d384a74
 @patch
@@ -109,6 +112,7 @@ def _embed_text(self:DALLE, text):   # (B, length) int64 -> (B, 1 + length, d)
     at = torch.arange(text.shape[1], device=text.device)
     return torch.cat([self.begin.expand(len(text), 1, -1), self.text(text) + self.place(at)], 1)
 
+# %% ../../nbs/56_generate.dalle.ipynb #0f6e43b2
 @patch
 def _embed_image(self:DALLE, codes, start=0):   # (B, n) int64, places start to start + n -> (B, n, d)
     at = torch.arange(start, start + codes.shape[1], device=codes.device)

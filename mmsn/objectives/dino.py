@@ -68,9 +68,14 @@ class DINOHead(nn.Module):
         K, D = config.objectives.dino.outputs, config.head.output
         self.layers, self.prototypes = ProjectionHead(width, config.head), nn.Parameter(torch.randn(K, D)*D**-.5)
 
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False): z = F.normalize(self.layers(x.float()), dim=1)
-        return z @ F.normalize(self.prototypes.float(), dim=1).T
+# %% ../../nbs/52h_objectives.dino.ipynb #91e731c5
+@patch
+def forward(self:DINOHead,
+    x,   # (n, d) embeddings
+):       # (n, K) float32
+    "Cosines of each embedding, projected, with the K directions."
+    with torch.autocast(x.device.type, enabled=False): z = F.normalize(self.layers(x.float()), dim=1)
+    return z @ F.normalize(self.prototypes.float(), dim=1).T
 
 # %% ../../nbs/52h_objectives.dino.ipynb #0b19e024
 class DINOObjective(Objective):

@@ -31,6 +31,7 @@ def attend(
     "(M, N, W, R): how much each word of each text attends to the regions of each image."
     return (gamma*torch.einsum('mrd,nwd->mnwr', regions, words)).softmax(-1)
 
+# %% ../../nbs/52l_objectives.gloria.ipynb #bb5b0946
 def found_cosine(
     regions, words,   # as in `attend`
     gamma=4.,         # as in `attend`
@@ -103,6 +104,7 @@ def regions(self:GLoRIAObjective, states, encoder):
     "(n, R, dim) of the states (n, [1 +] R, d) of an image encoder."
     return self.local_heads[self.names[0]](states[:, int(getattr(encoder, 'cls_token', None) is not None):])
 
+# %% ../../nbs/52l_objectives.gloria.ipynb #1e061fb4
 @patch
 def words(self:GLoRIAObjective, states, x, lengths):
     "((n, W, dim), (n, W) bool) of the states (n, L, d) of a text encoder."
@@ -121,12 +123,14 @@ def forward(self:GLoRIAObjective, step:Step):
         regions = self.regions(step.states[image][0][rows].float(), step.online.encoders[image])
         words, seen = self.words(step.states[text][0][rows].float(), told.x[rows], told.lengths[rows])
         pairs = compare(z[image][rows], z[text][rows], patient)
-        local = local_similarity(*map(gather_rows, (regions, words)), gather_rows(seen.long()) > 0, (g.attention, g.word))
+        there = gather_rows(seen.long()) > 0
+        local = local_similarity(*map(gather_rows, (regions, words)), there, (g.attention, g.word))
     if not pairs.strangers.any(): return self._nothing(z, regions, words)
     parts = [2*both_ways(g.pair*s, pairs.strangers) for s in (pairs.cosine, local)]
     named = dict(zip(('objective', 'global', 'local'), (sum(parts), *parts)))
     return sum(parts), {k: v.detach().float() for k, v in named.items()} | pair_metrics(pairs)
 
+# %% ../../nbs/52l_objectives.gloria.ipynb #05f7d973
 @patch
 def _nothing(self:GLoRIAObjective, z, *local):
     "A loss of 0 in which every parameter takes part, where no two patients have both."
