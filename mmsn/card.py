@@ -26,9 +26,8 @@ def origin_of(
     "'invented', 'credentialed' or 'own'."
     prepared = data.get('prepared') if isinstance(data.get('prepared'), dict) else {}
     of = prepared.get('of') if isinstance(prepared.get('of'), list) else []
-    command, name = prepared.get('command'), data.get('name')
-    if command == 'toy_cohort' or (command == 'prepare_mimic' and name == 'synthetic'): return 'invented'
-    return 'credentialed' if {command, *map(str, of)} & {*_CREDENTIALED} else 'own'
+    if prepared.get('invented') is True: return 'invented'
+    return 'credentialed' if {prepared.get('command'), *map(str, of)} & {*_CREDENTIALED} else 'own'
 
 # %% ../nbs/52c_card.ipynb #952a91ce
 SHARING = dict(
@@ -151,7 +150,7 @@ def model_card(
     "The README of an encoder, as Markdown with the front matter of the Hugging Face hub."
     config, modalities = about.get('config') or {}, about.get('modalities') or {}
     data = about.get('data') if isinstance(about.get('data'), dict) else {}
-    kinds = ', '.join(sorted({str(m.get('kind')) for m in modalities.values()} & {'image', 'timeseries', 'tabular'}))
+    kinds = ', '.join(sorted({str(m.get('kind')) for m in modalities.values()} & {'image', 'timeseries', 'tabular', 'text'}))
     origin, name = origin_of(data), plain_text(config.get('name') or 'encoder')
     use = _USE.format(where=where, example=next(iter(modalities), 'ehr'))
     licence = ('The code of mmsn is Apache-2.0. The weights have no licence until whoever may share them gives them '

@@ -146,7 +146,7 @@ def _by_files(patients, out, shown, image_size, seed, keep_files, say, split, re
         options = dict(tasks=('mortality', 'phenotyping', 'radiology'), hours=48, image_size=image_size, seed=seed)
         if reports: options['reports'] = folder/'mimic-cxr'
         return prepare_mimic(folder/'mimic-iv', out, folder/'mimic-cxr-jpg', say, workers=2, name='synthetic',
-                             labels=LABELS, split=split, **options)
+                             invented=True, labels=LABELS, split=split, **options)
 
 # %% ../nbs/28_prepare.ipynb #30bffd9f
 def mimic(

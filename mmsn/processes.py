@@ -125,6 +125,14 @@ def _tried(trainer, most, busy, say, trial):
     say(f'{chosen} of {most} threads: ' + ', '.join(f'{s:.2g} s a step with {n}' for n, s in seconds.items()))
     return chosen
 
+def _as_before(recorded, most, say):
+    "The number of threads that a run was started with, as far as there are cores."
+    import torch
+    if recorded and recorded > most:
+        say(f'started with {recorded} threads, and there are {most} cores here: results may differ in their '
+            'last digits')
+    return min(recorded, most) if recorded else torch.get_num_threads()
+
 # %% ../nbs/63b_processes.ipynb #e1369f46
 def settle_threads(
     trainer,           # .config, .accelerator, .run, .total, and what a step needs
@@ -138,6 +146,6 @@ def settle_threads(
     decided = t.threads or 'OMP_NUM_THREADS' in os.environ
     if decided or a.num_processes > 1 or a.device.type != 'cpu': return torch.get_num_threads()
     if not (trainer.run/'config.yaml').is_file(): chosen = _tried(trainer, cores(), others(), say, trial)
-    else: chosen = min(recorded, cores()) if recorded else torch.get_num_threads()
+    else: chosen = _as_before(recorded, cores(), say)
     torch.set_num_threads(chosen)
     return chosen

@@ -82,7 +82,7 @@ def read_run(
     about = read_json(path, remedy)
     whole, text = (lambda v: is_whole(v, 1, 10**9)), (lambda v: isinstance(v, str))
     kinds = dict(dict.fromkeys(('cohort', 'config', 'pretrained_on', 'command', 'folder', 'beside'), text),
-                 processes=whole, batch=whole, threads=whole)
+                 processes=whole, batch=whole, threads=lambda v: is_whole(v, 1, 1024))
     for key, kind in kinds.items():
         if key in about and not kind(about[key]):
             raise InputError(f'{path} has {key}={str(about[key])[:40]!r}, which no run can have: {remedy}')

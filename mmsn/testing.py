@@ -107,7 +107,7 @@ def toy_cohort(
     index = np.where((rng.random(n) < .1) & (lengths > 0), -1, np.arange(n))
     labs, lab_lengths, facts = _toy_labs(n, hours, np.nan_to_num(labels[:, 1]), seed)
     samples = _toy_samples(n, labels, lengths, lab_lengths, index)
-    provenance = dict(command='toy_cohort', seed=seed)
+    provenance = dict(command='toy_cohort', seed=seed, invented=True)
     with CohortWriter(folder, 'toy', ['heart', 'lung', 'both'], dict(heart='image', lung='chart'), provenance) as w:
         w.add_images('cxr', size, size).append(images)
         ehr = [_channel('rate', [0, 1], 3, '/min', 80., 300.),

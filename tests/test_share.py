@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mmsn import MMSN, open_encoder
-from mmsn.card import model_card, write_card
+from mmsn import MMSN, open_encoder, prepare
+from mmsn.card import model_card, origin_of, write_card
 from mmsn.convert import main as convert
 from mmsn.data.cohort import Cohort
+from mmsn.data.patients import about_data
+from mmsn.files import seal
 from mmsn.options import InputError
 from mmsn.testing import toy_cohort, toy_config
 
@@ -58,6 +60,20 @@ def test_push_says_what_data_allow(cohort, tmp_path, hub, capsys):
     assert 'WARNING: These weights were trained on credentialed data' in capsys.readouterr().out
     assert hub.calls[0][2]['private'] is False
     assert 'credentialed data' in (tmp_path/'e'/'README.md').read_text(encoding='utf-8')[:1200]
+
+
+def test_a_joined_cohort_is_what_its_strictest_source_is(cohort, tmp_path):
+    "And two joined cohorts of invented patients are invented."
+    other = toy_cohort(tmp_path/'b', 60, seed=1)
+    prepare.join([cohort.folder, other.folder], tmp_path/'both')
+    assert origin_of(about_data(Cohort.open(tmp_path/'both'))) == 'invented'
+    meta = json.loads((tmp_path/'b'/'cohort.json').read_text(encoding='utf-8'))
+    meta['provenance'] = dict(command='prepare_mimic', options={})
+    (tmp_path/'b'/'cohort.json').write_text(json.dumps(seal({k: v for k, v in meta.items() if k != 'seal'})), encoding='utf-8')
+    prepare.join([cohort.folder, tmp_path/'b'], tmp_path/'mixed', name='synthetic')
+    assert origin_of(about_data(Cohort.open(tmp_path/'mixed'))) == 'credentialed'
+    prepare.join([tmp_path/'both', tmp_path/'mixed'], tmp_path/'nested')
+    assert origin_of(about_data(Cohort.open(tmp_path/'nested'))) == 'credentialed'
 
 
 @pytest.mark.parametrize('words, message', [

@@ -58,7 +58,17 @@ def all_channels(
     return list(known.values())
 
 # %% ../../nbs/29_data.patients.ipynb #2bbfba86
-_TOLD = ('command', 'source', 'licence', 'hours', 'timestep', 'size', 'fit', 'tasks', 'rules', 'samples', 'invented', 'created')
+_TOLD = ('command', 'source', 'licence', 'hours', 'timestep', 'size', 'fit', 'tasks', 'rules', 'samples', 'invented',
+         'created')
+
+def _joined(sources):
+    "Commands that made the sources of a joined cohort, and whether all of their patients are invented."
+    made, invented = [], True
+    for about in (s.get('provenance') or {} for s in sources):
+        if 'sources' in about: inner = _joined(about['sources'])
+        else: inner = dict(of=[str(about.get('command', ''))], invented=about.get('invented') is True)
+        made, invented = made + inner['of'], invented and inner.get('invented', False)
+    return dict(of=list(dict.fromkeys(made)), **dict(invented=True) if invented else {})
 
 # %% ../../nbs/29_data.patients.ipynb #765734f0
 def about_data(
@@ -69,6 +79,7 @@ def about_data(
     said = cohort.provenance | (options if isinstance(options, dict) else {})
     own = {k: v for k, v in said.items() if k in _TOLD and isinstance(v, (str, int, float, list))}
     if 'source' in own: own['source'] = Path(str(own['source'])).name
+    if 'sources' in said: own |= _joined(said['sources'])
     train = cohort.samples[cohort.samples.split == 'train']
     counts = {name: int(cohort.present(name)[(cohort.samples.split == 'train').to_numpy()].sum())
               for name in cohort.modalities}
