@@ -2305,6 +2305,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'mmsn.run.changed_keys': ('run.html#changed_keys', 'mmsn/run.py'),
                           'mmsn.run.find_cohort': ('run.html#find_cohort', 'mmsn/run.py'),
                           'mmsn.run.only_here': ('run.html#only_here', 'mmsn/run.py'),
+                          'mmsn.run.open_cohort': ('run.html#open_cohort', 'mmsn/run.py'),
                           'mmsn.run.open_run': ('run.html#open_run', 'mmsn/run.py'),
                           'mmsn.run.read_rows': ('run.html#read_rows', 'mmsn/run.py'),
                           'mmsn.run.read_run': ('run.html#read_run', 'mmsn/run.py'),

@@ -43,7 +43,7 @@ from .model import MMSN
 from .options import Config, InputError, Train
 from .processes import launcher, launcher_gone, settle_threads, stopping
 from .progress import Progress
-from .run import Metrics, _flat, as_started, only_here, open_run, read_run, run_hash, start_run
+from .run import Metrics, _flat, as_started, only_here, open_cohort, open_run, read_run, run_hash, start_run
 from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
 from .threads import cores
@@ -188,7 +188,7 @@ class Trainer:
         config = as_started(config)
         t = config.train
         if t.threads: torch.set_num_threads(t.threads)
-        self.cohort = cohort or Cohort.open(config.data.cohort)
+        self.cohort = cohort or open_cohort(config)
         self.rows = training_rows(self.cohort, config)
         self.accelerator, self.tracking = make_accelerator(t)
         n, self.main = self.accelerator.num_processes, self.accelerator.is_main_process

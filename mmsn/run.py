@@ -16,7 +16,7 @@ open_run(config, cohort), sorted(p.name for p in run.iterdir())
 
 # %% auto #0
 __all__ = ['changed_keys', 'run_hash', 'read_run', 'run_config', 'as_started', 'open_run', 'subjects_of_run', 'find_cohort',
-           'start_run', 'only_here', 'read_rows', 'Metrics']
+           'open_cohort', 'start_run', 'only_here', 'read_rows', 'Metrics']
 
 # %% ../nbs/62_run.ipynb #26b127fe
 import fcntl, hashlib, json, math, os, platform, socket, sys, time, warnings
@@ -228,6 +228,13 @@ def find_cohort(
         raise InputError(f'no cohort at {named}: looked in {", ".join(tried)}; add data.cohort=FOLDER')
     warn(f'WARNING: {named} is not the cohort that {run} was started on (its cohort.json differs)')
     return there[0]
+
+# %% ../nbs/62_run.ipynb #12499bc3
+def open_cohort(config:Config)->Cohort:
+    "The cohort of a training: `data.cohort`, or for a run that resumes where that lies now. Raises InputError."
+    named, run = config.data.cohort, config.train.run
+    moved = not (Path(named)/'cohort.json').is_file() and (Path(run)/'run.json').is_file()
+    return Cohort.open(find_cohort(named, run) if moved else named)
 
 # %% ../nbs/62_run.ipynb #f46b5ecd
 def start_run(run:Path, config:Config, cohort:Cohort, processes:int, threads:int=None):

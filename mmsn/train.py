@@ -152,9 +152,9 @@ def say_notes(notes):
 def check_run(config:Config, processes:int):
     "Say once what would go wrong in every one of `processes` processes. Raises InputError."
     from mmsn.loop import training_rows
-    from mmsn.run import open_run
+    from mmsn.run import open_cohort, open_run
     from mmsn.sources import read_source
-    cohort = Cohort.open(config.data.cohort)
+    cohort = open_cohort(config)
     rows = training_rows(cohort, config)
     _, _, started = open_run(config, cohort, processes, lambda line: None)
     steps_per_epoch(len(rows), config.optim, started)

@@ -1,5 +1,6 @@
 "A run is evaluated from anywhere: its cohort is found from where the command runs, from the run, or where it lay."
 import json, shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from conftest import refused
 from mmsn.files import seal
 from mmsn.evaluate.__main__ import main
 from mmsn.evaluate.evaluation import open_evaluated
-from mmsn.run import find_cohort
+from mmsn.options import InputError
+from mmsn.run import find_cohort, open_cohort
 from mmsn.train import train
 
 
@@ -52,6 +54,16 @@ def test_where_it_lay(project, made, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(project/'cohorts')
     assert find_cohort('cohorts/toy', project/'runs'/'a') == made/'cohorts'/'toy'
+
+
+def test_a_training_goes_on_where_it_was_moved(project, made, monkeypatch, tmp_path):
+    "Runs and cohorts on another disk: the command with the run's new place is enough. A new run has only the name."
+    monkeypatch.chdir(tmp_path)
+    config = testing.toy_config(train=dict(threads=1, log_every=1, run=str(project/'runs'/'a'), probe_every=0), data=dict(cohort='cohorts/toy', workers=0),
+                                optim=dict(batch_size=16, epochs=1, warmup_epochs=0., lr=1e-3))
+    assert open_cohort(config).folder.resolve() == project/'cohorts'/'toy'
+    assert train(config) == project/'runs'/'a'
+    with pytest.raises(InputError, match='cohorts/toy'): open_cohort(replace(config, train=replace(config.train, run=str(project/'runs'/'new'))))
 
 
 def test_a_run_that_notes_nothing(project, monkeypatch, tmp_path):
