@@ -8,7 +8,7 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 
 # %% auto #0
 __all__ = ['synthetic', 'mimic', 'physionet2012', 'nih', 'iu', 'images', 'table', 'medfuse', 'meds', 'tok', 'join', 'parser',
-           'main']
+           'main', 'free_place', 'replacing', 'Teller', 'attention', 'finish']
 
 # %% ../nbs/28_prepare.ipynb #ceb3ed43
 import argparse, inspect, re, tempfile, typing
@@ -38,6 +38,9 @@ from .data.yaib import is_yaib, prepare_yaib, table_words
 from .files import beside
 from .options import InputError
 from .ranges import EVERY, PREPARE, check_number
+
+# %% ../nbs/28_prepare.ipynb #b7b18dcb
+_all_ = ['free_place', 'replacing', 'Teller', 'attention', 'finish']   # of `mmsn.data.place`, found here too
 
 # %% ../nbs/28_prepare.ipynb #cda99fcd
 def synthetic(
