@@ -1830,6 +1830,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mmsn.files.fsync_folder': ('files.html#fsync_folder', 'mmsn/files.py'),
                             'mmsn.files.is_number': ('files.html#is_number', 'mmsn/files.py'),
                             'mmsn.files.is_whole': ('files.html#is_whole', 'mmsn/files.py'),
+                            'mmsn.files.new_folder': ('files.html#new_folder', 'mmsn/files.py'),
                             'mmsn.files.not_finite': ('files.html#not_finite', 'mmsn/files.py'),
                             'mmsn.files.read_columns': ('files.html#read_columns', 'mmsn/files.py'),
                             'mmsn.files.read_json': ('files.html#read_json', 'mmsn/files.py'),

@@ -176,7 +176,7 @@ class Trainer:
         n, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         warn = tqdm.write if self.main else lambda line: None
         self.run, saved, self.started_on = open_run(config, self.cohort, n, warn)
-        self.batch = config.optim.batch_size*self.started_on     # global, whatever the number of processes now
+        self.batch = config.optim.batch_size*self.started_on     # global micro-batch, on any number of processes
         self.steps_per_epoch = steps_per_epoch(len(self.rows), config.optim, self.started_on)
         config = replace(config, optim=settled(config.optim, self.steps_per_epoch))
         self.total = total_steps(config.optim, self.steps_per_epoch)
@@ -377,8 +377,9 @@ def _begin(self:Trainer):
         begun = (self.run/'config.yaml').is_file()
         threads = settle_threads(self, read_run(self.run).get('threads') if begun else None, tqdm.write)
         if not begun: start_run(self.run, self.config, self.cohort, self.started_on, threads)
+        made = getattr(self.accelerator.unwrap_model(self.model), 'FOLDER', 'encoder')
         # left by a process that was killed
-        for left in self.run.glob('.encoder-*'): shutil.rmtree(left, ignore_errors=True)
+        for left in self.run.glob(f'.{made}-*'): shutil.rmtree(left, ignore_errors=True)
     self.metrics = Metrics(self.run, self.step) if self.main else None
     self.probed = self.step//max(t.probe_every, 1)
     if self.early: self.early.scores = [(r['step'], r['probe/auroc']) for r in self.metrics.rows if 'probe/auroc' in r]

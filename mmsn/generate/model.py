@@ -9,7 +9,7 @@ __all__ = ['Seen', 'resized', 'named', 'Drawer', 'is_generator', 'VAEModel', 'fi
            'check_same_vae', 'build_model', 'tokens_of']
 
 # %% ../../nbs/58_generate.model.ipynb #203f5c35
-import json, os, shutil
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from torch import nn
 import mmsn
 from ..config import build, to_dict
 from ..dials import DRAWING, VAE
-from ..files import not_finite, read_json, seal, sha256
+from ..files import new_folder, not_finite, read_json, seal, sha256
 from .dalle import DALLE
 from .images import to_uint8
 from .vae import DiscreteVAE
@@ -93,22 +93,14 @@ def save_pretrained(self:Drawer,
     folder = Path(folder)
     if folder.exists() and not is_generator(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f'{folder} exists and is no model that draws: choose another folder')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f'.{folder.name}-{os.getpid()}-{word}') for word in ('new', 'old'))
-    for p in (new, old): shutil.rmtree(p, ignore_errors=True)
-    new.mkdir()
-    try:
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        if odd := not_finite(state): raise InputError(f'{odd} of the model is not finite: not written to {folder}')
+    state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+    if odd := not_finite(state): raise InputError(f'{odd} of the model is not finite: not written to {folder}')
+    with new_folder(folder) as new:
         save_file(state, new/'model.safetensors', dict(format='pt'))
         about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), **self.about(),
                      modalities={name: info.to_dict() for name, info in self.infos.items()},
                      weights=sha256(new/'model.safetensors'))
         (new/'config.json').write_text(json.dumps(seal(about), indent=1), encoding='utf-8')
-        if folder.exists(): folder.rename(old)
-        new.rename(folder)
-    finally:
-        for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     return folder
 
 # %% ../../nbs/58_generate.model.ipynb #c4001c3f
