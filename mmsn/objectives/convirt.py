@@ -74,4 +74,5 @@ def forward(self:ConVIRTObjective, step:Step):
     loss = convirt_loss(a, b, self.dials.temperature, self.dials.weight, patient)
     watched = pair_metrics(pairs) if pairs.strangers.any() else {}
     if not watched: loss = loss + sum((0*p).sum() for p in self.parameters())
-    return loss, {'objective': loss.detach().float()} | {k: watched.get(k, loss.new_tensor(math.nan)) for k in ('recall', 'pair_accuracy')}
+    watched = {k: watched.get(k, loss.new_tensor(math.nan)) for k in ('recall', 'pair_accuracy')}
+    return loss, {'objective': loss.detach().float()} | watched
