@@ -10,7 +10,6 @@ __all__ = ['convirt_loss', 'image_and_text', 'ConVIRTObjective']
 # %% ../../nbs/52k_objectives.convirt.ipynb #bfd199a0
 import math
 
-import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
