@@ -33,7 +33,8 @@ from .commands import later
 from .data.cohort import Cohort, ModalityInfo
 from .data.patients import gather
 from .encoders.stems import hide_patches
-from .encoders.vit import ViT, resize_positions
+from .encoders.positions import resize_positions
+from .encoders.vit import ViT
 from .libraries import LIBRARIES
 from .model import MMSN, local_folder, is_mmsn_encoder, _read
 from .options import ImageEncoder, InputError, SIZES
