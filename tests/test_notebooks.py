@@ -75,6 +75,12 @@ def test_outputs_show_no_machine(book):
 
 
 @pytest.mark.parametrize('book', BOOKS, ids=of)
+def test_outputs_need_no_kernel(book):
+    "A widget without its kernel is an empty place on the site, and the page would fetch a script of others to draw it."
+    assert 'jupyter.widget-' not in book.read_text(encoding='utf-8'), 'the output of a widget'
+
+
+@pytest.mark.parametrize('book', BOOKS, ids=of)
 def test_names_no_numbers(book):
     "Notebooks are renumbered now and then: prose names modules."
     for t, s, _ in cells(book):
