@@ -85,8 +85,8 @@ class ShardPreparation(Preparation):
 
 # %% ../../../nbs/22g_data.mimic.shards.ipynb #c400ad4e
 def _own_images(job, images, array):
-    "Append the shard's own of all `images` to `array`; these, their paths, and what became of each."
-    own = (shard_of(images.subject_id, job.shards) == job.shard)
+    "Append the shard's own of all `images` to `array`; returns these, their paths, and what became of each."
+    own = shard_of(images.subject_id, job.shards) == job.shard
     paths = [p for p, mine in zip(image_paths(job.cxr, images), own) if mine]
     most = (job.most_bad*len(images) + .5)/max(len(paths), 1)
     return images[own], paths, store_images(paths, job.o.image_size, array, root=job.cxr, workers=job.o.workers,
@@ -185,6 +185,22 @@ def shard_folder(out, shards:int, shard:int)->Path:
     "Where a shard is put: below `out`, which is the same for all of them."
     return Path(out)/f'{shard}-of-{shards}'
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #85b918b5
+def _make_shard(job, record)->Path:
+    "Every step of a shard that has begun; returns its folder."
+    o, events = job.o, None
+    if o.samples == 'cxr': images = choose_xrays(job)
+    else:
+        images, _ = choose_images(job, choose_stays(job))
+        keep_shard(job.con, job.shards, job.shard)
+        events = job.events()
+    with CohortWriter(job.out, o.name) as writer:
+        (job.work/'writing').write_text(Path(writer.tmp.name).name)
+        films = write_images(job, writer, images) if images is not None else 0
+        stays = write_stays(job, writer, events) if events else 0
+        job.say(f'shard {job.shard} of {job.shards}: {stays:,} stays, {films:,} images')
+        return _publish(writer, record)
+
 # %% ../../../nbs/22g_data.mimic.shards.ipynb #0f73310d
 def prepare_shard(
     mimic_iv,           # folder of MIMIC-IV, as for `prepare_mimic`
@@ -200,20 +216,14 @@ def prepare_shard(
     o, place = read_options(options), shard_folder(out, shards, shard_number(shards, shard))
     check_fit(o, mimic_iv, mimic_cxr)
     check_headers(o, mimic_iv, mimic_cxr)
-    CohortWriter(place, o.name).abort()                # refuses a folder that is taken, before any work
-    record = _record(o, mimic_iv, mimic_cxr, shards, shard, invented)
-    with ShardPreparation(o, mimic_iv, mimic_cxr, place, say, shards, shard) as job:
-        if o.samples == 'cxr': images, events = choose_xrays(job), None
-        else:
-            images, _ = choose_images(job, choose_stays(job))
-            keep_shard(job.con, shards, shard)
-            events = job.events()
-        with CohortWriter(place, o.name) as writer:
-            (job.work/'writing').write_text(Path(writer.tmp.name).name)
-            films = write_images(job, writer, images) if images is not None else 0
-            stays = write_stays(job, writer, events) if events else 0
-            job.say(f'shard {shard} of {shards}: {stays:,} stays, {films:,} images')
-            return _publish(writer, record)
+    there = Path(out).exists()
+    try:
+        CohortWriter(place, o.name).abort()            # refuses a folder that is taken, before any work
+        record = _record(o, mimic_iv, mimic_cxr, shards, shard, invented)
+        with ShardPreparation(o, mimic_iv, mimic_cxr, place, say, shards, shard) as job: return _make_shard(job, record)
+    except BaseException:
+        if not there and not any(Path(out).iterdir()): Path(out).rmdir()
+        raise
 
 # %% ../../../nbs/22g_data.mimic.shards.ipynb #e2fb33e3
 class Shard(NamedTuple):
