@@ -100,10 +100,11 @@ def write_images(
     "The shard's own images as `cxr.npy` and `images.parquet`; returns their number."
     array = writer.add_images('cxr', job.o.image_size, job.o.image_size)
     own, paths, stored = _own_images(job, images.reset_index(drop=True), array)
-    table = pd.DataFrame(dict(dicom_id=own.dicom_id.to_numpy(), path=paths, reason='',
+    if stored.reused: job.say(f'images: {stored.reused:,} of {len(own):,} kept from an earlier run')
+    notes = dict(zip(stored.noted.path, stored.noted.note))
+    table = pd.DataFrame(dict(dicom_id=own.dicom_id.to_numpy(), path=paths, reason='', note=[notes.get(p, '') for p in paths],
                               print_0=stored.prints[:, 0], print_1=stored.prints[:, 1]))
     table.loc[stored.index < 0, 'reason'] = stored.rejected.reason.to_numpy()
-    table['note'] = table.path.map(dict(zip(stored.noted.path, stored.noted.note))).fillna('')
     words = {c: 'string' for c in ('dicom_id', 'path', 'reason', 'note')}
     table.astype(words).to_parquet(writer.part/'images.parquet', index=False)
     return len(own)
