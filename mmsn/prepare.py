@@ -160,7 +160,7 @@ def mimic(
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT, or a shard in it
     **options,             # fields of `MimicOptions`
 )->Cohort:
-    "MIMIC-IV (1.0 to 3.1), MIMIC-CXR-JPG (2.0.0, 2.1.0), or both."
+    "MIMIC-IV (1.0 to 3.1), MIMIC-CXR-JPG (2.0.0, 2.1.0), or both; with shards one part, of which the folder is returned."
     tasks = options.get('tasks') or (['radiology'] if options.get('samples') == 'cxr' else ['mortality'])
     source, options = ' and '.join(str(p) for p in (mimic_iv, mimic_cxr) if p) or 'nothing', options | dict(tasks=tasks)
     if shards or shard is not None:

@@ -44,6 +44,7 @@ def shard_of(
 # %% ../../../nbs/22g_data.mimic.shards.ipynb #d70712b4
 _MOST = 10_000     # shards
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #425d29f9
 def shard_number(
     shards:int,       # how many there are
     shard:int=None,   # which one, from 0; None: what SLURM_ARRAY_TASK_ID says
@@ -92,6 +93,7 @@ def _own_images(job, images, array):
     return images[own], paths, store_images(paths, job.o.image_size, array, root=job.cxr, workers=job.o.workers,
                                             most_bad=most, resume=job.work/'images')
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #0fa1d0cc
 def write_images(
     job:ShardPreparation,
     writer,       # CohortWriter
@@ -102,8 +104,9 @@ def write_images(
     own, paths, stored = _own_images(job, images.reset_index(drop=True), array)
     if stored.reused: job.say(f'images: {stored.reused:,} of {len(own):,} kept from an earlier run')
     notes = dict(zip(stored.noted.path, stored.noted.note))
-    table = pd.DataFrame(dict(dicom_id=own.dicom_id.to_numpy(), path=paths, reason='', note=[notes.get(p, '') for p in paths],
+    table = pd.DataFrame(dict(dicom_id=own.dicom_id.to_numpy(), path=paths, reason='', note='',
                               print_0=stored.prints[:, 0], print_1=stored.prints[:, 1]))
+    table['note'] = [notes.get(p, '') for p in paths]
     table.loc[stored.index < 0, 'reason'] = stored.rejected.reason.to_numpy()
     words = {c: 'string' for c in ('dicom_id', 'path', 'reason', 'note')}
     table.astype(words).to_parquet(writer.part/'images.parquet', index=False)
@@ -115,6 +118,7 @@ def _link(source, target):
     try: os.link(source, target)
     except OSError: shutil.copyfile(source, target)
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #f74f5390
 def write_stays(
     job:ShardPreparation,
     writer,       # CohortWriter
@@ -144,6 +148,7 @@ def file_print(
 # %% ../../../nbs/22g_data.mimic.shards.ipynb #766949be
 _LARGE = ('chartevents', 'labevents')      # what only the shards read
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #63a6cc1a
 def source_prints(
     o:MimicOptions,
     mimic_iv, mimic_cxr,   # folders
@@ -159,6 +164,7 @@ _WORK = ('workers', 'memory', 'threads', 'work', 'keep_work')
 
 def _full(path): return os.path.abspath(path) if path and Path(path).exists() else path
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #7b772c6a
 def _record(o, mimic_iv, mimic_cxr, shards, shard, invented):
     "What `shard.json` says, but for its files."
     kept = {k: v for k, v in asdict(o).items() if k not in _WORK}
@@ -223,7 +229,7 @@ def prepare_shard(
         record = _record(o, mimic_iv, mimic_cxr, shards, shard, invented)
         with ShardPreparation(o, mimic_iv, mimic_cxr, place, say, shards, shard) as job: return _make_shard(job, record)
     except BaseException:
-        if not there and not any(Path(out).iterdir()): Path(out).rmdir()
+        if not there and Path(out).is_dir() and not any(Path(out).iterdir()): Path(out).rmdir()
         raise
 
 # %% ../../../nbs/22g_data.mimic.shards.ipynb #e2fb33e3
@@ -232,6 +238,7 @@ class Shard(NamedTuple):
     folder: Path
     record: dict
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #e9da08b0
 def open_shard(
     folder:Path,   # with `shard.json`
 )->Shard:
@@ -250,7 +257,8 @@ def find_shards(
     "All shards in `folders`, by their number; raises InputError where there is none."
     found = []
     for f in map(Path, [folders] if isinstance(folders, (str, os.PathLike)) else folders):
-        there = [f] if (f/RECORD).is_file() else sorted(p.parent for p in f.glob(f'*/{RECORD}') if p.parent.name[0] != '.')
+        below = [p.parent for p in sorted(f.glob(f'*/{RECORD}')) if not p.parent.name.startswith('.')]
+        there = [f] if (f/RECORD).is_file() else below
         if not there:
             raise InputError(f'{f} is no shard and holds none: mmsn-prepare mimic {f} --shards N --shard I makes one')
         found += map(open_shard, there)
@@ -261,6 +269,7 @@ def find_shards(
 _SAME = dict(shards='the number of shards', mmsn='the version of mmsn', options='the option', sources='the table',
              invented='whether patients are invented')
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #7ea99191
 def _differ(a, b):
     "The words for what differs first in the records of two shards, or ''."
     for key, what in _SAME.items():
@@ -364,10 +373,11 @@ def _image_table(folders, images):
     for k, (folder, t) in enumerate(zip(folders, tables)):
         want = images.dicom_id[owner == k]
         if t.dicom_id.tolist() != want.tolist():
-            raise InputError(f'{folder} holds {len(t):,} images, which are not the {len(want):,} that are chosen for it '
-                             'now: prepare this shard again')
+            raise InputError(f'{folder} holds {len(t):,} images, which are not the {len(want):,} that are chosen for '
+                             'it now: prepare this shard again')
     return pd.concat(tables, ignore_index=True).set_axis(order).sort_index(), owner
 
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #3f0146ec
 def _stored(folders, images, array, most_bad):
     "All images of the shards in `array`, and the `Stored` that `store_images` would have given."
     table, owner = _image_table(folders, images)
