@@ -11,7 +11,7 @@ nbs/results/shards.csv.
 """
 import argparse
 import json
-import math
+import re
 import resource
 import subprocess
 import sys
@@ -59,8 +59,14 @@ def one(what, iv, out, shards, shard):
     elif what == 'shard': prepare_shard(iv, out, shards=shards, shard=shard, memory=memory, **OPTIONS)
     else: merge_shards(Path(f'{out}-in'), out, memory=memory, threads=1)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps(dict(wall=time.perf_counter() - begin, cpu=used.ru_utime + used.ru_stime,
-                          peak_gb=used.ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6))))
+    print(json.dumps(dict(wall=time.perf_counter() - begin, cpu=used.ru_utime + used.ru_stime, peak_gb=peak_gb())))
+
+
+def peak_gb():
+    "Most memory of this process. Not `ru_maxrss` under Linux, which begins with what the parent had when it started this process."
+    status = Path('/proc/self/status')
+    if status.is_file(): return int(re.search(r'VmHWM:\s+(\d+) kB', status.read_text())[1])/1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6)
 
 
 def measured(*words):
@@ -94,23 +100,32 @@ def measure(folder, rows, numbers, kind):
     return made
 
 
-def growth(table, column):
-    "The exponent with which a column grows with the rows, between the smallest and the largest."
+def slope(table, column):
+    "What a million more rows cost, between the smallest and the largest size: the start of a process, always the same, is not in it."
     a, b = table.iloc[0], table.iloc[-1]
-    return math.log(b[column]/a[column])/math.log(b.rows/a.rows)
+    return (b[column] - a[column])/(b.rows - a.rows)*1e6
 
 
 def told(table):
     "What follows from the table, in words."
     for (kind, n), part in table.groupby(['format', 'shards']):
-        part, last = part.sort_values('rows'), part.rows.max()
-        name = f'{kind}, {n} shards' if n else f'{kind}, one preparation'
+        part, name = part.sort_values('rows'), f'{kind}, {n} shards' if n else f'{kind}, one preparation'
         if len(part) < 2: print(f'{name}: one size only, no growth'); continue
-        slope, top = growth(part, 'longest_cpu'), part.iloc[-1]
-        merging = f', merge {growth(part, "merge_cpu"):.2f}, memory of the merge {growth(part, "merge_gb"):.2f}' if n else ''
-        full, hundred = (top.longest_cpu*(to/last)**max(slope, 1)/3600 for to in (FULL, HUNDRED))
-        print(f'{name}: growth with the rows {slope:.2f} (1: in proportion), memory {growth(part, "peak_gb"):.2f}{merging}; on paper the longest job takes {full:.2f} h of one '
-              f'core for {FULL:,} rows, {hundred:,.0f} h for {HUNDRED:,}')
+        each, merging = slope(part, 'longest_cpu'), slope(part, 'merge_cpu')
+        on_paper = ', '.join(f'{(each + merging)*rows/1e6/3600:,.2f} h for {rows:,} rows' for rows in (FULL, HUNDRED))
+        print(f'{name}: {each:.3f} processor seconds a million rows in the longest job, {merging:.3f} in the merge, memory {slope(part, "peak_gb")*1e3:.1f} MB; '
+              f'on paper, one core a job: {on_paper}')
+    for kind, part in table.groupby('format'):
+        if part.rows.nunique() > 1 and part.shards.nunique() > 2: floor(kind, part)
+
+
+def floor(kind, part):
+    "Of the slope of one preparation, what N shards divide, and what each of them does again: reading."
+    slopes = {n: slope(p.sort_values('rows'), 'longest_cpu') for n, p in part.groupby('shards') if n}
+    few, many = min(slopes), max(slopes)
+    divided = (slopes[few] - slopes[many])/(1/few - 1/many)
+    print(f'{kind}: of {slopes[few]:.3f} processor seconds a million rows, {max(slopes[few] - divided/few, 0):.3f} are spent by every shard, however many there are: on paper '
+          f'{max(slopes[few] - divided/few, 0)*HUNDRED/1e6/3600:,.1f} h for {HUNDRED:,} rows')
 
 
 @cli
