@@ -30,8 +30,9 @@ from .data.medfuse import prepare_medfuse, write_medfuse
 from .data.meds import prepare_meds
 from .data.mimic.check import check_mimic
 from .data.mimic.prepare import MimicOptions, _CHOICES, TASKS, prepare_mimic
-from .data.mimic.shards import RECORD, merge_shards, prepare_shard, shard_folder, shard_number
+from .data.mimic.shards import merge_shards, prepare_shard, shard_folder
 from .data.physionet import prepare_physionet2012
+from .data.shards import shard_number
 from .data.synthetic import LABELS, synthesise
 from .data.times import TIME_UNITS
 from .data.tok import prepare_tok

@@ -10,8 +10,8 @@ from mmsn.data.cohort import Cohort, open_array
 from mmsn.data.images import store_images
 from mmsn.data.mimic.channels import SPECIMEN
 from mmsn.data.mimic.prepare import prepare_mimic
-from mmsn.data.mimic.shards import (check_files, file_print, find_shards, interleave, merge_shards, prepare_shard,
-                                    shard_number, shard_of)
+from mmsn.data.mimic.shards import file_print, interleave, merge_shards, prepare_shard
+from mmsn.data.shards import shard_name, shard_number, shard_of
 from mmsn.data.synthetic import synthesise
 from mmsn.data.synthetic_mimic import write_mimic
 from mmsn.data.writer import ArrayWriter
@@ -253,7 +253,8 @@ def test_refused_shards(made, capsys, monkeypatch, words, said):
 @pytest.mark.parametrize('task', ['2', 'x', '', '-1', '9'*400])
 def test_refused_number_of_a_job(tmp_path, monkeypatch, task):
     monkeypatch.setenv('SLURM_ARRAY_TASK_ID', task)
-    with pytest.raises(InputError, match='SLURM_ARRAY_TASK_ID should be 0 to 1 .*--array=0-1'): shard_number(2)
+    with pytest.raises(InputError, match='SLURM_ARRAY_TASK_ID should be 0 to 1 .*--array=0-1') as e: shard_number(2)
+    assert len(str(e.value)) < 150
     assert shard_number(2, 1) == 1
 
 
@@ -368,6 +369,11 @@ def test_print_of_a_large_table(tmp_path):
     assert file_print(tmp_path/'small') != before
 
 
+def test_names_stand_in_order():
+    names = [shard_name(100, k) for k in range(100)]
+    assert names == sorted(names) and names[7] == '07-of-100' and shard_name(1, 0) == '0-of-1' and shard_name(10, 9) == '9-of-10'
+
+
 def test_ranges():
     assert PREPARE['shards'].holds(10_000) and not PREPARE['shards'].holds(10_001) and not PREPARE['shard'].holds(-1)
 
@@ -396,3 +402,30 @@ def test_parts_of_a_warehouse(tmp_path, monkeypatch):
     for i, s in enumerate(whole.samples.itertuples()):
         j = at[str(getattr(s, 'subject', s.subject_id))]
         assert joined.samples.split[j] == s.split and joined.samples.died[j] == s.died and np.array_equal(joined[j]['ehr'], whole[i]['ehr'])
+
+
+# --- mmsn-encode ---
+
+def test_embeddings_in_shards(tmp_path, monkeypatch, capsys):
+    "The files of all shards, one after the other, are the one file, bit for bit; what does not fit is refused before anything is read."
+    from mmsn.encode import main as encode
+    from mmsn.model import MMSN
+    from mmsn.testing import toy_cohort, toy_config
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)
+    MMSN.from_config(toy_config(), toy_cohort('cohort', n=50)).save_pretrained('encoder')
+    words = ['encoder', 'cohort', 'new.parquet', '--batch-size', '8']
+    encode(words)
+    for k in range(4):
+        monkeypatch.setenv('SLURM_ARRAY_TASK_ID', str(k))
+        encode([*words, '--shards', '4'])
+    assert 'SLURM_ARRAY_TASK_ID: this is shard 3 of 4' in capsys.readouterr().out
+    parts = [pd.read_parquet(f'new.{k}-of-4.parquet') for k in range(4)]
+    assert pd.concat(parts, ignore_index=True).equals(pd.read_parquet('new.parquet')) and min(map(len, parts)) >= 8
+    monkeypatch.delenv('SLURM_ARRAY_TASK_ID')
+    before = sorted(tmp_path.iterdir())
+    for more, said in ((['--shards', '4'], 'which one is this'), (['--shards', '4', '--shard', '4'], 'should be 0 to 3'), (['--shard', '1'], 'say with --shards'),
+                       (['--shards', '8', '--shard', '0'], '50 patients are 7 blocks, too few for 8 shards'), (['--shards', '4', '--shard', '0'], 'new.0-of-4.parquet exists already'),
+                       (['--shards', '-1'], '--shards should be 0 to 10000'), (['--shards', '4', '--shard', '-1'], '--shard should be 0 to 10000')):
+        assert said in refused(encode, [*words, *more], capsys)
+    assert sorted(tmp_path.iterdir()) == before
