@@ -147,7 +147,7 @@ def main(argv=None):
             print(pd.DataFrame(made).tail(len(o.shards) + 1).round(2).to_string(index=False), flush=True)
     table = pd.DataFrame(made)
     told(table)
-    if o.save: table.round(4).to_csv(RESULTS/'shards.csv', index=False)
+    if o.save: table.round(2).to_csv(RESULTS/'shards.csv', index=False)
 
 
 if __name__ == '__main__': main()
