@@ -130,12 +130,13 @@ def synthetic(
 )->Cohort:
     "Invented patients with a known truth: written in the layout of MIMIC-IV and MIMIC-CXR-JPG, then read as MIMIC is."
     draw = patients, image_size, seed, noise, missingness, lacking, shuffle_pairs
+    drawn = dict(patients=patients, noise=noise, missingness=missingness, lacking=lacking, shuffle_pairs=shuffle_pairs)
     return _make(out, overwrite, say, [f'drawing {patients:,} invented patients (seed {seed})'],
                  lambda: _by_files(synthesise(*draw), Path(out), out, image_size, seed, keep_files, say or len,
-                                   split, reports))
+                                   split, reports, drawn))
 
 # %% ../nbs/28_prepare.ipynb #6d9f4c83
-def _by_files(patients, out, shown, image_size, seed, keep_files, say, split, reports):
+def _by_files(patients, out, shown, image_size, seed, keep_files, say, split, reports, drawn):
     "Write patients as MIMIC files, read these; returns the summary."
     files = out.with_name(f'{out.name}-files')
     if keep_files and files.exists(): raise InputError(f'{files} exists already: remove it, or leave out --keep-files')
@@ -149,7 +150,7 @@ def _by_files(patients, out, shown, image_size, seed, keep_files, say, split, re
         options = dict(tasks=('mortality', 'phenotyping', 'radiology'), hours=48, image_size=image_size, seed=seed)
         if reports: options['reports'] = folder/'mimic-cxr'
         return prepare_mimic(folder/'mimic-iv', out, folder/'mimic-cxr-jpg', say, workers=2, name='synthetic',
-                             invented=True, labels=LABELS, split=split, **options)
+                             invented=drawn, labels=LABELS, split=split, **options)
 
 # %% ../nbs/28_prepare.ipynb #30bffd9f
 def mimic(

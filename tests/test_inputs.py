@@ -117,10 +117,11 @@ with zipfile.ZipFile(ZIP, 'w') as z: z.writestr('long.csv', LONG)
 
 @pytest.mark.parametrize('content, says', [
     (LONG.encode('utf-16'), 'UTF-16: save it as CSV in UTF-8'), (LONG.encode('utf-16-be'), 'UTF-16'), (LONG.encode('utf-16-le'), 'UTF-16'),
-    (ZIP.getvalue(), 'a zip archive or an Excel workbook'), (gzip.compress(LONG.encode()), 'name it .csv.gz'), (b'PAR1xyz', 'name it .parquet'),
+    (ZIP.getvalue(), 'a zip archive or an Excel workbook'), (gzip.compress(LONG.encode(), mtime=0), 'name it .csv.gz'), (b'PAR1xyz', 'name it .parquet'),
     (LONG.replace(',', ';').encode(), 'separated by semicolons'), (LONG.replace(',', '\t').encode(), 'separated by tabs'),
     (LONG.replace(',', '|').encode(), 'separated by bars'), (b'sep=;\n' + LONG.replace(',', ';').encode(), "'sep=;'"), (b'', 'is empty'), (b'\n', 'is empty'),
-    ('subject_id,time,variable,value\n1,0.5,caf\xe9,80\n'.encode('latin-1'), 'not UTF-8'), (b'<!DOCTYPE html><html>', 'web page'), (b'\0\1\2\3', 'binary')])
+    ('subject_id,time,variable,value\n1,0.5,caf\xe9,80\n'.encode('latin-1'), 'not UTF-8'), (b'<!DOCTYPE html><html>', 'web page'), (b'\0\1\2\3', 'binary')],
+    ids=['utf-16', 'utf-16-be', 'utf-16-le', 'zip', 'gz', 'parquet', 'semicolons', 'tabs', 'bars', 'sep', 'nothing', 'a line break', 'latin-1', 'html', 'binary'])
 @pytest.mark.parametrize('which', ['long', 'y'])
 def test_what_is_no_csv(place, capsys, content, says, which):
     write(**{which: content})

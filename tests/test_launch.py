@@ -173,7 +173,7 @@ def test_missing_tracker_is_one_line(monkeypatch, tmp_path):
 def test_accelerate_files():
     "Each loads with Accelerate's own class, goes into the wheel, and is no preset."
     found = sorted((ROOT/'mmsn'/'accelerate_configs').glob('*'))
-    assert [p.stem for p in found] == ['cpu2', 'fsdp2', 'gpu1', 'gpu2x8', 'gpu8']
+    assert [p.stem for p in found] == ['cpu2', 'gpu1', 'gpu2x8', 'gpu8']
     assert all(load_config_from_file(str(p)).num_processes for p in found)
     assert not {p.stem for p in found} & set(presets())
     patterns = re.findall(r"'(presets/[^']*)'", (ROOT/'setup.py').read_text(encoding='utf-8'))

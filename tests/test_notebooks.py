@@ -75,6 +75,12 @@ def test_outputs_show_no_machine(book):
 
 
 @pytest.mark.parametrize('book', BOOKS, ids=of)
+def test_outputs_need_no_kernel(book):
+    "A widget without its kernel is an empty place on the site, and the page would fetch a script of others to draw it."
+    assert 'jupyter.widget-' not in book.read_text(encoding='utf-8'), 'the output of a widget'
+
+
+@pytest.mark.parametrize('book', BOOKS, ids=of)
 def test_names_no_numbers(book):
     "Notebooks are renumbered now and then: prose names modules."
     for t, s, _ in cells(book):
@@ -124,6 +130,12 @@ def test_help(name):
     code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('mmsn.{name}', run_name='__main__')\nfinally: print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert 'usage' in out.stdout.lower() and out.stdout.rstrip().endswith('False'), out.stdout + out.stderr
+
+
+def test_a_model_loads_no_more_than_it_needs():
+    "Libraries that take a second or more are loaded by those who use them."
+    code = "import sys, mmsn.model; print([m for m in ('torchvision', 'sklearn', 'accelerate', 'transformers', 'matplotlib', 'lightly') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 
 def test_front_door():

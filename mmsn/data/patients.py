@@ -66,7 +66,7 @@ def _joined(sources):
     made, invented = [], True
     for about in (s.get('provenance') or {} for s in sources):
         if 'sources' in about: inner = _joined(about['sources'])
-        else: inner = dict(of=[str(about.get('command', ''))], invented=about.get('invented') is True)
+        else: inner = dict(of=[str(about.get('command', ''))], invented=bool(about.get('invented')))
         made, invented = made + inner['of'], invented and inner.get('invented', False)
     return dict(of=list(dict.fromkeys(made)), **dict(invented=True) if invented else {})
 
@@ -79,6 +79,7 @@ def about_data(
     said = cohort.provenance | (options if isinstance(options, dict) else {})
     own = {k: v for k, v in said.items() if k in _TOLD and isinstance(v, (str, int, float, list))}
     if 'source' in own: own['source'] = Path(str(own['source'])).name
+    if said.get('invented'): own['invented'] = True
     if 'sources' in said: own |= _joined(said['sources'])
     train = cohort.samples[cohort.samples.split == 'train']
     counts = {name: int(cohort.present(name)[(cohort.samples.split == 'train').to_numpy()].sum())

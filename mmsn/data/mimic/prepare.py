@@ -411,13 +411,13 @@ _MACHINE = ('workers', 'memory', 'threads', 'work', 'keep_work',
             'reports', 'tokenizer')   # say nothing about what the cohort holds
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #0a826338
-def provenance(o:MimicOptions, mimic_iv, invented=False)->dict:
+def provenance(o:MimicOptions, mimic_iv, invented=None)->dict:
     "What `cohort.json` says about where a cohort came from: layout, rules, every option that shaped it. No paths."
     kept = {k: v for k, v in asdict(o).items() if k not in _MACHINE} | dict(hours=hours_read(o))
     if o.reports: kept |= dict(reports=True, tokenizer=Path(o.tokenizer).name)
     if o.split not in ('hash', 'cxr'): kept['split'] = ','.join(Path(p).name for p in o.split.split(','))
     return dict(command='prepare_mimic', layout=mimic_layout(mimic_iv) if mimic_iv else None, rules=o.rules,
-                options=kept, **dict(invented=True) if invented else {})
+                options=kept, **dict(invented=invented) if invented else {})
 
 # %% ../../../nbs/22e_data.mimic.prepare.ipynb #24f4a200
 def make_cohort(job:Preparation, invented=False)->pd.DataFrame:
@@ -439,7 +439,7 @@ def prepare_mimic(
     out,                # the cohort folder to make
     mimic_cxr=None,     # folder of MIMIC-CXR-JPG
     say=None,           # called with a line of text at every stage
-    invented=False,     # patients that nobody is: files of `write_mimic`
+    invented=None,      # how patients that nobody is were drawn: files of `write_mimic`
     **options,          # fields of `MimicOptions`
 )->pd.DataFrame:
     "Turn MIMIC-IV, MIMIC-CXR-JPG or both into a cohort; returns the summary (part, what, count). Raises InputError."
