@@ -19,7 +19,9 @@ from mmsn.files import seal
 from mmsn.options import InputError
 from mmsn.prepare import main
 from mmsn.ranges import PREPARE
+from mmsn.testing import open_data
 
+DEMO = open_data('mimic-iv-demo')
 QUICK = dict(threads=1, workers=1, image_size=16)
 
 
@@ -108,7 +110,7 @@ CASES = {'stays': ((1, 2, 3), dict(tasks='mortality,phenotyping', hours=48)),
          'benchmark': ((3,), dict(tasks='phenotyping,radiology', rules='benchmark', channels='benchmark', samples='paired', pick='all', several_stays=True)),
          'images': ((3,), dict(tasks='radiology', samples='cxr', views='all')),
          'hours': ((3,), dict(tasks='decompensation,los', every=1, closed='left')),
-         'official': ((2,), dict(tasks='mortality,radiology', split='cxr', hours=24, transfers=True)),
+         'official': ((2,), dict(tasks='mortality,phenotyping,radiology', split='cxr', hours=24, transfers=True)),
          'charts': ((2,), dict(tasks='phenotyping', samples='ehr', rules='benchmark', min_age=50, labels='Shock'))}
 
 
@@ -124,6 +126,16 @@ def test_merged_is_one_preparation(tmp_path, files, case):
     odd = summary.set_index(['part', 'what'])['count']
     if case == 'stays':      # what was made odd is there to be merged
         assert (tmp_path/'whole'/'duplicates.csv').is_file() and odd['images', 'dropped: not readable'] == 1 and odd['words without a number', 'Heart Rate: see note'] > 2
+
+
+@pytest.mark.skipif(DEMO is None, reason='no MIMIC-IV demo: set MMSN_DATA to the folder that holds mimic-iv-demo')
+def test_the_demo(tmp_path):
+    "The same with real rows: 100 subjects, some of them with several stays, in three shards."
+    options = dict(tasks='decompensation,los', rules='benchmark', threads=1)
+    prepare_mimic(DEMO, tmp_path/'whole', **options)
+    for k in range(3): prepare_shard(DEMO, tmp_path/'in', shards=3, shard=k, **options)
+    merge_shards(tmp_path/'in', tmp_path/'merged', threads=1)
+    same(tmp_path/'whole', tmp_path/'merged')
 
 
 def test_reports_and_lists(tmp_path, files, monkeypatch):
