@@ -1,6 +1,6 @@
 """From tables and images, real or synthetic, to a cohort: a function for each source, and the command `mmsn-prepare`.
 
-Preparing is the first step of the flow: tables and images → cohort → batch → views → model → run → evaluation. The readers of `mmsn.data` know how each source is laid out; this module puts them behind one interface. There is a function for each source (`synthetic`, `mimic`, `physionet2012`, `nih`, `iu`, `images`, `table`, `medfuse`, `meds`, `tok`, `join`), which returns the opened `Cohort`, and one command, `mmsn-prepare SOURCE … OUT`, whose options are the arguments of these functions.
+Preparing is the first step of the flow: tables and images → cohort → batch → views → model → run → evaluation. The readers of `mmsn.data` know how each source is laid out; this module puts them behind one interface. There is a function for each source (`synthetic`, `mimic`, `physionet2012`, `nih`, `iu`, `images`, `table`, `medfuse`, `meds`, `tok`, `join`, and `merge` for shards of `mimic`), which returns the opened `Cohort`, and one command, `mmsn-prepare SOURCE … OUT`, whose options are the arguments of these functions.
 
 Every function takes `overwrite` (an earlier cohort at `out` may be replaced) and `say` (called with a line of text at each stage; `Teller()` prints them, and the summary, as the command does), returns the opened `Cohort` and raises `InputError` for whatever is wrong with the input: a missing file or column, a label that is neither 0 nor 1, a name that does not exist. Nothing is left behind then. The comments beside the arguments are also the help of the command."""
 
@@ -8,7 +8,7 @@ Every function takes `overwrite` (an earlier cohort at `out` may be replaced) an
 
 # %% auto #0
 __all__ = ['free_place', 'replacing', 'Teller', 'attention', 'finish', 'synthetic', 'mimic', 'physionet2012', 'nih', 'iu',
-           'images', 'table', 'medfuse', 'meds', 'tok', 'join', 'parser', 'main']
+           'images', 'table', 'medfuse', 'meds', 'tok', 'join', 'merge', 'parser', 'main']
 
 # %% ../nbs/28_prepare.ipynb #ceb3ed43
 import argparse, inspect, os, re, tempfile, time, typing
@@ -30,7 +30,9 @@ from .data.medfuse import prepare_medfuse, write_medfuse
 from .data.meds import prepare_meds
 from .data.mimic.check import check_mimic
 from .data.mimic.prepare import MimicOptions, _CHOICES, TASKS, prepare_mimic
+from .data.mimic.shards import merge_shards, prepare_shard, shard_folder
 from .data.physionet import prepare_physionet2012
+from .data.shards import shard_number
 from .data.synthetic import LABELS, synthesise
 from .data.times import TIME_UNITS
 from .data.tok import prepare_tok
@@ -45,6 +47,7 @@ from .ranges import EVERY, PREPARE, check_number
 def free_place(
     out,                    # where the cohort will be
     overwrite:bool=False,   # may it replace an earlier cohort
+    what:str='cohort',      # what will be there, a cohort or a shard of one
 ):
     "Raise InputError unless a cohort may be written to `out`."
     out = Path(out)
@@ -53,16 +56,16 @@ def free_place(
         if p.is_file(): raise InputError(f'{p} is a file: choose a folder for the cohort')
     if not out.exists() or not any(out.iterdir()): return
     if not overwrite:
-        raise InputError(f'{out} exists already: choose another folder, or add --overwrite to replace the cohort in it')
-    if not (out/'cohort.json').is_file():
-        raise InputError(f'{out} is not empty and not a cohort: it is not overwritten, choose another folder')
+        raise InputError(f'{out} exists already: choose another folder, or add --overwrite to replace the {what} in it')
+    if not (out/f'{what}.json').is_file():
+        raise InputError(f'{out} is not empty and not a {what}: it is not overwritten, choose another folder')
 
 # %% ../nbs/28_prepare.ipynb #a4c0a480
 @contextmanager
-def replacing(out, overwrite:bool=False, say=None):
-    "Let the block make a cohort at `out`; an earlier one there stays until the new one is whole."
+def replacing(out, overwrite:bool=False, say=None, what:str='cohort'):
+    "Let the block make a cohort, or a shard, at `out`; an earlier one there stays until the new one is whole."
     if Path(out).name not in ('', '..'): sweep(Path(out), say or len)
-    free_place(out, overwrite)
+    free_place(out, overwrite, what)
     with replacing_cohort(out): yield
 
 # %% ../nbs/28_prepare.ipynb #ec948c9f
@@ -151,17 +154,36 @@ def _by_files(patients, out, shown, image_size, seed, keep_files, say, split, re
 
 # %% ../nbs/28_prepare.ipynb #30bffd9f
 def mimic(
-    out,                   # folder of the cohort; new, or empty
+    out,                   # folder of the cohort, or with --shards of all shards; new, or empty
     mimic_iv=None,         # folder with hosp/ and icu/ (1.0: also core/); tables are .csv.gz, .csv or .parquet
     mimic_cxr=None,        # folder of MIMIC-CXR-JPG: its tables, and files/ or resized/
-    say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
+    shards:int=0,          # prepare one of so many parts of the patients, for mmsn-prepare merge; 0: all at once
+    shard:int=None,        # which part, from 0 (default what SLURM_ARRAY_TASK_ID says in an array of jobs)
+    say=None, overwrite:bool=False,  # replace a cohort that is already at OUT, or a shard in it
     **options,             # fields of `MimicOptions`
 )->Cohort:
-    "MIMIC-IV (1.0 to 3.1), MIMIC-CXR-JPG (2.0.0, 2.1.0), or both."
+    "MIMIC-IV (1.0 to 3.1), MIMIC-CXR-JPG (2.0.0, 2.1.0), or both; with shards one part, of which the folder is returned."
     tasks = options.get('tasks') or (['radiology'] if options.get('samples') == 'cxr' else ['mortality'])
-    source = ' and '.join(str(p) for p in (mimic_iv, mimic_cxr) if p) or 'nothing'
+    source, options = ' and '.join(str(p) for p in (mimic_iv, mimic_cxr) if p) or 'nothing', options | dict(tasks=tasks)
+    if shards or shard is not None:
+        return _shard(out, mimic_iv, mimic_cxr, shards, shard, say, overwrite, f'reading {source}', options)
     return _make(out, overwrite, say, [f'reading {source} into {out}'],
-                 lambda: prepare_mimic(mimic_iv, out, mimic_cxr, say, **options | dict(tasks=tasks)))
+                 lambda: prepare_mimic(mimic_iv, out, mimic_cxr, say, **options))
+
+def _shard(out, mimic_iv, mimic_cxr, shards, shard, say, overwrite, line, options)->Path:
+    "One shard of a preparation of MIMIC, in its folder below `out`; returns this folder."
+    check_kind('out', out, (str, os.PathLike), 'the folder of the shards')
+    if not shards: raise InputError('shard says which part this is: say with --shards of how many')
+    if (Path(out)/'cohort.json').is_file():
+        raise InputError(f'{out} is a cohort: with --shards OUT is the folder of the shards, choose another')
+    shard = shard_number(shards, shard, say)
+    place = shard_folder(out, shards, shard)
+    with replacing(place, overwrite, say, 'shard'):
+        check_writable(place)
+        if say: say(f'{line} into {place}, shard {shard} of 0 to {shards - 1}')
+        prepare_shard(mimic_iv, out, mimic_cxr, shards, shard, say, **options)
+    if say: say(f'shard written to {place}; when all {shards} are there: mmsn-prepare merge {out} COHORT')
+    return place
 
 # %% ../nbs/28_prepare.ipynb #45c2c981
 def physionet2012(
@@ -366,6 +388,20 @@ def join(
     return _make(out, overwrite, say, [f'joining {", ".join(map(str, sources))} into {out}'],
                  lambda: prepare_join(sources, out, name))
 
+def merge(
+    folders:list,          # of shards of mimic, each, or the folder that holds them all
+    out,                   # folder of the cohort; new, or empty
+    mimic_iv=None,         # folder of MIMIC-IV (default where the shards read it); its two tables of events are not read
+    mimic_cxr=None,        # folder of MIMIC-CXR-JPG (default where the shards read it); its images are not read
+    memory:str='',         # most memory that DuckDB takes, such as 4GB (default an eighth of the machine)
+    threads:int=0,         # threads of DuckDB; 0: one a core
+    say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
+)->Cohort:
+    "Shards of MIMIC, made with mmsn-prepare mimic --shards, to the cohort that one preparation would have made."
+    shown = folders if isinstance(folders, (str, os.PathLike)) else ', '.join(map(str, folders))
+    return _make(out, overwrite, say, [f'merging the shards in {shown} into {out}'],
+                 lambda: merge_shards(folders, out, mimic_iv, mimic_cxr, say, memory, threads))
+
 # %% ../nbs/28_prepare.ipynb #058b8f72
 def _natural(text):
     "A whole number, 0 or more."
@@ -514,7 +550,7 @@ def parser():
     for source, text in ((physionet2012, 'PhysioNet/CinC Challenge 2012'), (nih, 'NIH ChestX-ray14'), (iu, iu.__doc__[:-1]),
                          (images, 'a folder of images with a CSV'), (table, 'a table of measurements, long or wide'),
                          (medfuse, 'a folder of MedFuse or mimic3-benchmarks'), (meds, 'a MEDS data set'), (tok, 'a folder of .tok files'),
-                         (join, 'cohorts that were prepared before')):
+                         (join, 'cohorts that were prepared before'), (merge, 'shards of mimic')):
         _add_source(sub, source, text)
     for made in sub.choices.values():
         made.add_argument('--verify', action='store_true',
@@ -556,6 +592,8 @@ def main(
     if (draft := words.pop('draft', None)) is not None: return _draft(draft, words, say)
     if words['out'] is None and prepare is not table:
         raise InputError('OUT is missing: give the folder of the cohort, or --check to look at the files only')
+    if verify and words.get('shards'):
+        raise InputError('--verify reads a finished cohort: give it to mmsn-prepare merge, which compares the shards too')
     prepare(**words, say=say)
     if verify: _verify(words['out'], False, say)
 
