@@ -25,6 +25,7 @@ from .data.patients import (Patients, Pictures, fact_matrix, list_images, meds_f
                                 table_series)
 from .data.folders import image_names
 from .data.images import inside
+from .data.shards import shard_name, shard_number
 from .data.tables import connect, read_text
 from .data.times import TIME_UNITS
 from .files import beside, fsync, read_sealed, sweep, write_sealed
@@ -323,6 +324,22 @@ def _typed_ids(ids):
         made[c] = text.astype('int64') if whole else text.astype(object).where(text.notna(), None)
     return made
 
+# %% ../nbs/93_encode.ipynb #7311eef1
+def _shard(out, shards, shard, say=len):
+    "((shards, shard), the file) of one part of `out`; of all of it, as it is. Raises InputError."
+    if not shards and shard is None: return (1, 0), out
+    if not shards: raise InputError('shard says which part this is: say with --shards of how many')
+    shard = shard_number(shards, shard, say)
+    return (shards, shard), out.with_name(f'{out.stem}.{shard_name(shards, shard)}{out.suffix}')
+
+# %% ../nbs/93_encode.ipynb #096e0d0e
+def _cuts_of(cuts, shards, shard):
+    "The blocks of one shard, next to each other. Raises InputError where there are more shards than blocks."
+    if len(cuts) < shards:
+        raise InputError(f'{cuts[-1][1] if cuts else 0:,} patients are {len(cuts):,} blocks, too few for {shards:,} shards: use fewer '
+                         f'shards, or a smaller --batch-size')
+    return cuts[len(cuts)*shard//shards:len(cuts)*(shard + 1)//shards]
+
 # %% ../nbs/93_encode.ipynb #b3a26c62
 def encode_source(
     encoder,             # of `open_encoder`, on the device where it should run; or what that opens
@@ -331,9 +348,12 @@ def encode_source(
     batch_size:int=256,  # patients at a time
     overwrite:bool=False,# replace a file that is there
     say=len,             # told what was not read
+    shards:int=0,        # embed one of so many parts of the patients; 0: all of them
+    shard:int=None,      # which part, from 0; None: what SLURM_ARRAY_TASK_ID says
 )->Path:
     "Embeddings of every patient of a source as a parquet file; returns its path. Raises InputError."
     s, out = source if isinstance(source, Sources) else Sources(str(source)), Path(out)
+    part, out = _shard(out, shards, shard, say)
     _check_options(s)
     _check_out(out, overwrite)
     if isinstance(encoder, (str, Path)):
@@ -345,7 +365,7 @@ def encode_source(
         with p.closing:
             p.ids = _typed_ids(p.ids)
             for line in p.lines: say(line)
-            _write(encoder, s, p, out, batch_size, say)
+            _write(encoder, s, p, out, _cuts_of(p.cuts(batch_size), *part), say)
     return out
 
 # %% ../nbs/93_encode.ipynb #7d9e182e
@@ -359,16 +379,16 @@ def _check_out(out, overwrite):
     out.parent.mkdir(parents=True, exist_ok=True)
 
 # %% ../nbs/93_encode.ipynb #23d9c9bc
-def _write(encoder, s, p, out, batch_size, say):
+def _write(encoder, s, p, out, cuts, say):
     "Embed the blocks that are not there yet, and join all of them."
-    cuts = p.cuts(batch_size)
+    n = cuts[-1][1] - cuts[0][0]
     folder = _parts_of(out, _plan(encoder, s, len(p), cuts))
     paths = [folder/f'{i:06d}.parquet' for i in range(len(cuts))]
     todo = [i for i, path in enumerate(paths) if _kept(path) is None]
-    done = len(p) - sum(b - a for a, b in (cuts[i] for i in todo))
-    if done: say(f'{done:,} of {len(p):,} patients kept from an earlier run')
+    done = n - sum(b - a for a, b in (cuts[i] for i in todo))
+    if done: say(f'{done:,} of {n:,} patients kept from an earlier run')
     device, mine = next(encoder.parameters()).device, [cuts[i] for i in todo]
-    with Progress(len(p), 'encoding', 'patients', initial=done) as bar:
+    with Progress(n, 'encoding', 'patients', initial=done) as bar:
         for i, (a, b), batch in zip(todo, mine, p.batches(mine)):
             write_sealed(_table(p.ids.iloc[a:b], encoder.encode(batch.to(device))), paths[i], 'none')
             bar.update(b - a)
@@ -376,7 +396,7 @@ def _write(encoder, s, p, out, batch_size, say):
         say(f'no embedding of {file}: {reason}')
     _join(paths, out, {b'mmsn-encode': mmsn.__version__.encode()})
     shutil.rmtree(folder)
-    say(f'{len(p):,} patients, {", ".join(encoder.config.modalities)}: {out}')
+    say(f'{n:,} patients, {", ".join(encoder.config.modalities)}: {out}')
 
 # %% ../nbs/93_encode.ipynb #c2520ece
 def _add_places(add):
@@ -428,7 +448,7 @@ def _add_beside(add):
     add('--fit', choices=('crop', 'squash'), default='', help='how an image becomes square (default as in the '
                                                               'cohort of the encoder, or crop)')
 
-# %% ../nbs/93_encode.ipynb #917701e8
+# %% ../nbs/93_encode.ipynb #6ec9b7da
 def parser():
     "The options of `mmsn-encode`."
     p = Parser('mmsn-encode', description='Embed patients with an encoder: a row a patient, in the encoder\'s own '
@@ -445,13 +465,16 @@ def parser():
     add('--batch-size', type=int, default=256, help='patients at a time (default 256)')
     add('--workers', type=int, default=2, help='processes that decode images; 0: one a core (default 2)')
     add('--overwrite', action='store_true', help='replace OUT.parquet')
+    add('--shards', type=int, default=0, help='embed one of so many parts of the patients, to OUT.I-of-N.parquet; '
+                                              '0: all (default)')
+    add('--shard', type=int, help='which part, from 0 (default what SLURM_ARRAY_TASK_ID says in an array of jobs)')
     return p
 
 # %% ../nbs/93_encode.ipynb #5575df99
 def _check_numbers(a):
     "Raise InputError for a number outside its range."
     for name, low, high in (('outside', 0, 1), ('most_bad', 0, 1), ('batch_size', 1, 10**6), ('workers', 0, 1024),
-                            ('hours', 0, 10**6)):
+                            ('hours', 0, 10**6), ('shards', 0, 10**4), ('shard', 0, 10**4)):
         value = getattr(a, name)
         if value is not None and not low <= value <= high:
             raise InputError(f'--{name.replace("_", "-")} should be {low} to {high}, not {value:g}')
@@ -472,12 +495,14 @@ def main(argv=None):
     a = parser().parse_args(argv)
     s = _sources(a)
     _check_options(s)
-    _check_out(Path(a.out), a.overwrite)
+    (_, shard), out = _shard(Path(a.out), a.shards, a.shard, print)
+    _check_out(out, a.overwrite)
     wait_asleep()
     import torch
     from mmsn.sources import open_encoder
     encoder = open_encoder(a.encoder).to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-    encode_source(encoder, s, a.out, a.batch_size, a.overwrite, lambda line: print(line, flush=True))
+    encode_source(encoder, s, a.out, a.batch_size, a.overwrite, lambda line: print(line, flush=True), a.shards,
+                  shard if a.shards else None)
 
 # %% ../nbs/93_encode.ipynb #7a197c70
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in JupyterLab

@@ -104,7 +104,8 @@ PREPARE = dict(           # argument -> what numbers it can be
     patients=Range(1, 10**7), image_size=Range(8, 4096), size=Range(8, 4096), seed=Range(0, 2**63 - 1),
     noise=Range(0, 100), missingness=Range(0, 100), lacking=Range(0, 1), workers=Range(0, 256), threads=Range(0, 1024),
     hours=Range(0, 10**6), timestep=Range(0, 10**6, above=True), min_age=Range(0, 200), every=Range(1, 10**5),
-    window=Range(0, 10**6), most_bad=_SHARE, most_shared=_SHARE, outside=_SHARE)
+    window=Range(0, 10**6), most_bad=_SHARE, most_shared=_SHARE, outside=_SHARE, shards=Range(0, 10**4),
+    shard=Range(0, 10**4))
 
 # %% ../nbs/00b_ranges.ipynb #f2586b8e
 _ENDS = ('random_scale', 'focal_scale', 'ratio', 'heavy_drop',

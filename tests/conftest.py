@@ -22,7 +22,7 @@ SMALL = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=1', 'mod
 
 
 # files whose tests take longest begin first, so that two workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) end together
-LONG = ['test_ends.py', 'test_launch.py', 'test_distributed.py', 'test_train.py', 'test_options.py', 'test_mimic.py', 'test_inputs.py', 'test_hostile_report.py', 'test_fuzz.py']
+LONG = ['test_ends.py', 'test_launch.py', 'test_distributed.py', 'test_train.py', 'test_options.py', 'test_mimic.py', 'test_shards.py', 'test_inputs.py', 'test_hostile_report.py', 'test_fuzz.py']
 
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

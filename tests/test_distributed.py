@@ -325,7 +325,7 @@ def unchanged(toy, tmp_path_factory):
 
 @pytest.mark.parametrize('before,after', [(1, 2), (2, 1), (2, 3)])
 def test_goes_on_on_another_number_of_processes(toy, unchanged, tmp_path, before, after):
-    """The global batch and order stay, so does the curve; stopped in mid-epoch. So do all weights that an output depends on, to 1e-5 of the largest entry of each; key biases, whose
+    """The global batch and order stay, so does the curve; stopped in mid-epoch. So do all weights that an output depends on, to the rounding of so many steps, of the largest entry of each; key biases, whose
     gradient is rounding (see `without_keys`), differ by no more than AdamW can move them: (1 - beta1)/sqrt(1 - beta2) of the learning rate a step, in either run."""
     from mmsn.checkpoint import latest
     unchanged, weights = unchanged
@@ -344,7 +344,9 @@ def test_goes_on_on_another_number_of_processes(toy, unchanged, tmp_path, before
     worst = max(difference(v, found[k]) for k, v in wanted.items())
     keys = max((v - seen[k]).abs().max().item() for k, v in weights.items() if k.endswith('qkv.bias'))
     print(f'\n{before} -> {after}: weights {worst:.1e}, key biases {keys:.1e}', end='')
-    assert worst <= 1e-5 and keys <= 2*.1/.001**.5*curve.lr[7:].sum()
+    # each step adds the rounding of its longest sum over the batch (see `test_ten_steps_do_not_depend_on_processes`); how much of it remains differs between versions of torch
+    rounding = 2*torch.finfo(torch.float32).eps*summed_rows(24)**.5
+    assert worst <= len(curve)*rounding and keys <= 2*.1/.001**.5*curve.lr[7:].sum()
 
 
 @pytest.mark.parametrize('number,rank', [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
@@ -390,7 +392,7 @@ def test_a_tracked_run_on_two_processes_ends(toy, tmp_path):
     "The tracker is told to finish, and the process group stays, as without one: to destroy it while DDP holds it may wait for ever (torch 2.9, see `train_worker`)."
     config = [*TRAINER, f'data.cohort={toy.folder}', 'optim.batch_size=12', f'train.run={tmp_path/"run"}', 'optim.epochs=1', 'optim.warmup_epochs=0']
     context = mp.start_processes(tracked_worker, (2, free_port(), config, tmp_path), nprocs=2, start_method='fork', join=False)
-    for process in context.processes: process.join(60)
+    for process in context.processes: process.join(240)                 # ten seconds where nothing else runs; one that waits for ever is what this is about
     codes = [p.exitcode for p in context.processes]
     for process in context.processes: process.kill()
     assert codes == [0, 0] and [json.loads((tmp_path/f'heard-{rank}').read_text()) for rank in (0, 1)] == [[0, 1]]*2

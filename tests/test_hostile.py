@@ -186,7 +186,7 @@ def test_prepare_numbers(tmp_path, monkeypatch, capsys, source, flag, name, kind
 
 
 @pytest.mark.parametrize('words', [[], ['nothing'], ['table'], ['table', '--help=1'], ['images', 'a', 'b', 'c', '--fit', 'stretch'], ['meds', 'a', 'b', 'c', '--memory', 'lots'], ['mimic', 'out', '--tasks', 'nothing'], ['table', 'a', 'b', 'c', '--nonsense'],
-                                   ['synthetic', ''], ['synthetic', 'x'*300], ['synthetic', '/'.join(['y'*200]*40)], ['synthetic', 'a\x00b'], ['synthetic', '/dev/null'], ['synthetic', '/dev/null/x'], ['synthetic', '/proc/mmsn'], ['join', 'a', 'b']])
+                                   ['synthetic', ''], ['synthetic', 'x'*300], ['synthetic', '/'.join(['y'*200]*40)], ['synthetic', 'a\x00b'], ['synthetic', '/dev/null'], ['synthetic', '/dev/null/x'], ['synthetic', '/proc/mmsn'], ['join', 'a', 'b'], ['merge', 'a', 'b'], ['merge', 'a'], ['mimic', 'a', '--shards', '2', '--shard', '0'], ['mimic', 'a', '--shard', '0']])
 def test_prepare_words(tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)
     refused(prepare, words, capsys)

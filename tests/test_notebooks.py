@@ -132,6 +132,12 @@ def test_help(name):
     assert 'usage' in out.stdout.lower() and out.stdout.rstrip().endswith('False'), out.stdout + out.stderr
 
 
+def test_a_model_loads_no_more_than_it_needs():
+    "Libraries that take a second or more are loaded by those who use them."
+    code = "import sys, mmsn.model; print([m for m in ('torchvision', 'sklearn', 'accelerate', 'transformers', 'matplotlib', 'lightly') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+
+
 def test_front_door():
     "The names at the top are there, lazily, with a docstring; importing mmsn loads no torch; modules that are functions too can be imported in any order."
     code = '''if True:

@@ -23,6 +23,7 @@ from ..options import InputError
 def free_place(
     out,                    # where the cohort will be
     overwrite:bool=False,   # may it replace an earlier cohort
+    what:str='cohort',      # what will be there, a cohort or a shard of one
 ):
     "Raise InputError unless a cohort may be written to `out`."
     out = Path(out)
@@ -31,9 +32,9 @@ def free_place(
         if p.is_file(): raise InputError(f'{p} is a file: choose a folder for the cohort')
     if not out.exists() or not any(out.iterdir()): return
     if not overwrite:
-        raise InputError(f'{out} exists already: choose another folder, or add --overwrite to replace the cohort in it')
-    if not (out/'cohort.json').is_file():
-        raise InputError(f'{out} is not empty and not a cohort: it is not overwritten, choose another folder')
+        raise InputError(f'{out} exists already: choose another folder, or add --overwrite to replace the {what} in it')
+    if not (out/f'{what}.json').is_file():
+        raise InputError(f'{out} is not empty and not a {what}: it is not overwritten, choose another folder')
 
 # %% ../../nbs/27c_data.place.ipynb #6dcc0975
 @contextmanager
@@ -41,10 +42,11 @@ def replacing(
     out,                    # where the cohort will be
     overwrite:bool=False,   # may it replace an earlier cohort
     say=None,               # called with a line about what a killed preparation had left
+    what:str='cohort',      # what will be there, a cohort or a shard of one
 ):
-    "Let the block make a cohort at `out`; an earlier one there stays until the new one is whole."
+    "Let the block make a cohort, or a shard, at `out`; an earlier one there stays until the new one is whole."
     if Path(out).name not in ('', '..'): sweep(Path(out), say or len)
-    free_place(out, overwrite)
+    free_place(out, overwrite, what)
     with replacing_cohort(out): yield
 
 # %% ../../nbs/27c_data.place.ipynb #12a90bb5

@@ -9,7 +9,6 @@ __all__ = ['RESNETS', 'ResNet']
 
 # %% ../../nbs/31c_encoders.resnet.ipynb #7d608992
 import torch
-import torchvision
 from fastcore.basics import patch
 from torch import nn
 
@@ -30,6 +29,7 @@ class ResNet(nn.Module):
         for key, f in config.__dataclass_fields__.items():
             if key not in _READ and getattr(config, key) != f.default:
                 raise InputError(f'encoder.{key} has no effect on a {config.name}: it is for vit')
+        import torchvision                             # with its own compiler it takes a second, which others need not wait
         net = getattr(torchvision.models, config.name)(weights=None)
         if config.channels == 1: net.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
         self.config, self.patch, self.dim = config, config.patch, net.fc.in_features

@@ -127,13 +127,14 @@ def _open_events(con, mimic_iv):
     return unit
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #e0e7a1aa
-def _lab_rows(con, rules):
+def _lab_rows(con, rules, everyone):
     """Source of laboratory rows and the condition of arterial blood; under clean few rows are set aside in a
-    temporary table first."""
+    temporary table first, what kind of blood a specimen is for all subjects of the table `everyone`."""
     if rules == 'benchmark': return 'labevents', 'true'
     ids = ', '.join(str(i) for i in (*(i.itemid for i in items_of('clean', 'labevents')), *SPECIMEN))
     run(con, f'''create or replace temp table labs as select * from labevents
-        where itemid in ({ids}) and subject_id in (select subject_id from chosen)''', 'labevents')
+        where itemid in ({ids}) and subject_id in (select subject_id from chosen)
+            or itemid in {SPECIMEN} and subject_id in (select subject_id from {everyone})''', 'labevents')
     untimed = con.execute('select count(*) from labs where charttime is null').fetchone()[0]
     if untimed: note(f'labevents: {untimed:,} rows of the chosen patients have no charttime that can be read: left out')
     run(con, f'''create or replace temp table arterial as
@@ -149,28 +150,34 @@ def _keep(con, statement, folder, block, desc='', **tables):
     finally: con.execute('reset disabled_optimizers')
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #a0688c22
+def _scan_tables(con, mimic_iv, folder, rules, block, everyone):
+    "Both tables, each read once, to `folder`."
+    unit = _open_events(con, mimic_iv)
+    items = {f'items_{t}': _item_rows(rules, t) for t in unit}
+    known = dict(codes=_codes(rules), units=_unit_rows(), **items)
+    _keep(con, _with_fate(rules, 'chartevents', 'chartevents', unit=unit['chartevents']), folder/'chartevents', block,
+          'chartevents', **known)
+    source, arterial = _lab_rows(con, rules, everyone)
+    _keep(con, _with_fate(rules, 'labevents', source, arterial, unit['labevents']), folder/'labevents', block,
+          'labevents' if source == 'labevents' else '', **known)
+    con.execute('drop table if exists labs; drop table if exists arterial')
+
+# %% ../../../nbs/22c_data.mimic.events.ipynb #68933989
 def scan_events(
     con,                     # with `chosen` and `eligible` (select_stays)
     mimic_iv,                # folder of MIMIC-IV
     folder,                  # empty or new; gets the events as parquet
     rules:str='clean',       # 'clean' or 'benchmark'
     block:int=1000,          # stays that are later held in memory at once
+    everyone:str='chosen',   # a table of the subjects of all shards, where `chosen` are the stays of one
 )->Path:
     """Read `chartevents` and `labevents` once and keep every row of the chosen stays, with its fate, in `folder`.
     Raises InputError."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unit = _open_events(con, mimic_iv)
     chosen = con.execute('select stay_id, read from chosen order by stay').df()
     block = max(block, -(-len(chosen)//90))                                # DuckDB keeps a file open for each bucket
-    items = {f'items_{t}': _item_rows(rules, t) for t in unit}
-    known = dict(codes=_codes(rules), units=_unit_rows(), **items)
-    _keep(con, _with_fate(rules, 'chartevents', 'chartevents', unit=unit['chartevents']), folder/'chartevents', block,
-          'chartevents', **known)
-    source, arterial = _lab_rows(con, rules)
-    _keep(con, _with_fate(rules, 'labevents', source, arterial, unit['labevents']), folder/'labevents', block,
-          'labevents' if source == 'labevents' else '', **known)
-    con.execute('drop table if exists labs; drop table if exists arterial')
+    if len(chosen): _scan_tables(con, mimic_iv, folder, rules, block, everyone)
     chosen.to_parquet(folder/'stays.parquet', index=False)
     (folder/'events.json').write_text(json.dumps(dict(rules=rules, block=block)))
     return folder
@@ -180,9 +187,14 @@ _EMPTY = '''(select null::bigint as stay_id, 0::utinyint as channel, 0::utinyint
     0::bigint as sec, 0::double as x,
              0::utinyint as fate, '' as said where false)'''
 
+def _event_files(folder, table='*', bucket='*'):
+    "The scanned events of one table and bucket, or of all, in a folder or in several (a list)."
+    folders = folder if isinstance(folder, list) else [folder]
+    return [p for f in folders for p in sorted(Path(f).glob(f'{table}/bucket={bucket}/*.parquet'))]
+
 def _events(folder, bucket='*'):
     "What SQL reads the scanned events of one bucket, or of all, from."
-    paths = sorted(Path(folder).glob(f'*/bucket={bucket}/*.parquet'))
+    paths = _event_files(folder, bucket=bucket)
     return f'read_parquet([{", ".join(map(_literal, paths))}])' if paths else _EMPTY
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #56f75e74
@@ -216,7 +228,7 @@ def used_rows(
     table:str,  # 'chartevents' or 'labevents'
 )->tuple:     # (rows used, a text on the others)
     "How many rows of a table give a value, and what became of the rest."
-    paths = sorted(Path(folder).glob(f'{table}/bucket=*/*.parquet'))
+    paths = _event_files(folder, table)
     if not paths: return 0, 'no row has an item and a stay that are read'
     found = dict(con.execute(f'''select fate, count(*) from read_parquet([{", ".join(map(_literal, paths))}])
         join chosen using (stay_id) group by all''').fetchall())

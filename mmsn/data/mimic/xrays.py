@@ -206,10 +206,10 @@ def official_split(
     """subject_id, split ('train', 'val', 'test') of every subject; raises InputError for an unknown word and for a
     subject in two splits."""
     name = 'mimic-cxr-2.0.0-split'
-    open_table(con, mimic_cxr, name, 'subject_id bigint, split varchar', view='official')
+    open_table(con, mimic_cxr, name, 'subject_id bigint, split varchar', view='published_split')
     table = run(con, '''select subject_id, min(case split when 'validate' then 'val' else split end) as split,
         count(distinct split) as n
-        from official where subject_id is not null group by 1 order by 1''').df()
+        from published_split where subject_id is not null group by 1 order by 1''').df()
     for what, wrong in (('is in several splits', table.n > 1), ('has an unknown split',
                                                                 ~table.split.isin(['train', 'val', 'test']))):
         if wrong.any():
