@@ -27,7 +27,7 @@ from mmsn.generate.images import show_grid
 from mmsn.generate.model import open_generator, resized
 from mmsn.prepare import synthetic
 from mmsn.run import run_config
-from mmsn.show import save_figure
+from mmsn.show import plt, save_figure
 from mmsn.train import train
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
@@ -143,7 +143,7 @@ def main():
     error = ((again - x)**2).mean().item()
     show = slice(0, 6)
     figure = show_grid(model.draw(tokens[show], lengths[show], n=4, seed=1), [cohort.text(i, 'report') for i in test[show]], batch.data['cxr'][show, 0].numpy())
-    save_figure(figure, a.work/'grid')
+    save_figure(figure, a.work/'grid'); plt.close(figure)
     print(table.pivot(index='finding', columns='images', values='auroc')[list(kinds)].to_string())
     print(f'reconstruction error of held-out images {error:.4f} (variance {x.var().item():.4f}); {time.time() - start:.0f} s')
 

@@ -279,19 +279,21 @@ def _check_objective(config:Config):
 
 # %% ../nbs/01_config.ipynb #befd79a9
 def _check_drawing(config:Config):
-    "Raise InputError where a config of a model that draws has other modalities than it reads, or options of an encoder."
+    "Raise InputError where a model that draws has other modalities than it reads, or options of an encoder."
     o, kinds = config.objective, sorted(m.kind for m in config.modalities.values())
     if o not in DRAWING or not kinds: return
     wanted = dict(vae=['image'], dalle=['image', 'text'])[o]
     if kinds != wanted:
         has = ', '.join(f'{n} ({m.kind})' for n, m in config.modalities.items())
-        raise InputError(f'objective={o} reads one modality of kind {" and one of kind ".join(wanted)}, and nothing else; '
-                         f'the config has {has}')
+        raise InputError(f'objective={o} reads one modality of kind {" and one of kind ".join(wanted)}, and nothing '
+                         f'else; the config has {has}')
     if o == 'dalle' and config.data.samples != 'paired':
         raise InputError('objective=dalle needs image and report of each sample: set data.samples=paired')
-    given = {f'train.{k}': getattr(config.train, k) for k in ('init_from', 'probe_every', 'compile', 'activation_checkpointing')}
+    given = {f'train.{k}': getattr(config.train, k)
+             for k in ('init_from', 'probe_every', 'compile', 'activation_checkpointing')}
     given |= {f'loss.{k}.weight': getattr(config.loss, k).weight for k in ('cells', 'tokens')}
-    for key in [k for k, v in given.items() if v]: raise InputError(f'{key} is about encoders, and objective={o} has none')
+    for key in [k for k, v in given.items() if v]:
+        raise InputError(f'{key} is about encoders, and objective={o} has none')
 
 # %% ../nbs/01_config.ipynb #09d0a199
 def _check_reports(config:Config):

@@ -91,9 +91,11 @@ class Sources:
         return 'meds' if next(path.glob('data/**/*.parquet'), None) else 'images'
 
 # %% ../nbs/93_encode.ipynb #dead0070
-_ONLY = dict(table=('starts', 'columns', 'time_unit', 'outside'), meds=('codes', 'labels', 'start', 'end', 'fact_codes'))
+_ONLY = dict(table=('starts', 'columns', 'time_unit', 'outside'),
+             meds=('codes', 'labels', 'start', 'end', 'fact_codes'))
 _KINDS = dict(table='a table', meds='MEDS', cohort='a cohort', images='images')
 
+# %% ../nbs/93_encode.ipynb #3447ec55
 def _given(s, names):
     "The first of the options that were given, as the command spells it; '' where none was."
     for name in names:
@@ -193,6 +195,22 @@ def _from_images(s, infos, prepared):
     return Patients(ids, infos, pictures={name: Pictures([inside(folder, f) for f in files], info, prepared['fit'],
                                                          s.workers, s.most_bad)})
 
+# %% ../nbs/93_encode.ipynb #4fe3a127
+def _from_tables(s, infos, prepared, spill):
+    "The patients of a table or MEDS, with images and facts beside it; the connection goes with them."
+    with ExitStack() as stack:
+        con = stack.enter_context(connect(spill))
+        if s.kind == 'table': found = table_series(con, s.source, infos, s.starts or None, s.columns, s.time_unit,
+                                                   s.outside, prepared['hours'])
+        else: found = meds_series(con, s.source, infos, s.codes, s.labels, s.start, s.end, prepared['hours'])
+        p = Patients(found[0], infos, found[1], lines=found[2])
+        if s.fact_codes: _add_fact_codes(p, con, s)
+        keys = ['stay_id', 'subject_id'] if 'stay_id' in p.ids else ['subject_id']
+        if s.images: _add_images(p, s, s.images, prepared['fit'], keys)
+        if s.facts: _add_facts(p, s)
+        p.closing = stack.pop_all()                # from here on it goes with the patients
+        return p
+
 # %% ../nbs/93_encode.ipynb #6d0b93b2
 def read_patients(
     s:Sources,
@@ -203,20 +221,8 @@ def read_patients(
     infos, prepared = encoder.infos, prepared_of(getattr(encoder, 'data', None))
     prepared |= dict(hours=s.hours) if s.hours is not None else {}
     prepared |= dict(fit=s.fit) if s.fit else {}
-    if s.kind == 'images': p = _from_images(s, infos, prepared)
-    else:
-        with ExitStack() as stack:
-            con = stack.enter_context(connect(spill))
-            if s.kind == 'table': found = table_series(con, s.source, infos, s.starts or None, s.columns, s.time_unit,
-                                                       s.outside, prepared['hours'])
-            else: found = meds_series(con, s.source, infos, s.codes, s.labels, s.start, s.end, prepared['hours'])
-            p = Patients(found[0], infos, found[1], lines=found[2])
-            if s.fact_codes: _add_fact_codes(p, con, s)
-            keys = ['stay_id', 'subject_id'] if 'stay_id' in p.ids else ['subject_id']
-            if s.images: _add_images(p, s, s.images, prepared['fit'], keys)
-            if s.facts: _add_facts(p, s)
-            p.closing = stack.pop_all()                # from here on it goes with the patients
-            return p
+    if s.kind != 'images': return _from_tables(s, infos, prepared, spill)
+    p = _from_images(s, infos, prepared)
     if s.facts: _add_facts(p, s)
     return p
 
@@ -398,7 +404,8 @@ def _add_places(add):
     add('encoder', metavar='ENCODER', help='folder that mmsn-train wrote, its encoder folder, hub:OWNER/NAME, '
                                            'published weights, torchvision:NAME or timm:NAME')
     add('source', metavar='SOURCE', help='a cohort, a folder of images, a table of measurements (CSV or parquet: '
-                                         'subject_id, time, variable, value; or a column a channel), or a MEDS data set')
+                                         'subject_id, time, variable, value; or a column a channel), or a MEDS data '
+                                         'set')
     add('out', metavar='OUT.parquet', help='file to write: ids, then name.0, name.1, … of each modality and of joint')
 
 # %% ../nbs/93_encode.ipynb #7c44a182
@@ -408,8 +415,8 @@ def _add_tables(add):
                                                      'perhaps end, stay_id')
     for name, what in dict(subject='the patient', stay='the stay', time='hours or timestamps', variable='the channel',
                            value='the number', unit='the unit').items():
-        add(f'--{name}', default=getattr(Columns(), name), metavar='COLUMN', help=f'column of {what} in a table '
-                                                                                  f'(default {getattr(Columns(), name)})')
+        default = getattr(Columns(), name)
+        add(f'--{name}', default=default, metavar='COLUMN', help=f'column of {what} in a table (default {default})')
     add('--time-unit', choices=TIME_UNITS, default='auto', help='what times are that are numbers (default '
                                                                 'recognised, or hours)')
     add('--outside', type=float, default=.5, help='largest share of measurements that may lie outside their stays '
@@ -427,15 +434,9 @@ def _add_meds(add):
     add('--fact-codes', default='', metavar='CODES', help='of MEDS: codes of facts, as mmsn-prepare meds --facts '
                                                           'had them')
 
-# %% ../nbs/93_encode.ipynb #917701e8
-def parser():
-    "The options of `mmsn-encode`."
-    p = Parser('mmsn-encode', description='Embed patients with an encoder: a row a patient, in the encoder\'s own '
-                                          'channels, units and scales.',
-               epilog='A killed run goes on where it was when the same command is given. Exit codes: 0 done, '
-                      '2 the input is wrong (one line says what), 1 anything else.')
-    add = p.add_argument
-    _add_places(add)
+# %% ../nbs/93_encode.ipynb #ef0899db
+def _add_beside(add):
+    "What stands beside a source, and how stays and images are read."
     add('--images', default='', metavar='FOLDER', help='images beside a table or MEDS, named by patient (or by '
                                                        '--list)')
     add('--list', dest='listed', default='', metavar='FILE', help='CSV that says whose images are which: subject_id '
@@ -446,6 +447,17 @@ def parser():
                                     '48)')
     add('--fit', choices=('crop', 'squash'), default='', help='how an image becomes square (default as in the '
                                                               'cohort of the encoder, or crop)')
+
+# %% ../nbs/93_encode.ipynb #6ec9b7da
+def parser():
+    "The options of `mmsn-encode`."
+    p = Parser('mmsn-encode', description='Embed patients with an encoder: a row a patient, in the encoder\'s own '
+                                          'channels, units and scales.',
+               epilog='A killed run goes on where it was when the same command is given. Exit codes: 0 done, '
+                      '2 the input is wrong (one line says what), 1 anything else.')
+    add = p.add_argument
+    _add_places(add)
+    _add_beside(add)
     _add_tables(add)
     _add_meds(add)
     add('--most-bad', type=float, default=.01, help='largest share of images that cannot be used; they get no '

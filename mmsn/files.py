@@ -7,11 +7,12 @@ A cohort, a run and an encoder are folders that live for years: they are copied 
 # %% auto #0
 __all__ = ['sha256', 'sha256_of', 'verify_once', 'read_json', 'seal', 'check_seal', 'is_number', 'is_whole', 'read_tensors',
            'not_finite', 'write_sealed', 'read_columns', 'read_sealed', 'born', 'beside', 'abandoned', 'fsync',
-           'fsync_folder', 'sweep', 'swap_in']
+           'fsync_folder', 'sweep', 'swap_in', 'new_folder']
 
 # %% ../nbs/03_files.ipynb #6524d87e
 import hashlib, json, os, platform, re, shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -301,3 +302,18 @@ def swap_in(
         (aside/folder.name).rename(folder)
         raise
     finally: shutil.rmtree(aside, ignore_errors=True)
+
+# %% ../nbs/03_files.ipynb #c6dd41be
+@contextmanager
+def new_folder(
+    folder:Path,   # the destination; an earlier folder there goes
+):
+    "A hidden folder beside `folder` for the block to fill; then it appears as `folder`. An error changes nothing."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f'.{folder.name}-{os.getpid()}-new')
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        swap_in(new, folder)
+    finally: shutil.rmtree(new, ignore_errors=True)

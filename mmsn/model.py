@@ -8,7 +8,7 @@ The stage of the flow where views become a loss, and patients become features: t
 __all__ = ['Output', 'MMSN', 'Term', 'is_mmsn_encoder', 'local_folder', 'read_export']
 
 # %% ../nbs/53_model.ipynb #456efde1
-import copy, json, math, os, re, shutil
+import copy, json, math, re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from .data.entries import check_modality
 from .data.patients import about_data, gather, prepared_of
 from .encoders.fusion import JointEncoder
 from .groups import alone, anchor_only, embed, fused, pick, view_groups
-from .files import check_seal, not_finite, read_json, read_tensors, seal, sha256
+from .files import check_seal, new_folder, not_finite, read_json, read_tensors, seal, sha256
 from .heads import ProjectionHead, Space, _prior, _prototypes, prediction_head
 from .loss import assign, log_probs, msn_terms, smooth_log
 from .objectives.choice import make_objective, objective_step
@@ -57,7 +57,7 @@ class MMSN(nn.Module):
             raise InputError(f'the config wants modality {missing[0]!r}, which the cohort does not have (it has '
                              f'{", ".join(infos)})')
         self.config, self.infos = config, {name: infos[name] for name in config.modalities}
-        self.data, self.folder = {}, None    # what an exported encoder says of its cohort (`about_data`), and where it lies
+        self.data, self.folder = {}, None    # what an exported encoder says of its cohort (`about_data`); its place
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             self.views = Views(config.modalities, self.infos)
@@ -309,6 +309,7 @@ def encode(self:MMSN,
     if len(h) == 1: joint = joint.masked_fill(*none.values(), math.nan)
     return {name: x.masked_fill(none[name], math.nan).float() for name, x in h.items()} | dict(joint=joint.float())
 
+# %% ../nbs/53_model.ipynb #34c0c365
 @patch
 def new_patients(self:MMSN,
     patients:dict,   # name of a modality -> what is known of the patients, as in `mmsn.data.patients.gather`
@@ -373,25 +374,16 @@ def save_pretrained(self:MMSN,
     folder = Path(folder)
     if folder.exists() and not is_mmsn_encoder(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f'{folder} exists and is no encoder of mmsn: choose another folder')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f'.{folder.name}-{os.getpid()}-{word}') for word in ('new', 'old'))
-    for p in (new, old): shutil.rmtree(p, ignore_errors=True)
-    new.mkdir()
-    try:
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()
-                 if not k.startswith(tuple(f'{a}.' for a in self._followers()))}
-        if odd := not_finite(state): raise InputError(f'{odd} of the model is not finite: not written to {folder}')
+    state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()
+             if not k.startswith(tuple(f'{a}.' for a in self._followers()))}
+    if odd := not_finite(state): raise InputError(f'{odd} of the model is not finite: not written to {folder}')
+    with new_folder(folder) as new:
         save_file(state, new/'model.safetensors', dict(format='pt'))
         infos = {name: info.to_dict() for name, info in self.infos.items()}
         about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), modalities=infos,
-                     data=self.data,
-                     weights=sha256(new/'model.safetensors'))
+                     data=self.data, weights=sha256(new/'model.safetensors'))
         (new/'config.json').write_text(json.dumps(seal(about), indent=1), encoding='utf-8')
         write_card(new)
-        if folder.exists(): folder.rename(old)
-        new.rename(folder)
-    finally:
-        for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     return folder
 
 # %% ../nbs/53_model.ipynb #7c6ffd98

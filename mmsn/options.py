@@ -124,7 +124,8 @@ class SeriesMasks:
 # %% ../nbs/00_options.ipynb #757bf7e7
 SERIES_PRESETS = dict(
     vertical_horizontal=dict(time=0.15, channel=0.15), vertical_and_horizontal=dict(cell=0.15),
-    drop_start=dict(drop_start=0.15), gaussian=dict(noise=0.1), rotation=dict(reverse=0.5), sampling=dict(downsample=(1, 2, 3)))
+    drop_start=dict(drop_start=0.15), gaussian=dict(noise=0.1), rotation=dict(reverse=0.5),
+    sampling=dict(downsample=(1, 2, 3)))
 
 # %% ../nbs/00_options.ipynb #757bf7e8
 def series_preset(
@@ -375,7 +376,7 @@ class Evaluate:
 class Config:
     "One run, from cohort to evaluation."
     name: str = 'run'                                 # for people: titles and lists of runs
-    modalities: dict = field(default_factory=dict)    # name -> ImageModality | SeriesModality | TabularModality | TextModality
+    modalities: dict = field(default_factory=dict)    # name -> Image-, Series-, Tabular- or TextModality
     fusion: Fusion = field(default_factory=Fusion)    # how modalities are joined
     head: Head = field(default_factory=Head)          # projection
     objective: str = 'msn'                            # what is minimised: 'msn', or one that `objectives` names

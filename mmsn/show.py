@@ -26,10 +26,10 @@ plt = later('matplotlib.pyplot')
 STYLES = dict(light=dict(paper='#ffffff', ink='#22262e', faint='#c9ced8'),
               dark=dict(paper='#161a22', ink='#e4e7ee', faint='#4a5262'))
 _PALETTES = dict(
-    light=dict(pretrained='#c8102e', finetuned='#e07a1f', scratch='#1f6fb2', supervised='#1f6fb2', plain='#5b8c5a', stacked='#7b4fa3',
-               booster='#2a9d9a',               random='#8a8a8a'),
-    dark=dict(pretrained='#ff5c72', finetuned='#ffb057', scratch='#62b4f5', supervised='#62b4f5', plain='#8fcf8d', stacked='#c39bea',
-              booster='#63d8d4',              random='#a5a9b3'))
+    light=dict(pretrained='#c8102e', finetuned='#e07a1f', scratch='#1f6fb2', supervised='#1f6fb2', plain='#5b8c5a',
+               stacked='#7b4fa3', booster='#2a9d9a', random='#8a8a8a'),
+    dark=dict(pretrained='#ff5c72', finetuned='#ffb057', scratch='#62b4f5', supervised='#62b4f5', plain='#8fcf8d',
+              stacked='#c39bea', booster='#63d8d4', random='#a5a9b3'))
 COLOURS = _PALETTES['light']
 _CYCLES = dict(light=('#c8102e', '#1f6fb2', '#e0a11f', '#5b8c5a', '#7b4fa3', '#2a9d9a', '#8c564b'),
                dark=('#ff5c72', '#62b4f5', '#ffd166', '#8fcf8d', '#c39bea', '#63d8d4', '#d7a493'))
@@ -44,9 +44,9 @@ def rc(name:str)->dict:
     paper = {k: c['paper'] for k in ('figure.facecolor', 'axes.facecolor', 'savefig.facecolor')}
     return ink | paper | {
         'axes.edgecolor': c['faint'], 'grid.color': c['faint'], 'grid.linewidth': .5, 'grid.alpha': .55,
-        'axes.axisbelow': True, 'font.size': 9, 'axes.titlesize': 9.5, 'axes.titlelocation': 'left', 'axes.labelsize': 8.5,
-        'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 8, 'legend.frameon': False, 'axes.spines.top': False,
-        'axes.spines.right': False, 'lines.linewidth': 1.6, 'lines.markersize': 4, 'figure.dpi': 72,
+        'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlelocation': 'left',
+        'font.size': 9, 'axes.titlesize': 9.5, 'axes.labelsize': 8.5, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
+        'legend.fontsize': 8, 'legend.frameon': False, 'lines.linewidth': 1.6, 'lines.markersize': 4, 'figure.dpi': 72,
         'xtick.major.size': 2.5, 'ytick.major.size': 2.5, 'figure.constrained_layout.use': True,
         'svg.fonttype': 'none', 'svg.hashsalt': 'mmsn', 'image.cmap': 'gray', 'text.parse_math': False}
 

@@ -33,7 +33,8 @@ from .commands import later
 from .data.cohort import Cohort, ModalityInfo
 from .data.patients import gather
 from .encoders.stems import hide_patches
-from .encoders.vit import ViT, resize_positions
+from .encoders.positions import resize_positions
+from .encoders.vit import ViT
 from .libraries import LIBRARIES
 from .model import MMSN, local_folder, is_mmsn_encoder, _read
 from .options import ImageEncoder, InputError, SIZES
@@ -85,6 +86,7 @@ def _depth(names, pattern):
     "Number of blocks among `names`: one more than the highest number that `pattern` finds."
     return 1 + max((int(m[1]) for k in names if (m := re.match(pattern, k))), default=-1)
 
+# %% ../nbs/54_sources.ipynb #63adc292
 def to_transformers(
     state:dict,   # of a `ViT` with class token and linear stem
     layout=None,  # 4 or 5; None: that of the installed version
@@ -236,6 +238,7 @@ def _usual(channels):
     "(mean, std) of images for weights that do not say."
     return IMAGENET if channels == 3 else tuple((sum(v)/3,) for v in IMAGENET)
 
+# %% ../nbs/54_sources.ipynb #20524565
 def _from_file(path):
     "The `ImageWeights` in a weights file."
     encoder, prototypes = read_weights(path)
@@ -414,6 +417,7 @@ def embed(self:ImageModel, x, keep=None):
     if isinstance(self.net, ViT): return self.net(x, keep)
     return self.net(x if keep is None else hide_patches(x, keep, self.patch)).flatten(1)
 
+# %% ../nbs/54_sources.ipynb #32502841
 @patch
 def untrained(self:ImageModel, seed:int=0):
     "The same network with the random weights of `seed`."
@@ -440,12 +444,14 @@ def encode(self:ImageModel,
     x = self.embed(self.plain(batch.data[self.name]), keep).float().masked_fill(~present[:, None], torch.nan)
     return {self.name: x, 'joint': x}
 
+# %% ../nbs/54_sources.ipynb #5bf07b2d
 @patch(as_prop=True)
 def infos(self:ImageModel)->dict:
     "The size of its images, for new patients."
     info = dict(height=self.size, width=self.size, mean=self.mean.mean().item(), std=self.std.mean().item())
     return {self.name: ModalityInfo(self.name, 'image', info)}
 
+# %% ../nbs/54_sources.ipynb #24e815c2
 @patch
 def new_patients(self:ImageModel, patients:dict):
     "Images in Python as this encoder reads them (`mmsn.data.patients.gather`). Raises InputError."
@@ -489,7 +495,8 @@ def open_encoder(
     check_kind('pretrained', pretrained, bool, 'True or False')
     library, _, name = str(source).partition(':')
     if library in LIBRARIES and name: return _library_model(library, name, cohort, modality, pretrained)
-    if _draws(source): raise InputError(f'{source} draws images and has no encoder of patients: mmsn-generate is for it')
+    if _draws(source):
+        raise InputError(f'{source} draws images and has no encoder of patients: mmsn-generate is for it')
     folder = Path(source)/'encoder' if (Path(source)/'encoder'/'config.json').is_file() else source
     if not Path(folder).is_file() and is_mmsn_encoder(folder := local_folder(folder)):
         model = MMSN.from_pretrained(folder)

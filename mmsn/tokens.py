@@ -17,7 +17,8 @@ from torch import nn
 
 from .cells import masked_mean, value_error
 from .config import _hides_patches
-from .encoders.vit import _init, Block, sincos_2d, ViT
+from .encoders.positions import sincos_2d
+from .encoders.vit import _init, Block, ViT
 from .options import Config, InputError
 
 # %% ../nbs/51d_tokens.ipynb #218ae152

@@ -3,7 +3,7 @@ import io, json, os, shutil, socket
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 
-import numpy as np, pandas as pd, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,8 +72,10 @@ def test_resume_is_bit_equal(place, kind, optimizer):
             first.take = take
             quiet(first.fit)
             assert first.step == 5 and 5 % first.steps_per_epoch
+            (place/c.train.run/'.model-7-new').mkdir()                # what a process left that was killed while it exported
         quiet(train, c, cohort)
         run = place/f'{kind}-{optimizer}-{name}'
+        assert not [*run.glob('.model-*')] and (run/'model'/'config.json').is_file()
         last = sorted((run/'checkpoints').glob('step-*'))[-1]
         ends.append((load_file(last/'model.safetensors'), load_file(last/'optimizer.safetensors'), pd.read_csv(run/'metrics.csv').drop(columns=['samples_per_s', 'memory_gb'])))
     for a, b in zip(ends[0][:2], ends[1][:2]):
@@ -198,7 +200,9 @@ def test_command(place, tmp_path):
     def drawn(out, *words):
         quiet(main, [str(alone), '--report', 'The heart is enlarged.', '--images', '2', '--out', str(tmp_path/out), *words])
         return [(tmp_path/out/f).read_bytes() for f in pd.read_csv(tmp_path/out/'generated.csv').file]
+    figures = plt.get_fignums()
     assert drawn('a') == drawn('a') == drawn('b') != drawn('c', '--seed', '1')
+    assert plt.get_fignums() == figures, 'a figure that was saved is still open'
     table = pd.read_csv(tmp_path/'c'/'generated.csv')
     assert list(table.seed) == [1, 1] and set(table.text) == {'The heart is enlarged.'}
     quiet(main, [str(place/'dalle'), '--samples', '3', '--images', '1', '--split', 'val'])

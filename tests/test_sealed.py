@@ -14,7 +14,7 @@ from mmsn.data.cohort import Cohort, _json
 from mmsn.data.join import prepare_join
 from mmsn.data.writer import CohortWriter
 from mmsn.evaluate.evaluation import open_evaluated
-from mmsn.files import abandoned, beside, read_sealed, seal, sha256, swap_in, sweep, write_sealed
+from mmsn.files import abandoned, beside, new_folder, read_sealed, seal, sha256, swap_in, sweep, write_sealed
 from mmsn.loop import NonFinite, Trainer
 from mmsn.model import MMSN
 from mmsn.options import InputError
@@ -302,3 +302,16 @@ def test_a_killed_synthetic_preparation_leaves_nothing_for_long(tmp_path):
     assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) and len(list(tmp_path.glob('.cohort-*'))) == 1
     with replacing(tmp_path/'cohort'): toy_cohort(tmp_path/'cohort', n=30)
     assert [p.name for p in tmp_path.iterdir()] == ['cohort']
+
+
+def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one(tmp_path, monkeypatch):
+    "A disk that fails between the two renames, an error while the folder is filled: what was there is there, and nothing beside it."
+    folder, real = tmp_path/'encoder', Path.rename
+    with new_folder(folder) as new: (new/'old').touch()
+    with pytest.raises(ZeroDivisionError), new_folder(folder) as new: (new/'half').touch(); 1/0
+    def rename(path, to):
+        if path.name.endswith('-new'): raise OSError(28, 'No space left on device')
+        return real(path, to)
+    monkeypatch.setattr(Path, 'rename', rename)
+    with pytest.raises(OSError), new_folder(folder) as new: (new/'new').touch()
+    assert [p.name for p in folder.iterdir()] == ['old'] and [p.name for p in tmp_path.iterdir()] == ['encoder']

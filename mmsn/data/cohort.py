@@ -171,12 +171,14 @@ def check_samples(
     ids = np.sort(samples.sample_id) if samples.sample_id.dtype == np.int64 else None     # less memory than a hash table
     double = samples.sample_id[samples.sample_id.duplicated() if ids is None or (ids[1:] == ids[:-1]).any() else slice(0)]
     if len(double):
-        raise InputError(f'{where} holds {len(double)} duplicate sample_id, such as {double.iloc[0]}: ids must be unique')
+        raise InputError(f'{where} holds {len(double)} duplicate sample_id, such as {double.iloc[0]}: ids must be '
+                         f'unique')
     strange = samples.split[~samples.split.isin(SPLITS)]
     if len(strange): raise InputError(f'{where} has the split {strange.iloc[0]!r}: use {", ".join(SPLITS)}')
     torn = _torn(samples.subject_id, samples.split)
     if len(torn):
-        raise InputError(f'{where} has {len(torn)} subjects in more than one split, such as {torn.iloc[0]}: split by subject')
+        raise InputError(f'{where} has {len(torn)} subjects in more than one split, such as {torn.iloc[0]}: split by '
+                         f'subject')
     for name, (kind, n) in kinds.items(): _check_positions(samples, name, kind, n, where)
 
 # %% ../../nbs/10_data.cohort.ipynb #a6fd8d26
@@ -285,7 +287,8 @@ def show(self:Cohort, i:int=0):
     values = zip(self.labels, self.label_matrix(rows=[i])[0])
     labels = [f'{n}: {"yes" if v else "no"}' for n, v in values if v == v]   # NaN: unknown
     texts = {n: self.text(i, n) for n, m in self.modalities.items() if m.kind == 'text'}
-    return show_patient(self[i] | texts, self.modalities, f'sample {self.samples.sample_id.iloc[i]} · {", ".join(labels[:6])}')
+    title = f'sample {self.samples.sample_id.iloc[i]} · {", ".join(labels[:6])}'
+    return show_patient(self[i] | texts, self.modalities, title)
 
 # %% ../../nbs/10_data.cohort.ipynb #d23e2d98
 @patch
@@ -297,7 +300,8 @@ def _check_values(self:Cohort, name, block=2**22):
     if kind == 'text':
         n = len(self.modalities[name].vocabulary)
         if n != self.modalities[name].info['tokens'] or array.max(initial=0) >= n or array.min(initial=0) < 0:
-            raise InputError(f'{name} of {self.folder} holds numbers that its vocabulary does not have: prepare the cohort again')
+            raise InputError(f'{name} of {self.folder} holds numbers that its vocabulary does not have: prepare the '
+                             f'cohort again')
         return
     if kind != 'image' and any(strange(array[i:i + rows]) for i in range(0, len(array), rows)):
         raise InputError(f'{name} of {self.folder} holds values that are not finite: prepare the cohort again')
@@ -305,7 +309,7 @@ def _check_values(self:Cohort, name, block=2**22):
 # %% ../../nbs/10_data.cohort.ipynb #37080ac8
 @patch
 def verify(self:Cohort):
-    "Compare the size and sha256 of every file, check the table and the values; returns the cohort, or raises InputError."
+    "Compare size and sha256 of every file, check the table and the values; returns the cohort, or raises InputError."
     _check_sizes(self.folder, self.meta)
     _check_hashes(self.folder, self.meta, list(self.meta['files']))
     self._check()
@@ -459,7 +463,8 @@ class Batch:
         return self._map(lambda t: t[which])
 
     def __repr__(self):
-        data = [f'{n} {str(t.dtype)[6:]} {tuple(t.shape)} ({int(self.present[n].sum())} present)' for n, t in self.data.items()]
+        data = [f'{n} {str(t.dtype)[6:]} {tuple(t.shape)} ({int(self.present[n].sum())} present)'
+                for n, t in self.data.items()]
         return f'Batch of {self.size}: {", ".join(data)}; labels: {self.labels.shape[1]}'
 
 # %% ../../nbs/10_data.cohort.ipynb #2241ada0

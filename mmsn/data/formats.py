@@ -13,8 +13,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .csvfile import csv_header
 from .tables import _literal, _near, header, reader
@@ -74,15 +72,6 @@ def quoted(name):
 
 # %% ../../nbs/23b_data.formats.ipynb #8e688941
 _EMPTY = "('', 'nan', 'na', 'n/a', 'null', 'none', '<na>', '.')"
-
-# %% ../../nbs/23b_data.formats.ipynb #6f278730
-def _duration(path, name):
-    "How many units of a duration column make an hour, or None where it is none."
-    if Path(path).suffix != '.parquet': return None
-    try: kind = pq.read_schema(path).field(name).type
-    except (OSError, pa.ArrowInvalid, KeyError): return None
-    if not pa.types.is_duration(kind): return None
-    return 3600*dict(s=1, ms=10**3, us=10**6, ns=10**9)[kind.unit]
 
 # %% ../../nbs/23b_data.formats.ipynb #61421d23
 @dataclass(frozen=True)

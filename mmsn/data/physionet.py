@@ -88,7 +88,8 @@ def _members(source):
         try:
             with tarfile.open(place) as tar:
                 for m in tar:
-                    if m.isfile() and m.name.endswith('.txt') and visible([m.name]): yield Path(m.name).name, tar.extractfile(m).read()
+                    if not (m.isfile() and m.name.endswith('.txt') and visible([m.name])): continue
+                    yield Path(m.name).name, tar.extractfile(m).read()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
             raise InputError(f'{place} cannot be read to its end, download it again: {e}')
 
@@ -242,7 +243,8 @@ def prepare_physionet2012(
     with CohortWriter(out, 'physionet2012', ['mortality'], {'mortality': 'outcome'}, provenance) as writer:
         events = read_events_2012(source)
         records, facts, fact = facts_2012(events)
-        samples = pd.DataFrame(dict(sample_id=records, subject_id=records, split=divide(records, split, seed, 'RecordID'),
+        splits = divide(records, split, seed, 'RecordID')
+        samples = pd.DataFrame(dict(sample_id=records, subject_id=records, split=splits,
                                     demographics_index=np.arange(len(records))))
         events, rows = clean_2012(events[~fact])
         listed = [('stays', *row) for row in split_counts(records, split, 'RecordID')]

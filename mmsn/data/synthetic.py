@@ -112,6 +112,8 @@ def draw_truth(
 
 # %% ../../nbs/20_data.synthetic.ipynb #d1c9becc
 def _soft(d, w): return expit(d*np.float32(1/w))                # 1 where d > 0, 0 where d < 0
+
+# %% ../../nbs/20_data.synthetic.ipynb #65cc7bba
 def _blob(x, y, cx, cy, rx, ry): return np.exp(-.5*(((x - cx)/rx)**2 + ((y - cy)/ry)**2))
 
 # %% ../../nbs/20_data.synthetic.ipynb #725af880
@@ -186,6 +188,8 @@ def _heart(img, c, sign, d):
 
 # %% ../../nbs/20_data.synthetic.ipynb #812a0587
 def _opaque(img, c, o): return img + np.minimum(o, .45)*np.maximum(c.lung, .25*c.body)
+
+# %% ../../nbs/20_data.synthetic.ipynb #af283fcb
 def _oedema(img, c, s, d): return _opaque(img, c, .20*s*_blob(np.abs(c.x), c.y, .34, .02, .22, .32)*(1 + 1.2*c.texture))
 
 # %% ../../nbs/20_data.synthetic.ipynb #1a2a44da

@@ -134,7 +134,8 @@ def _times(con, path, column, source, i, where=None):
     text = f'case when not {quick} then {text} end as text{i}'
     parts = f.parts(f'text{i}')
     return (f'(select *, {parts} as parts{i} from (select *, {text} from {source}))',
-            f"case when {quick} then try_cast(nullif({raw}, '') as timestamp) else {f.stamp(f'text{i}', f'parts{i}')} end")
+            f"case when {quick} then try_cast(nullif({raw}, '') as timestamp) "
+            f"else {f.stamp(f'text{i}', f'parts{i}')} end")
 
 # %% ../../nbs/15_data.tables.ipynb #f6c36889
 def _day_or_month(con, text, source, what):
@@ -238,7 +239,8 @@ def _draw_progress(query, desc):
     form = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}'
     with tqdm(total=100, desc=desc, mininterval=.5, disable=None, bar_format=form) as bar:
         while not query.done.wait(.2):
-            bar.update(max(min(query.con.query_progress(), 99.) - bar.n, 0))     # -1 before it has begun; never backwards
+            # -1 before it has begun; never backwards
+            bar.update(max(min(query.con.query_progress(), 99.) - bar.n, 0))
         if query.error is None: bar.update(100 - bar.n)
 
 # %% ../../nbs/15_data.tables.ipynb #3b81d016
@@ -324,7 +326,7 @@ def make(self:Stages,
     key:dict,    # everything that the stage depends on, as JSON
     build,       # build(folder) writes the stage into an empty folder
 )->Path:
-    "The folder of stage `name`: what is there if its key is the same, otherwise what `build` makes, whole or not at all."
+    "The folder of stage `name`: what is there if its key is the same, else what `build` makes, whole or not at all."
     final, part, stamp = self.folder/name, self._aside(name), _stamp(key)
     if _read_stamp(final).get('sha256') == stamp['sha256']:
         self.reused.append(name)
@@ -382,7 +384,7 @@ def read_text(
     path,           # a CSV or parquet file
     columns=(),     # names that must be there
 )->pd.DataFrame:
-    "The table with every cell as text, NaN where empty; raises InputError naming the file, and a column that is missing."
+    "The table with every cell as text, NaN where empty; raises InputError naming the file, and a missing column."
     if Path(path).suffix == '.parquet': table = _parquet_text(path, header(path))
     else:
         check_rows(path, names := csv_header(path))
@@ -417,6 +419,7 @@ def _as_numbers(column):
     word = column.str.strip().str.lower()
     return column.mask(word.isin(_LABEL_WORDS), word.map(_LABEL_WORDS))
 
+# %% ../../nbs/15_data.tables.ipynb #1a38f748
 def label_columns(table, names, where)->pd.DataFrame:
     "(N, K) float32 of 1, 0 and NaN = unknown (empty or -1); raises InputError for other values."
     for n in names: _need(table, n, where)

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import duckdb
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .folders import fact_table
-from .formats import Columns, _duration
+from .formats import Columns
 from .long import prepare_table, read_channels
 from .tables import _need, header, label_columns, reader
 from .timeseries import Channel
+from .times import units_an_hour
 from ..options import InputError
 
 # %% ../../nbs/25b_data.yaib.ipynb #84f7bad5
@@ -85,10 +88,17 @@ def _outcome(path):
     told = [('labels', f'{c}: not 0 or 1, not used', int(table[c].notna().sum())) for c in other]
     return label_columns(table.drop(columns=other), [c for c in table if c not in other], path), told
 
+# %% ../../nbs/25b_data.yaib.ipynb #07da4c80
+def _per_hour(path):
+    "How many units of the times of dyn.parquet make an hour; 1 where they are plain hours."
+    try: kind = pq.read_schema(path).field('time').type
+    except (OSError, pa.ArrowInvalid, KeyError): return 1      # what is wrong is said by the reader
+    return units_an_hour(kind) or 1
+
 # %% ../../nbs/25b_data.yaib.ipynb #8d6ed235
 def _on_hours(path):
     "Whether all times of dyn.parquet are whole hours."
-    per = _duration(path, 'time') or 1
+    per = _per_hour(path)
     expression = 'time' if per > 1 else 'try_cast(time as double)'
     sql = f'select bool_and({expression} % {per} = 0) as whole from {reader(path, header(path))} where time is not null'
     return bool(_query(sql, path).whole[0])

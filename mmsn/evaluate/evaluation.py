@@ -146,8 +146,8 @@ def _once(solver):
 class Evaluation:
     "An encoder and its baselines, the patients, the options, and the results so far."
     def __init__(self, source:EvaluatedEncoder, say=print):
-        self.say, self.config, self.options, self.start = say, source.config, source.config.evaluate, time.perf_counter()
-        e, self.cohort = self.options, source.cohort
+        self.say, self.config, self.cohort, self.start = say, source.config, source.cohort, time.perf_counter()
+        e = self.options = self.config.evaluate
         self.kinds = {name: m.kind for name, m in source.model.config.modalities.items()}
         self.own = ['joint', *self.kinds] if len(self.kinds) > 1 else list(self.kinds)   # what the model says by itself
         others = table_names(self.cohort, self.kinds) if e.facts else []
@@ -232,7 +232,8 @@ def features(self:Evaluation):
     if not hasattr(self, '_features'):
         bare = {n: {i: feature_matrix(t, i) for i in self.inputs} for n, t in self.tables.items()}
         facts = None if self.cohort_facts is None else self.cohort_facts[self.task.rows]
-        self._features = {n: f | ({'joint': beside(f['joint'], facts)} if 'joint' in f else {}) for n, f in bare.items()}
+        self._features = {n: f | ({'joint': beside(f['joint'], facts)} if 'joint' in f else {})
+                          for n, f in bare.items()}
         if self.options.baselines:
             rows = plain_baselines(self.cohort, self.task.rows, self.task.at('train'), list(self.kinds),
                                    self.options.facts)
@@ -440,7 +441,8 @@ def evaluate_protocols(ev:Evaluation)->dict:
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0067
 def _facts(command, cohort, e, start):
     "What is true of every report."
-    took = f'{time.strftime("%Y-%m-%d %H:%M")}, {time.perf_counter() - start:.0f} s, bootstrap and draws from seed {e.seed}'
+    took = (f'{time.strftime("%Y-%m-%d %H:%M")}, {time.perf_counter() - start:.0f} s, bootstrap and draws from '
+            f'seed {e.seed}')
     return dict(evaluation=command, cohort=f'{cohort.folder} ({cohort.hash})', mmsn=mmsn.__version__,
                 torch=torch.__version__,
                 python=platform.python_version(), evaluated=took)
@@ -450,7 +452,7 @@ def seen_subjects(
     run,             # folder of the run, or anything else
     cohort:Cohort,   # on which it is evaluated
     task:Task,       # its patients
-)->dict:             # known (bool), test, of_test, val, of_val: subjects seen in pre-training and in all; notice: a line, or ''
+)->dict:             # known (bool), test, of_test, val, of_val: subjects seen in training, in all; notice: a line
     "How many subjects of test and validation the encoder was pre-trained on."
     trained, by_split = subjects_of_run(run), {}
     for split in ('test', 'val'):
@@ -477,10 +479,10 @@ def write_about(ev:Evaluation, folder:Path, run:Path, command:str):
     own = dict(training=record.get('command', ''), config=record.get('config', ''),
                seed=str(ev.config.train.seed)) if record else {}
     seen = seen_subjects(run, ev.cohort, ev.task)
-    about = dict(name=Path(run).resolve().name if record else ev.config.name, cohort=ev.cohort.name, date=time.strftime('%Y-%m-%d'),
-                 origin=origin_of(about_data(ev.cohort)), sentence=sentence, inputs=ev.inputs,
-                 prototypes=compared_with(ev.config),
-                 transductive=seen, notices=ev.notices + [seen['notice']]*bool(seen['notice']),
+    about = dict(name=Path(run).resolve().name if record else ev.config.name, cohort=ev.cohort.name,
+                 date=time.strftime('%Y-%m-%d'), origin=origin_of(about_data(ev.cohort)), sentence=sentence,
+                 inputs=ev.inputs, prototypes=compared_with(ev.config), transductive=seen,
+                 notices=ev.notices + [seen['notice']]*bool(seen['notice']),
                  facts=own | _facts(command, ev.cohort, ev.options, ev.start))
     (folder/'about.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
 
@@ -490,7 +492,8 @@ def _write_tables(folder, tables, predictions):
     for name, t in tables.items(): write_table(t, folder/f'{name}.csv')
     if predictions: (folder/'predictions').mkdir()
     for encoder, by_input in predictions.items():
-        for name, p in by_input.items(): save_predictions(p, folder/'predictions'/f'{file_word(name)}.{file_word(encoder)}.parquet')
+        for name, p in by_input.items():
+            save_predictions(p, folder/'predictions'/f'{file_word(name)}.{file_word(encoder)}.parquet')
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0071
 def _write_whole(folder, write, page=True):

@@ -38,9 +38,9 @@ def _frame(meta, blocks):
 
 # %% ../../nbs/70_evaluate.features.ipynb #a266b249
 def extract_features(
-    model,               # `MMSN`, or anything with encode(batch, drop=, patches=) -> {name: (B, d)}; set to the device it should run on
+    model,               # `MMSN`, or anything with encode(batch, drop=, patches=) -> {name: (B, d)}; on its device
     cohort:Cohort,       # where the patients are
-    rows=None,           # rows of `cohort.samples`, in the order wanted; none: those of `split` that have one of the model's modalities
+    rows=None,           # of `cohort.samples`, in the order wanted; none: those of `split` with one of its modalities
     split:str=None,      # 'train', 'val', 'test' or all, where `rows` are not given
     batch_size:int=256,  # rows at a time
     drop=(),             # names of modalities treated as missing
@@ -177,20 +177,23 @@ def common_tokens(
     most:int=256,    # tokens
 ):                   # (at most `most`,) int64, the most frequent first
     "The tokens that are most frequent in the texts of the training patients, each text counted once."
-    at = cohort.samples[(cohort.samples.split == 'train').to_numpy() & cohort.present(name)].drop_duplicates(f'{name}_start')
+    train = (cohort.samples.split == 'train').to_numpy()
+    at = cohort.samples[train & cohort.present(name)].drop_duplicates(f'{name}_start')
     numbers = cohort.array(name)[ranges(at[f'{name}_start'], at[f'{name}_length'])]
     counts = np.bincount(numbers, minlength=len(cohort.modalities[name].vocabulary))
     counts[[cohort.modalities[name].vocabulary.sep]] = 0
     order = np.argsort(-counts, kind='stable')[:most]
     return order[counts[order] > 0]
 
+# %% ../../nbs/70_evaluate.features.ipynb #021f2ff9
 def plain_text(
     x,        # (B, L) int64 tokens
     tokens,   # (K,) those that are counted
 ):            # (B, K) float32
     "How often each of some tokens is in a text, as log(1 + count)."
     wanted = torch.as_tensor(np.asarray(tokens), device=x.device)
-    return torch.stack([(x == t).sum(1) for t in wanted], 1).float().log1p() if len(wanted) else x.new_zeros(len(x), 0).float()
+    if not len(wanted): return x.new_zeros(len(x), 0).float()
+    return torch.stack([(x == t).sum(1) for t in wanted], 1).float().log1p()
 
 # %% ../../nbs/70_evaluate.features.ipynb #6a4ca029
 def plain_features(
@@ -272,13 +275,15 @@ def series_statistics(
     rows,            # rows of `cohort.samples`
     name:str,        # of a series
 ):                   # DataFrame (N, …), columns (channel, statistic), NaN where a channel was never observed
-    "Last, mean and minimum of each continuous channel over observed hours, and the fraction of hours observed of every one."
+    "Last, mean and minimum of each continuous channel over observed hours; of each one the fraction of hours observed."
     X, at, out = plain_features(cohort, rows, [name])[name].astype(np.float64), 0, {}
     for c in cohort.modalities[name].channels:
-        width = 5 if c['kind'] == 'continuous' else 2*len(c['categories']) + 1
+        number = c['kind'] == 'continuous'
+        width = 5 if number else 2*len(c['categories']) + 1
         share = X[:, at + width - 1]
-        values = np.where(share[:, None] > 0, X[:, at:at + 3], np.nan) if c['kind'] == 'continuous' else np.zeros((len(X), 0))
-        out |= {(c['name'], s): v for s, v in zip(('last', 'mean', 'minimum'), values.T)} | {(c['name'], 'observed'): share}
+        values = np.where(share[:, None] > 0, X[:, at:at + 3], np.nan) if number else np.zeros((len(X), 0))
+        out |= {(c['name'], s): v for s, v in zip(('last', 'mean', 'minimum'), values.T)}
+        out[c['name'], 'observed'] = share
         at += width
     return pd.DataFrame(out)
 
@@ -304,7 +309,7 @@ def channel_recall(
     test,            # positions that R² is measured on
     ignore=(),       # channels that the encoder does not read
 )->pd.DataFrame:     # input, channel, statistic, r2
-    "How well features give back what was measured: R² of each channel's last, mean, minimum and fraction of hours observed."
+    "How well features give back what was measured: R² of each channel's last, mean, minimum and hours observed."
     table, X, out = series_statistics(cohort, rows, name), np.asarray(X, np.float64), []
     names = [c for c in dict.fromkeys(table.columns.get_level_values(0)) if c not in ignore]
     groups = [[(c, s) for s in ('last', 'mean', 'minimum')] for c in names if (c, 'last') in table]
@@ -321,7 +326,8 @@ def normal_scores(
     "Each column's ranks among the training patients as quantiles of a standard normal; NaN stays."
     has = train[~np.isnan(X[train]).all(1)]
     if not len(has): return X
-    scale = preprocessing.QuantileTransformer(output_distribution='normal', n_quantiles=min(1000, len(has)), random_state=0)
+    scale = preprocessing.QuantileTransformer(output_distribution='normal', n_quantiles=min(1000, len(has)),
+                                              random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')           # a column that nobody has in train stays NaN, and is no news
         return scale.fit(X[has]).transform(X).astype(np.float32)

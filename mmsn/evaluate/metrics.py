@@ -70,7 +70,8 @@ def _check(labels, scores):
     known = ~np.isnan(labels)
     if not np.isin(labels[known], (0, 1)).all(): raise InputError('labels should be 1, 0 or NaN (unknown)')
     lost = (known & ~np.isfinite(scores)).sum()
-    if lost: raise InputError(f'{lost} known labels have no finite score: evaluate only rows that were scored, and say so')
+    if lost:
+        raise InputError(f'{lost} known labels have no finite score: evaluate only rows that were scored, and say so')
     return labels, scores
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #a122960f
@@ -138,7 +139,7 @@ def bootstrap(
     seed=0,           # of the draws
     measure=Ranking,    # what is asked of the scores: `Ranking` or `Calibration`
 ):                    # dict metric -> (R, K); for a list of scores a list of them
-    "The metrics of every label in every resample; NaN where a resample lacks one class of a label, and if there is only one subject."
+    "The metrics of every label in every resample; NaN where it lacks a class of a label, and if there is one subject."
     many = isinstance(scores, (list, tuple))
     subjects = np.arange(len(labels)) if subjects is None else np.asarray(subjects)
     if len(subjects) != len(labels): raise InputError(f'{len(subjects)} subjects for {len(labels)} rows of labels')
@@ -207,7 +208,7 @@ def bin_numbers(
     bins=10,             # how many
     strategy='quantile', # 'quantile': equally many patients; 'uniform': equal width
 ):                       # (n,) number of each one's bin
-    "Bins of a reliability curve, as in scikit-learn; raises InputError for another strategy or values that are no probabilities."
+    "Bins of a reliability curve, as in scikit-learn; raises InputError for another strategy, or no probabilities."
     p = np.asarray(probabilities, np.float64)
     if len(p) and not (p.min() >= 0 and p.max() <= 1):
         raise InputError('calibration needs probabilities in 0..1: give expit(scores) for log odds')

@@ -123,7 +123,7 @@ def paired_difference(
     seed=0,               # of the resamples
     measure=Ranking,        # `Ranking` or `Calibration`
 ):                        # label, metric, first, second, difference, low, high, better, p, rows, subjects
-    "First minus second on the test patients that both have scored, with paired 95 % intervals; raises InputError if these are two tasks."
+    "First minus second on the test patients of both, with paired 95 % intervals; raises InputError for two tasks."
     a, b = common([first.at(split), second.at(split)])
     scores = [p.probabilities if measure is Calibration else p.scores for p in (a, b)]
     table = difference_table(a.labels, *scores, a.subjects, a.names, groups, resamples, seed, measure)
@@ -173,7 +173,7 @@ BASELINES = ('random', 'scratch', 'plain', 'booster')   # rows that a pretrained
 def differences(
     means:dict,   # that `low_shot`, `supervised` and `finetune` have filled
 )->pd.DataFrame:  # encoder, baseline, input, fraction, shots, metric, difference, low, high
-    "Each row's macro mean minus that of each other baseline: paired differences with 95 % intervals, mean over resamples."
+    "Each row's macro mean minus that of each other baseline: paired, with 95 % intervals, mean over resamples."
     out = []
     for (a, name, *labels), (n, mine) in means.items():
         for b in BASELINES:

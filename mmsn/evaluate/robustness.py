@@ -218,7 +218,7 @@ def robustness(
     task:Task,                           # from `Task.of`
     features:dict=None,                  # encoder's name -> its clean table for task.rows, to save the work
     severities=(0., .3, .5, .7, .9),     # of 'patches': fractions of image patches hidden
-    inputs=None,                         # 'joint' and modalities; of them those that see what is corrupted. All by default
+    inputs=None,                         # 'joint' and modalities that see what is corrupted; all by default
     corruptions=('patches',),            # names of `CORRUPTIONS`, and 'modality'
     resamples:int=200,                   # of subjects, for the interval of the loss; 0 leaves it out
     seed:int=0,                          # of the resamples and the corruptions
@@ -316,7 +316,7 @@ def recall_hits(
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #35031f7f
 def _sides(m, cohort, rows, query, gallery, cache):
-    "Yields (space, query (N, d), gallery (N, d)) of one encoder: the joint embedding of each alone, and the shared space."
+    "Yields (space, query (N, d), gallery (N, d)) of one encoder: the joint embedding of each alone, the shared space."
     tables = _left_alone(m, cohort, rows, list(m.config.modalities), (query, gallery), cache)
     q, g = (feature_matrix(t, 'joint').astype(np.float64) for t in tables)
     yield 'embedding', q - q.mean(0), g - g.mean(0)
@@ -382,8 +382,8 @@ def retrieval(
     seed:int=0,            # of the resamples
     cache=None,            # folder of `extract_features`
     task:Task=None,        # labels for the agreement of neighbours, and training patients for the references
-# encoder, query, gallery, space, recall_1, recall_5, k, recall, low, high, chance, times_chance, rows, pair_auroc, pair_low, pair_high;
-# with a task also same_phenotype, label_overlap and their chance
+# encoder, query, gallery, space, recall_1, recall_5, k, recall, low, high, chance, times_chance, rows, pair_auroc,
+# pair_low, pair_high; with a task also same_phenotype, label_overlap and their chance
 )->pd.DataFrame:
     """Recall@k of one modality's patient among the other's, and pair AUROC, in each space of each encoder, beside
     shuffled pairs, references and chance. Raises InputError."""
@@ -392,7 +392,8 @@ def retrieval(
     if len(rows) <= k:
         raise InputError(f'{len(rows)} patients have both {query} and {gallery}: retrieval at {k} needs more')
     subjects = cohort.samples.subject_id.to_numpy()[rows]
-    labels = None if task is None else np.where(np.isnan(task.labels).all(0), np.nan, cohort.label_matrix(task.names, rows))
+    labels = None if task is None else cohort.label_matrix(task.names, rows)
+    if task is not None: labels = np.where(np.isnan(task.labels).all(0), np.nan, labels)
     for encoder, space, q, g in _with_controls(models, cohort, task, rows, query, gallery, seed, cache):
         row = _retrieval_row(q, g, subjects, labels, k, resamples, seed)
         out.append(dict(encoder=encoder, query=query, gallery=gallery, space=space) | row)

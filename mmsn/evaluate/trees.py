@@ -38,8 +38,10 @@ def _boosted(X, y, trees):
     "Boosted trees on X (n, d) and y (n,) 0 or 1."
     leaf = int(np.clip(len(y)//20, 3, 20))
     X = np.where(np.isnan(X).all(0), 0, X)             # nobody has it: nothing to bin, and nothing to split by
-    return ensemble.HistGradientBoostingClassifier(learning_rate=.1, max_iter=trees, max_leaf_nodes=8, min_samples_leaf=leaf, max_bins=32,
-                                          l2_regularization=1., early_stopping=False, random_state=0).fit(X, y)
+    model = ensemble.HistGradientBoostingClassifier(
+        learning_rate=.1, max_iter=trees, max_leaf_nodes=8, min_samples_leaf=leaf, max_bins=32, l2_regularization=1.,
+        early_stopping=False, random_state=0)
+    return model.fit(X, y)
 
 # %% ../../nbs/78_evaluate.trees.ipynb #89f6d7c9
 def _number_of_trees(X, y, subjects, most):

@@ -83,7 +83,7 @@ def _publish(out, table, images, figure):
     "Write a folder of images (n, H, W), their table and a figure, in one rename. Raises InputError."
     from mmsn.checkpoint import publish
     from mmsn.generate.images import write_png
-    from mmsn.show import save_figure
+    from mmsn.show import plt, save_figure
     out = Path(out)
     new = out.with_name(f'.{out.name}-{os.getpid()}-new')
     shutil.rmtree(new, ignore_errors=True)
@@ -93,7 +93,9 @@ def _publish(out, table, images, figure):
         table.to_csv(new/'generated.csv', index=False)
         save_figure(figure, new/'grid')
         publish(new, out)
-    finally: shutil.rmtree(new, ignore_errors=True)
+    finally:
+        plt.close(figure)     # else a notebook that calls `main` again and again keeps every grid
+        shutil.rmtree(new, ignore_errors=True)
     return out
 
 # %% ../../nbs/92_generate.ipynb #96f91eb9

@@ -9,7 +9,7 @@ __all__ = ['Seen', 'resized', 'named', 'Drawer', 'is_generator', 'VAEModel', 'fi
            'check_same_vae', 'build_model', 'tokens_of']
 
 # %% ../../nbs/58_generate.model.ipynb #203f5c35
-import json, os, shutil
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from torch import nn
 import mmsn
 from ..config import build, to_dict
 from ..dials import DRAWING, VAE
-from ..files import not_finite, read_json, seal, sha256
+from ..files import new_folder, not_finite, read_json, seal, sha256
 from .dalle import DALLE
 from .images import to_uint8
 from .vae import DiscreteVAE
@@ -62,7 +62,7 @@ def named(
 
 # %% ../../nbs/58_generate.model.ipynb #5c0d6b0d
 class Drawer(nn.Module):
-    "A model of a run that draws images; `views`, `forward`, `annealed`, `update_target` and `save_pretrained` serve the loop."
+    "A model of a run that draws; `views`, `forward`, `annealed`, `update_target`, `save_pretrained` serve the loop."
     FOLDER = 'model'   # of the run, where it is exported
     def __init__(self,
         config:Config,
@@ -93,22 +93,14 @@ def save_pretrained(self:Drawer,
     folder = Path(folder)
     if folder.exists() and not is_generator(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f'{folder} exists and is no model that draws: choose another folder')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f'.{folder.name}-{os.getpid()}-{word}') for word in ('new', 'old'))
-    for p in (new, old): shutil.rmtree(p, ignore_errors=True)
-    new.mkdir()
-    try:
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        if odd := not_finite(state): raise InputError(f'{odd} of the model is not finite: not written to {folder}')
+    state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+    if odd := not_finite(state): raise InputError(f'{odd} of the model is not finite: not written to {folder}')
+    with new_folder(folder) as new:
         save_file(state, new/'model.safetensors', dict(format='pt'))
         about = dict(format=_FORMAT, mmsn=mmsn.__version__, config=to_dict(self.config), **self.about(),
                      modalities={name: info.to_dict() for name, info in self.infos.items()},
                      weights=sha256(new/'model.safetensors'))
         (new/'config.json').write_text(json.dumps(seal(about), indent=1), encoding='utf-8')
-        if folder.exists(): folder.rename(old)
-        new.rename(folder)
-    finally:
-        for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     return folder
 
 # %% ../../nbs/58_generate.model.ipynb #c4001c3f
@@ -146,7 +138,8 @@ def forward(self:VAEModel,
     "Loss and metrics of one step."
     t = self.annealed(0) if temperature is None else temperature
     terms = self.vae(seen.x, seen.index, seen.seed, seen.epoch, t)
-    metrics = dict(error=terms.error, divergence=terms.divergence, words=terms.used, temperature=terms.used.new_tensor(t))
+    metrics = dict(error=terms.error, divergence=terms.divergence, words=terms.used,
+                   temperature=terms.used.new_tensor(t))
     return Output(terms.loss, {k: v.detach().float() for k, v in metrics.items()})
 
 # %% ../../nbs/58_generate.model.ipynb #fb74f554
@@ -156,7 +149,8 @@ def reconstruct(self:VAEModel,
     images,   # (B, H, W) uint8
 )->np.ndarray:
     "(B, S, S) uint8: images after their way through the words."
-    x = resized(torch.as_tensor(np.asarray(images))[:, None].to(next(self.parameters()).device), self.vae.options.pixels)
+    x = torch.as_tensor(np.asarray(images))[:, None].to(next(self.parameters()).device)
+    x = resized(x, self.vae.options.pixels)
     return to_uint8(self.vae.decode(self.vae.codes(x))[:, 0])
 
 # %% ../../nbs/58_generate.model.ipynb #1ddadc75
@@ -170,7 +164,8 @@ def _filled(make, state, folder):
         w, t = wanted.get(name), state.get(name)
         if w is None or t is None or w.shape != t.shape or w.dtype != t.dtype:
             raise InputError(f'the weights in {folder} do not fit its config.json: {name} is '
-                             f'{"missing" if t is None else tuple(t.shape)}, not {None if w is None else tuple(w.shape)}')
+                             f'{"missing" if t is None else tuple(t.shape)}, '
+                             f'not {None if w is None else tuple(w.shape)}')
     model = make()
     model.load_state_dict(state)
     return model.eval()
@@ -182,7 +177,8 @@ def find_generator(
     "The folder of a model that draws. Raises InputError."
     places = Path(source)/Drawer.FOLDER, Path(source)
     if found := [p for p in places if is_generator(p)]: return found[0]
-    if not Path(source).is_dir(): raise InputError(f'no model at {source}: give a run of objective=vae or objective=dalle')
+    if not Path(source).is_dir():
+        raise InputError(f'no model at {source}: give a run of objective=vae or objective=dalle')
     raise InputError(f'{source} holds no model that draws: give a run of objective=vae or objective=dalle that has '
                      f'written a checkpoint, or the folder "{Drawer.FOLDER}" of such a run')
 
@@ -216,7 +212,8 @@ class DalleModel(Drawer):
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             self.vae = DiscreteVAE(vae_options).requires_grad_(False)
-            self.dalle = DALLE(config.objectives.dalle, len(infos[self.text].vocabulary), vae_options.codes, vae_options.side)
+            words = len(infos[self.text].vocabulary)
+            self.dalle = DALLE(config.objectives.dalle, words, vae_options.codes, vae_options.side)
 
     def about(self)->dict: "What `config.json` says of the VAE."; return dict(vae=self.source)
 

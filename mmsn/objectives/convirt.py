@@ -10,7 +10,6 @@ __all__ = ['convirt_loss', 'image_and_text', 'ConVIRTObjective']
 # %% ../../nbs/52k_objectives.convirt.ipynb #bfd199a0
 import math
 
-import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -74,4 +73,5 @@ def forward(self:ConVIRTObjective, step:Step):
     loss = convirt_loss(a, b, self.dials.temperature, self.dials.weight, patient)
     watched = pair_metrics(pairs) if pairs.strangers.any() else {}
     if not watched: loss = loss + sum((0*p).sum() for p in self.parameters())
-    return loss, {'objective': loss.detach().float()} | {k: watched.get(k, loss.new_tensor(math.nan)) for k in ('recall', 'pair_accuracy')}
+    watched = {k: watched.get(k, loss.new_tensor(math.nan)) for k in ('recall', 'pair_accuracy')}
+    return loss, {'objective': loss.detach().float()} | watched

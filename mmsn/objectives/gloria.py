@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..contrast import compare, gather_rows, pair_metrics
+from ..contrast import both_ways, compare, gather_rows, pair_metrics
 from .base import Objective
-from .convirt import both_ways, image_and_text
+from .convirt import image_and_text
 from ..options import Config, InputError
 from ..terms import Step
 from ..views.text import word_numbers

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..cells import masked_mean, SeriesCells
 from ..dials import MAE
-from ..encoders.vit import _init, Block, sincos_2d, ViT
+from ..encoders.positions import sincos_2d
+from ..encoders.vit import _init, Block, ViT
 from .base import Objective, weighted
 from ..options import Cells, Config, InputError, SeriesMasks
 from ..terms import Step

@@ -35,7 +35,8 @@ def predictor(
     "D -> bottleneck -> D."
     D, width = config.head.output, config.objectives.simsiam.bottleneck or max(config.head.output//4, 1)
     norm = _NORMS[config.head.norm]
-    return nn.Sequential(nn.Linear(D, width, bias=config.head.norm != 'batch'), norm(width), nn.ReLU(), nn.Linear(width, D))
+    return nn.Sequential(nn.Linear(D, width, bias=config.head.norm != 'batch'), norm(width), nn.ReLU(),
+                         nn.Linear(width, D))
 
 # %% ../../nbs/52f_objectives.simsiam.ipynb #1ad7009b
 class SimSiamObjective(TwoViews):
@@ -46,7 +47,8 @@ class SimSiamObjective(TwoViews):
         views,        # `Views`
         online,       # `JointEncoder`
     ):
-        head = nn.Sequential(ProjectionHead(online.dims['joint'], config.head), _NORMS[config.head.norm](config.head.output))
+        head = nn.Sequential(ProjectionHead(online.dims['joint'], config.head),
+                             _NORMS[config.head.norm](config.head.output))
         super().__init__(config, head)
         self.predictor = predictor(config)
 
@@ -57,4 +59,6 @@ def compare(self:SimSiamObjective, a, b):
     whole = a.expand_as(b)
     p = self.predictor(torch.cat([a, b.flatten(0, 1)]))
     one, other = p[:len(a)].expand_as(b), p[len(a):].view_as(b)
-    return (negative_cosine(one.flatten(0, 1), b.flatten(0, 1)) + negative_cosine(other.flatten(0, 1), whole.flatten(0, 1)))/2, {}
+    there = negative_cosine(one.flatten(0, 1), b.flatten(0, 1))
+    back = negative_cosine(other.flatten(0, 1), whole.flatten(0, 1))
+    return (there + back)/2, {}

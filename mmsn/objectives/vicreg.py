@@ -42,7 +42,7 @@ def _vicreg(a, b, weights):
 
 # %% ../../nbs/52g_objectives.vicreg.ipynb #8fb0f70d
 def vicreg(
-    a, b,                   # (n, D) outputs of two views, row i of both the same patient; n may differ between processes
+    a, b,                   # (n, D) outputs of two views, row i of both one patient; n may differ between processes
     weights=(25., 25., 1.), # of invariance, variance and covariance
 ):                          # scalar, the same on all processes
     "Variance-invariance-covariance regularisation over the rows of all processes (arXiv 2105.04906, equation 6)."

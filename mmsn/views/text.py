@@ -120,7 +120,8 @@ class TextPart(nn.Module):
         info,       # `ModalityInfo`, for its vocabulary
     ):
         super().__init__()
-        self.name, self.recipe, self.most, self.vocabulary = name, modality.views, modality.encoder.length, info.vocabulary
+        self.name, self.recipe = name, modality.views
+        self.most, self.vocabulary = modality.encoder.length, info.vocabulary
         self.register_buffer('continues', torch.as_tensor(self.vocabulary.continues, device='cpu'), persistent=False)
 
     def _make(self, x, lengths, key, **how):

@@ -34,8 +34,8 @@ def _item_rows(rules, table):
         limits = (CHANNELS[c].low, CHANNELS[c].high) if rules == 'clean' else (None, None)
         rows.append((i.itemid, c, i.rank or 0, *limits, rules == 'benchmark' and i.benchmark in ('text', 'category'),
                      i.unit.lower()))
-    return pd.DataFrame(rows, columns=['itemid', 'channel', 'rank', 'low', 'high', 'by_text', 'unit']).astype(dict(low=float,
-            high=float))
+    names = ['itemid', 'channel', 'rank', 'low', 'high', 'by_text', 'unit']
+    return pd.DataFrame(rows, columns=names).astype(dict(low=float, high=float))
 
 # %% ../../../nbs/22c_data.mimic.events.ipynb #4e0ea986
 def _codes(rules):
@@ -60,6 +60,7 @@ def _convert(rules, table):
     return (f"case when coalesce(theirs, '') in ('', unit) or channel not in ({known}) then {by_item} "
             f"else case other {by_unit} end end")
 
+# %% ../../../nbs/22c_data.mimic.events.ipynb #e927921b
 def _unit_rows():
     "What the scan joins to each row by the unit it names: channel, word, and the number of its conversion."
     units = unit_table()
@@ -92,13 +93,14 @@ def _with_fate(rules, table, source, arterial='true', unit='null::varchar'):
     link, elsewhere = _link(rules, table)
     units = rules == 'clean' and unit != 'null::varchar'
     theirs = f'lower(trim({unit}))' if units else 'null::varchar'
+    by_unit = f'left join units u on u.channel = i.channel and u.word = {theirs}' if units else ''
     ids, first = ', '.join(str(i.itemid) for i in items_of(rules, table)), -GRACE if rules == 'clean' else 0
     found = f'''select c.stay_id, c.stay, c.read, i.*, e.value as said, {_VALUE[rules]} as v,
         w.code as category, {elsewhere} as elsewhere, {theirs} as theirs, {'u.other' if units else 'null'} as other,
                 {arterial} as arterial, (epoch(e.charttime) - epoch(c.intime))::bigint as sec
             from {source} e {link} join items_{table} i on e.itemid = i.itemid
             left join codes w on w.channel = i.channel and w.word = {_SPELLED[rules]}
-            {f'left join units u on u.channel = i.channel and u.word = {theirs}' if units else ''} where e.itemid in ({ids})'''
+            {by_unit} where e.itemid in ({ids})'''
     fate = f'''case when sec is null or sec < {first} or sec > read then 1 when elsewhere then 2
         when x is null or not isfinite(x) then 3
                 when x < low or x > high then 4 when not arterial then 5 else 0 end'''
