@@ -315,7 +315,8 @@ def _retrieval(ev):
     pairs = [p for x, y in combinations(ev.standing, 2) for p in ((x, y), (y, x))]
     rows = ev.task.rows[ev.task.at('test')]
     parts = [retrieval(ev.models, ev.cohort, rows, a, b, **ev.boot, cache=ev.cache, task=ev.task) for a, b in pairs]
-    return dict(retrieval=pd.concat(parts)) if parts else {}
+    table = pd.concat(parts) if parts else parts
+    return dict(retrieval=table) if len(table) else {}
 
 def _zero_shot(ev):
     "Findings of the images asked for by their names, where images and texts lie in one space."

@@ -319,7 +319,8 @@ def _sides(m, cohort, rows, query, gallery, cache):
     "Yields (space, query (N, d), gallery (N, d)) of one encoder: the joint embedding of each alone, the shared space."
     tables = _left_alone(m, cohort, rows, list(m.config.modalities), (query, gallery), cache)
     q, g = (feature_matrix(t, 'joint').astype(np.float64) for t in tables)
-    yield 'embedding', q - q.mean(0), g - g.mean(0)
+    # side by side (fusion.dim=0), an image fills one part of the joint embedding and a chart the other: no cosine
+    if m.config.fusion.dim: yield 'embedding', q - q.mean(0), g - g.mean(0)
     if 'contrast' not in getattr(m, 'auxiliary', {}) and not hasattr(getattr(m, 'objective', None), 'space'): return
     device = next(m.parameters()).device
     own = {n: torch.tensor(feature_matrix(t, n), device=device) for n, t in zip((query, gallery), tables)}
