@@ -19,7 +19,8 @@ from PIL import Image
 
 from mmsn.config import cli
 from mmsn.data.writer import ArrayWriter
-from mmsn.data.images import _cores, store_images
+from mmsn.data.images import store_images
+from mmsn.threads import cores
 
 HEIGHT, WIDTH, ALL = 3056, 2544, 377_110        # the commonest size in MIMIC-CXR-JPG, and the number of its images
 
@@ -78,14 +79,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--images', type=int, default=512, help='number of files')
     parser.add_argument('--size', type=int, default=224, help='side of the stored images')
-    parser.add_argument('--workers', type=int, nargs='+', default=sorted({1, _cores()}), help='numbers of processes to try')
+    parser.add_argument('--workers', type=int, nargs='+', default=sorted({1, cores()}), help='numbers of processes to try')
     a = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         (folder/'out').mkdir()
         names = write_images(folder, a.images)
         size = sum((folder/n).stat().st_size for n in names)/len(names)/1e6
-        print(f'{a.images} JPEG files of {WIDTH} x {HEIGHT}, {size:.1f} MB each, to {a.size} x {a.size}; {_cores()} cores')
+        print(f'{a.images} JPEG files of {WIDTH} x {HEIGHT}, {size:.1f} MB each, to {a.size} x {a.size}; {cores()} cores')
         part = names[:max(a.images//4, 12)]
         wall, peer, wanted = rates(lambda: plain_loop(folder, part, a.size), len(part))
         print(f'{"plain Pillow loop":25}{wall:6.1f} images/s; {peer:5.1f} per core')

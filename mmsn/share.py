@@ -18,7 +18,7 @@ from torch import nn
 
 from .card import SHARING, origin_of, write_card
 from .files import read_json
-from .model import MMSN, is_mmsn_encoder, local_folder
+from .model import MMSN, is_mmsn_encoder
 from .options import InputError
 from .views.images import to_float
 

@@ -1,5 +1,5 @@
 "The contract of a notebook, and the agreement of what is generated with what it is generated from."
-import ast, re, subprocess, sys
+import ast, importlib, importlib.util, re, subprocess, sys
 
 import pytest
 
@@ -130,6 +130,15 @@ def test_help(name):
     code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('mmsn.{name}', run_name='__main__')\nfinally: print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert 'usage' in out.stdout.lower() and out.stdout.rstrip().endswith('False'), out.stdout + out.stderr
+
+
+@pytest.mark.parametrize('script', sorted((ROOT/'benchmarks').rglob('*.py')), ids=lambda p: p.stem)
+def test_benchmarks_import_what_there_is(script):
+    "A measurement is made once in a while: what it takes from mmsn is still there."
+    for node in ast.walk(ast.parse(script.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and node.module.split('.')[0] == 'mmsn':
+            module = importlib.import_module(node.module)
+            for a in node.names: assert hasattr(module, a.name) or importlib.util.find_spec(f'{node.module}.{a.name}'), f'{node.module} has no {a.name}'
 
 
 def test_a_model_loads_no_more_than_it_needs():

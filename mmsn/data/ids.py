@@ -8,7 +8,7 @@ An id is written `007` in one table, `7` in the next, and `7.0` by a program tha
 __all__ = ['plain_ids', 'subject_numbers', 'check_meeting', 'check_overlap']
 
 # %% ../../nbs/14c_data.ids.ipynb #4dd28010
-import hashlib, re
+import hashlib
 
 import numpy as np
 import pandas as pd

@@ -8,7 +8,7 @@ Folders of medical images hold files that are empty, cut off by a broken downloa
 __all__ = ['load_image', 'ImageCheck', 'check_image', 'inside', 'DecodedChunk', 'Stored', 'store_images']
 
 # %% ../../nbs/14_data.images.ipynb #f9a93711
-import hashlib, json, multiprocessing, os, re, signal, sys, threading, types, warnings, zipfile
+import hashlib, json, multiprocessing, os, re, signal, sys, threading, types, zipfile
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool

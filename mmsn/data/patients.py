@@ -10,7 +10,7 @@ __all__ = ['channels_of', 'all_channels', 'about_data', 'prepared_of', 'scales',
            'batches', 'gather']
 
 # %% ../../nbs/29_data.patients.ipynb #4f14527b
-import re, tempfile
+import tempfile
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,12 @@ from PIL import Image
 
 from .cohort import Batch, ModalityInfo, _read_series, _read_tokens, offsets
 from .csvfile import note
-from .folders import _fact_numbers, image_names
+from .folders import _fact_numbers
 from .formats import Columns
-from .images import _FEW, _resize, _results, inside
+from .images import _FEW, _resize, _results
 from .long import match_long
 from .meds import _ages, _is, _windows, load_found, load_mapped, open_meds
-from .tables import _near, _need, connect, numbers, read_text, run
+from .tables import _near, connect, numbers, read_text, run
 from .timeseries import Channel, grid, layout
 from .units import conversion
 from ..options import InputError

@@ -12,12 +12,10 @@ __all__ = ['MARK', 'SPECIAL', 'LONGEST', 'clean', 'sentences', 'words', 'learn_p
 import heapq, json, re, unicodedata
 from collections import Counter, defaultdict
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..files import is_whole
 from ..options import InputError
 
 # %% ../../nbs/09b_data.text.ipynb #bd9446d5

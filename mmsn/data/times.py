@@ -8,7 +8,7 @@ A time that is misread is the quietest of all faults: half past one in the after
 __all__ = ['TIME_UNITS', 'leave_out_words', 'units_an_hour', 'time_text', 'TimeFormat', 'is_stamp', 'find_format']
 
 # %% ../../nbs/14d_data.times.ipynb #52c00a4c
-import datetime, re, zoneinfo
+import re, zoneinfo
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -9,7 +9,6 @@ __all__ = ['TEXTS', 'read_lines', 'tok_files', 'tok_labels', 'tok_subjects', 'pr
 
 # %% ../../nbs/26b_data.tok.ipynb #c2c1aa7c
 import re
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np

@@ -27,7 +27,7 @@ import mmsn
 from ..card import origin_of, write_card
 from ..checkpoint import publish
 from ..commands import check_writable
-from ..config import build, check, load_config, save_config
+from ..config import build, check, save_config
 from ..data.cohort import Cohort
 from ..data.patients import about_data
 from .features import (beside, channel_recall, extract_features, feature_matrix, joint_facts,

@@ -22,7 +22,7 @@ from .figures import _short, representation_figure
 from .metrics import macro
 from ..loss import log_probs
 from ..options import InputError
-from ..show import STYLES, _axes, _chosen, _drawn, _legend, colour
+from ..show import _axes, _drawn, colour
 
 # %% ../../nbs/81_evaluate.inspect.ipynb #8b3d7293
 plt, decomposition, manifold = later('matplotlib.pyplot'), later('sklearn.decomposition'), later('sklearn.manifold')

@@ -20,7 +20,7 @@ from .features import extract_features, feature_matrix
 from .metrics import metric_table
 from .task import Task
 from ..options import InputError
-from ..show import _blank, _drawn, colour
+from ..show import _blank, _drawn
 
 # %% ../../nbs/77_evaluate.text.ipynb #73c51da6
 def prompts(

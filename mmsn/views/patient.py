@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ..options import InputError
 from .images import image_views, patch_keep, patch_mask, to_float
 from .random import fold_in, make_key
-from .text import TextPart, TextView
+from .text import TextPart
 from .timeseries import column_owners, continuous_columns, series_views
 from ..show import show_views
 
