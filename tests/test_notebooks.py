@@ -75,6 +75,16 @@ def test_outputs_show_no_machine(book):
 
 
 @pytest.mark.parametrize('book', BOOKS, ids=of)
+def test_what_has_to_fail_is_tried(book):
+    "`expect_fail` is a context: called like a function it runs nothing, and can never fail."
+    for t, s, _ in cells(book):
+        if t != 'code' or 'expect_fail' not in s: continue
+        managed = {id(i.context_expr) for n in ast.walk(parsed(s)) if isinstance(n, ast.With) for i in n.items}
+        calls = [n for n in ast.walk(parsed(s)) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'expect_fail']
+        assert all(id(n) in managed for n in calls), f'expect_fail without with:\n{s}'
+
+
+@pytest.mark.parametrize('book', BOOKS, ids=of)
 def test_outputs_need_no_kernel(book):
     "A widget without its kernel is an empty place on the site, and the page would fetch a script of others to draw it."
     assert 'jupyter.widget-' not in book.read_text(encoding='utf-8'), 'the output of a widget'
