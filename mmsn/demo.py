@@ -32,7 +32,7 @@ def _prepare(cohort, patients, seed):
         return prepare(['synthetic', str(cohort), '--patients', str(patients), '--seed', str(seed)])
     about = Cohort.open(cohort).provenance
     drawn, options = about.get('invented'), about.get('options') or {}
-    there = (drawn['patients'], options.get('seed')) if isinstance(drawn, dict) else (patients, seed)
+    there = (drawn.get('patients'), options.get('seed')) if isinstance(drawn, dict) else (patients, seed)
     if there != (patients, seed):
         raise InputError(f'{cohort} was drawn with {there[0]} patients and seed {there[1]}, and {patients} with seed '
                          f'{seed} are asked for: choose another --out, or remove {cohort.parent}')

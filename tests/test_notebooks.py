@@ -79,8 +79,9 @@ def test_what_has_to_fail_is_tried(book):
     "`expect_fail` is a context: called like a function it runs nothing, and can never fail."
     for t, s, _ in cells(book):
         if t != 'code' or 'expect_fail' not in s: continue
-        managed = {id(i.context_expr) for n in ast.walk(parsed(s)) if isinstance(n, ast.With) for i in n.items}
-        calls = [n for n in ast.walk(parsed(s)) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'expect_fail']
+        nodes = [n for statement in parsed(s) for n in ast.walk(statement)]
+        managed = {id(i.context_expr) for n in nodes if isinstance(n, ast.With) for i in n.items}
+        calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'expect_fail']
         assert all(id(n) in managed for n in calls), f'expect_fail without with:\n{s}'
 
 

@@ -50,7 +50,7 @@ class Preparation:
 
     def __enter__(self): return self.begin()
     def __exit__(self, kind, *error): self.end(kind)
-    def prints(self, *names): "Fingerprints of MIMIC-IV's tables."; return [file_stamp(find_table(self.iv, n)) for n in names]
+    def prints(self, *names): "Of MIMIC-IV's tables."; return [file_stamp(find_table(self.iv, n)) for n in names]
     def count(self, part, rows):
         "Note rows (what, count) for the summary."
         self.rows += [(part, what, int(n)) for what, n in rows]
