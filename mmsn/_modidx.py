@@ -2528,6 +2528,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mmsn.show._facts': ('show.html#_facts', 'mmsn/show.py'),
                            'mmsn.show._legend': ('show.html#_legend', 'mmsn/show.py'),
                            'mmsn.show._panels': ('show.html#_panels', 'mmsn/show.py'),
+                           'mmsn.show._settle': ('show.html#_settle', 'mmsn/show.py'),
                            'mmsn.show._short': ('show.html#_short', 'mmsn/show.py'),
                            'mmsn.show._show_image': ('show.html#_show_image', 'mmsn/show.py'),
                            'mmsn.show._show_series': ('show.html#_show_series', 'mmsn/show.py'),

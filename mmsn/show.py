@@ -117,6 +117,19 @@ def _write(fig, path, end, dpi, meta):
         fig.set_canvas(canvas)
         fig.dpi = dots
 
+# %% ../nbs/02_show.ipynb #33225fbe
+def _settle(fig):
+    "Lay a figure out, once: each further drawing would move it by a hair."
+    layout = fig.get_layout_engine()
+    if layout and fig.axes:
+        layout.execute(fig)
+        for part in fig.subfigs: part.bbox_relative.set_points(part.bbox_relative.get_points().round(6))
+        for ax in fig.axes:
+            ax.set_position(np.round(ax.get_position(original=True).bounds, 6), which='original')
+            ax.set_in_layout(True)      # a position that is set takes the axes out of it
+    fig.set_layout_engine('none')
+
+
 # %% ../nbs/02_show.ipynb #2530e63d
 def save_figure(
     fig,              # a matplotlib Figure
@@ -124,8 +137,7 @@ def save_figure(
     dpi:int=160,      # of the PNG
 )->list[Path]:
     "Write PATH.png and PATH.svg (its text stays text), renamed into place; the same figure makes the same bytes."
-    if (layout := fig.get_layout_engine()) and fig.axes: layout.execute(fig)
-    fig.set_layout_engine('none')     # the layout is settled once: each further drawing would move it by a hair
+    _settle(fig)
     out = []
     for end, meta in (('png', dict(Software=None)), ('svg', dict(Date=None, Creator=None))):
         final = Path(path).with_name(f'{Path(path).name}.{end}')
