@@ -72,7 +72,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmsn.checkpoint.load_optimizer_tensors': ('checkpoint.html#load_optimizer_tensors', 'mmsn/checkpoint.py'),
                                  'mmsn.checkpoint.optimizer_tensors': ('checkpoint.html#optimizer_tensors', 'mmsn/checkpoint.py'),
                                  'mmsn.checkpoint.prune': ('checkpoint.html#prune', 'mmsn/checkpoint.py'),
-                                 'mmsn.checkpoint.publish': ('checkpoint.html#publish', 'mmsn/checkpoint.py'),
                                  'mmsn.checkpoint.read_state': ('checkpoint.html#read_state', 'mmsn/checkpoint.py'),
                                  'mmsn.checkpoint.save_checkpoint': ('checkpoint.html#save_checkpoint', 'mmsn/checkpoint.py'),
                                  'mmsn.checkpoint.write_text': ('checkpoint.html#write_text', 'mmsn/checkpoint.py')},

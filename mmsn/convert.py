@@ -69,14 +69,14 @@ def _fill(new, source, state):
     save_file(tensors, new/'model.safetensors', dict(format='pt'))
     for name, about in _about(source).items(): (new/name).write_text(json.dumps(about, indent=1), encoding='utf-8')
 
-# %% ../nbs/91_convert.ipynb #8df0d44a
+# %% ../nbs/91_convert.ipynb #714295a2
 def save_transformers(
     source,                 # of `read_source`
     folder,                 # made, or replaced if it holds a ViTMSN
     layout=None,            # 4 or 5; None: that of the installed version
 ):
     "Write `source` as a folder that `ViTMSNModel.from_pretrained` reads; returns it. Raises InputError."
-    from mmsn.checkpoint import publish
+    from mmsn.files import swap_in
     from mmsn.sources import to_transformers
     folder, state = Path(folder), to_transformers(source.state, layout)
     if folder.exists() and not _is_transformers(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -85,7 +85,7 @@ def save_transformers(
     shutil.rmtree(new, ignore_errors=True)
     try:
         _fill(new, source, state)
-        publish(new, folder)
+        swap_in(new, folder)
     finally: shutil.rmtree(new, ignore_errors=True)
     return folder
 

@@ -287,19 +287,24 @@ def sweep(
         say(f'{folder} was being replaced by a process that was killed: the earlier one is back')
     for p in left: shutil.rmtree(p, ignore_errors=True)
 
-# %% ../nbs/03_files.ipynb #4292f1e5
+# %% ../nbs/03_files.ipynb #01fa1993
 def swap_in(
     new:Path,     # a filled folder beside the destination
     folder:Path,  # the destination; an earlier folder there goes
 ):
-    "Make `new` appear as `folder`, whole."
-    if not folder.exists() or not any(folder.iterdir()): return new.rename(folder)
+    "Make `new` appear as `folder`, whole, also for who comes after a power cut. Raises OSError, and nothing changed."
+    fsync_folder(new)
+    sweep(folder)
     aside = folder.with_name(f'{beside(folder)}earlier')
-    aside.mkdir(exist_ok=True)
-    folder.rename(aside/folder.name)
-    try: new.rename(folder)
-    except OSError:
-        (aside/folder.name).rename(folder)
+    taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if taken:
+        aside.mkdir(exist_ok=True)
+        folder.rename(aside/folder.name)
+    try:
+        new.rename(folder)
+        fsync(folder.parent)
+    except BaseException:
+        if taken and not folder.exists(): (aside/folder.name).rename(folder)
         raise
     finally: shutil.rmtree(aside, ignore_errors=True)
 

@@ -310,8 +310,35 @@ def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one(tmp_path, m
     with new_folder(folder) as new: (new/'old').touch()
     with pytest.raises(ZeroDivisionError), new_folder(folder) as new: (new/'half').touch(); 1/0
     def rename(path, to):
-        if path.name.endswith('-new'): raise OSError(28, 'No space left on device')
+        if path.name.endswith('-new'): raise error
         return real(path, to)
     monkeypatch.setattr(Path, 'rename', rename)
-    with pytest.raises(OSError), new_folder(folder) as new: (new/'new').touch()
-    assert [p.name for p in folder.iterdir()] == ['old'] and [p.name for p in tmp_path.iterdir()] == ['encoder']
+    for error in (OSError(28, 'No space left on device'), KeyboardInterrupt()):
+        with pytest.raises(type(error)), new_folder(folder) as new: (new/'new').touch()
+        assert [p.name for p in folder.iterdir()] == ['old'] and [p.name for p in tmp_path.iterdir()] == ['encoder']
+
+
+def test_a_folder_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    "Files, the folder, the rename, and the parent that lists it, in this order; one function for cohorts, checkpoints, encoders and reports, and its older name."
+    from mmsn import checkpoint, files
+    assert checkpoint.publish is swap_in
+    done, real = [], Path.rename
+    monkeypatch.setattr(files, 'fsync', lambda path: done.append(Path(path).name))
+    monkeypatch.setattr(Path, 'rename', lambda path, to: done.append(f'{path.name} -> {Path(to).name}') or real(path, to))
+    for i in range(2):
+        (tmp_path/'new').mkdir(); (tmp_path/'new'/'file').write_text(str(i))
+        swap_in(tmp_path/'new', tmp_path/'out')
+        assert done[:2] == ['file', 'new'] and done[-2:] == ['new -> out', tmp_path.name] and len(done) == 4 + i
+        done.clear()
+    assert (tmp_path/'out'/'file').read_text() == '1' and [p.name for p in tmp_path.iterdir()] == ['out']
+
+
+def test_what_was_set_aside_is_not_left_beside_a_new_folder(tmp_path):
+    "Whoever writes next clears away what a killed process set aside, also where nothing else sweeps; a file in the way is replaced like a folder."
+    dead = tmp_path/beside(tmp_path/'out').replace(f'-{os.getpid()}-', '-4000000-')
+    (dead.with_name(dead.name + 'earlier')/'out').mkdir(parents=True); (dead.with_name(dead.name + 'earlier')/'out'/'old').touch()
+    for i in range(2):
+        (tmp_path/'new').mkdir(); (tmp_path/'new'/'file').touch()
+        swap_in(tmp_path/'new', tmp_path/'out')
+        assert [p.name for p in tmp_path.iterdir()] == ['out'] and [p.name for p in (tmp_path/'out').iterdir()] == ['file']
+        shutil.rmtree(tmp_path/'out'); (tmp_path/'out').write_text('a file')

@@ -18,7 +18,7 @@ drawn
 __all__ = ['ArrayWriter', 'fit_normaliser', 'fit_pixels', 'fit_table', 'check_labels', 'replacing_cohort', 'CohortWriter',
            'close_with_summary']
 
-# %% ../../nbs/11_data.writer.ipynb #33e29da7
+# %% ../../nbs/11_data.writer.ipynb #ce57eb2e
 import json, re, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ from .cohort import Cohort, FORMAT, SPLITS, _json, _position, _short, check_samp
 from .cohort import offsets, open_array, ranges, sha256
 from .entries import check_meta
 from .text import Vocabulary
-from ..files import beside, fsync_folder, seal, swap_in, sweep
+from ..files import beside, seal, swap_in, sweep
 from ..options import InputError
 from ..safe import write_table
 
@@ -264,7 +264,7 @@ def _fit(self:CohortWriter, name, array, train):
     rows = rows[rows >= 0]
     return fit_pixels(array, rows) if info['kind'] == 'image' else fit_table(array[rows])
 
-# %% ../../nbs/11_data.writer.ipynb #8ee6d326
+# %% ../../nbs/11_data.writer.ipynb #ae34c0e6
 @patch
 def close(self:CohortWriter,
     samples,  # DataFrame, one row a sample: sample_id, subject_id, split, positions, labels, and what else is useful
@@ -288,7 +288,6 @@ def close(self:CohortWriter,
         self.meta['files'] = {p.name: dict(bytes=p.stat().st_size, sha256=h.result()) for p, h in hashes.items()}
         check_meta(self.meta, f'the description of {self.meta["name"]}')
         (self.part/'cohort.json').write_text(_json(seal(self.meta)), encoding='utf-8')
-        if self.folder.exists(): fsync_folder(self.part)     # before an earlier cohort goes
         swap_in(self.part, self.folder)
     finally: self.abort()
     return Cohort.open(self.folder)

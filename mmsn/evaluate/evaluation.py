@@ -9,7 +9,7 @@ __all__ = ['PROTOCOL_TABLES', 'evaluation_changes', 'run_folder', 'EvaluatedEnco
            'with_clear', 'evaluate_protocols', 'seen_subjects', 'write_about', 'evaluate', 'headline', 'open_weights',
            'evaluate_seed']
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #9a9d9f32
+# %% ../../nbs/83_evaluate.evaluation.ipynb #1f4c4440
 import hashlib, importlib.util, json, os, platform, re, shutil, time
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 import mmsn
 from ..card import origin_of, write_card
-from ..checkpoint import publish
+from ..files import swap_in
 from ..commands import check_writable
 from ..config import build, check, save_config
 from ..data.cohort import Cohort
@@ -496,7 +496,7 @@ def _write_tables(folder, tables, predictions):
         for name, p in by_input.items():
             save_predictions(p, folder/'predictions'/f'{file_word(name)}.{file_word(encoder)}.parquet')
 
-# %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0071
+# %% ../../nbs/83_evaluate.evaluation.ipynb #46d3f7c6
 def _write_whole(folder, write, page=True):
     """Let `write` fill a temporary folder, run its report, and rename it to `folder`; raises InputError if that
     holds something else."""
@@ -509,7 +509,7 @@ def _write_whole(folder, write, page=True):
     try:
         write(temporary)
         if page: write_report(temporary)
-        publish(temporary, folder)
+        swap_in(temporary, folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder/'report.html'
 

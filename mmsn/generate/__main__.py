@@ -78,10 +78,10 @@ def _asked(model, a):
     return (texts, batch.data[model.text], batch.lengths[model.text], cohort.samples.sample_id.to_numpy()[rows],
             batch.data[model.image][:, 0].numpy())
 
-# %% ../../nbs/92_generate.ipynb #be362e4a
+# %% ../../nbs/92_generate.ipynb #0401de2b
 def _publish(out, table, images, figure):
     "Write a folder of images (n, H, W), their table and a figure, in one rename. Raises InputError."
-    from mmsn.checkpoint import publish
+    from mmsn.files import swap_in
     from mmsn.generate.images import write_png
     from mmsn.show import plt, save_figure
     out = Path(out)
@@ -92,7 +92,7 @@ def _publish(out, table, images, figure):
         for name, image in zip(table.file, images): write_png(image, new/name)
         table.to_csv(new/'generated.csv', index=False)
         save_figure(figure, new/'grid')
-        publish(new, out)
+        swap_in(new, out)
     finally:
         plt.close(figure)     # else a notebook that calls `main` again and again keeps every grid
         shutil.rmtree(new, ignore_errors=True)

@@ -9,7 +9,7 @@ __all__ = ['RECORD', 'keep_shard', 'ShardPreparation', 'write_images', 'write_st
            'shard_folder', 'prepare_shard', 'Shard', 'open_shard', 'find_shards', 'check_shards', 'check_files',
            'interleave', 'Merge', 'merge_shards']
 
-# %% ../../../nbs/22g_data.mimic.shards.ipynb #dce0e19d
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #e8ad8804
 import json, os, shutil
 from dataclasses import asdict
 from hashlib import sha256
@@ -31,7 +31,7 @@ from ..shards import shard_name, shard_number, shard_of
 from ..tables import find_table
 from ..timeseries import layout
 from ..writer import CohortWriter
-from ...files import check_seal, fsync_folder, read_json, seal, sha256_of, swap_in, verify_once
+from ...files import check_seal, read_json, seal, sha256_of, swap_in, verify_once
 from ...options import InputError
 
 # %% ../../../nbs/22g_data.mimic.shards.ipynb #e6a160c9
@@ -143,7 +143,7 @@ def _record(o, mimic_iv, mimic_cxr, shards, shard, invented):
     return dict(format=1, mmsn=mmsn.__version__, shards=shards, shard=shard, options=kept, invented=invented,
                 sources=source_prints(o, mimic_iv, mimic_cxr), mimic_iv=_full(mimic_iv), mimic_cxr=_full(mimic_cxr))
 
-# %% ../../../nbs/22g_data.mimic.shards.ipynb #5a4d1f29
+# %% ../../../nbs/22g_data.mimic.shards.ipynb #6a26a51a
 RECORD = 'shard.json'
 
 def _publish(writer, record)->Path:
@@ -153,7 +153,6 @@ def _publish(writer, record)->Path:
     names = [p.relative_to(writer.part).as_posix() for p in paths]
     record = record | dict(files=dict(zip(names, sha256_of(paths))))
     (writer.part/RECORD).write_text(json.dumps(seal(record), indent=1), encoding='utf-8')
-    fsync_folder(writer.part)
     swap_in(writer.part, writer.folder)
     return writer.folder
 
