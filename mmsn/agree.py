@@ -21,12 +21,12 @@ def anywhere(
     if accelerator.num_processes == 1: return bool(here)
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), 'sum').item())
 
-# %% ../nbs/63c_agree.ipynb #31a21d3f
+# %% ../nbs/63c_agree.ipynb #e20a69a1
 def gather_rows(
     x,    # (n, …) this process's rows
     at,   # (n,) int64 their places in the whole, on the same device
 ):        # (N, …) the whole, on every process
-    "Rows of all processes by their places, without gradient (`mmsn.contrast` has one). Raises ValueError if one is missing."
+    "Rows of all processes by their places, without gradient (`mmsn.contrast` has one). Raises ValueError for a gap."
     count = gather(torch.tensor([len(at)], device=at.device))          # (ranks, 1)
     n = int(count.max())
     xs, places = (gather(torch.cat([t, t.new_zeros(n - len(t), *t.shape[1:])])) for t in (x, at))
