@@ -108,7 +108,7 @@ $body$
 <footer class="footer"><div class="nav-footer"><div class="nav-footer-center">{footer}</div></div></footer></body></html>'''
 
 
-def page(book, proc, out, books, lines, styles):
+def page(book, proc, out, books, lines, styles, colours=True):
     "Write the page of one staged notebook."
     rel = book.relative_to(proc).as_posix()
     target = out/books[rel]
@@ -128,7 +128,7 @@ def page(book, proc, out, books, lines, styles):
     file.write_text(template, encoding='utf-8')
     text = markdown(book, out/'pictures', prefix)
     run = subprocess.run([pandoc(), '-f', 'markdown', '-t', 'html5', '--mathml', '--toc', '--toc-depth=3', '--standalone', '--template', str(file), '--lua-filter', str(ROOT/'nbs'/'site.lua'),
-                          '--metadata', 'title=x'], input=text, capture_output=True, text=True)
+                          '--metadata', 'title=x', *['--no-highlight']*(not colours)], input=text, capture_output=True, text=True)
     file.unlink()
     if run.returncode: raise RuntimeError(f'{rel}: {run.stderr[-1000:]}')
     def address(match):
@@ -143,8 +143,8 @@ def page(book, proc, out, books, lines, styles):
     target.write_text(re.sub(r'(\bhref=)"([^"]*)"', address, run.stdout), encoding='utf-8')
 
 
-def render(proc, out, styles=('styles.css',), only=None):
-    "Write the pages of the staged notebooks in `proc` to `out`; the files beside them are copied. Returns the pages' number."
+def render(proc, out, styles=('styles.css',), only=None, colours=True):
+    "Write the pages of the staged notebooks in `proc` to `out`, with coloured code (most of the time); the files beside them are copied. Returns the pages' number."
     proc, out = Path(proc), Path(out)
     (out/'pictures').mkdir(parents=True, exist_ok=True)
     for p in proc.rglob('*'):
@@ -153,7 +153,7 @@ def render(proc, out, styles=('styles.css',), only=None):
             shutil.copyfile(p, out/p.relative_to(proc))
     books, lines = addresses(proc), list(sidebar(proc))
     todo = [b for b in staged_books(proc) if only is None or b.relative_to(proc).as_posix() in only]
-    with ThreadPoolExecutor(2) as pool: list(pool.map(lambda b: page(b, proc, out, books, lines, styles), todo))
+    with ThreadPoolExecutor(2) as pool: list(pool.map(lambda b: page(b, proc, out, books, lines, styles, colours), todo))
     return len(todo)
 
 

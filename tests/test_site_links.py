@@ -72,7 +72,7 @@ def pages(staged, tmp_path_factory):
     bs4 = pytest.importorskip('bs4')
     if site_pages.pandoc() is None: pytest.skip('pandoc is not installed: pip install pypandoc_binary')
     out = tmp_path_factory.mktemp('pages')
-    assert site_pages.render(staged, out) == len(staged_books(staged))
+    assert site_pages.render(staged, out, colours=False) == len(staged_books(staged))
     return out, {p: bs4.BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in sorted(out.rglob('*.html'))}
 
 
