@@ -1016,6 +1016,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mmsn.data.times.TimeFormat.moment': ('data.times.html#timeformat.moment', 'mmsn/data/times.py'),
                                  'mmsn.data.times.TimeFormat.parts': ('data.times.html#timeformat.parts', 'mmsn/data/times.py'),
                                  'mmsn.data.times.TimeFormat.stamp': ('data.times.html#timeformat.stamp', 'mmsn/data/times.py'),
+                                 'mmsn.data.times._all_stamps': ('data.times.html#_all_stamps', 'mmsn/data/times.py'),
                                  'mmsn.data.times._form_sql': ('data.times.html#_form_sql', 'mmsn/data/times.py'),
                                  'mmsn.data.times._forms': ('data.times.html#_forms', 'mmsn/data/times.py'),
                                  'mmsn.data.times._known': ('data.times.html#_known', 'mmsn/data/times.py'),

@@ -52,13 +52,22 @@ def _form_sql(t):
     rest = ' '.join(f"when regexp_matches({t}, '{pattern}') then '{form}'" for form, pattern in forms)
     return f"case when {t} is null then 'none' when {_FAST.format(t=t)} then 'ymd' {rest} else 'bad' end"
 
-# %% ../../nbs/14d_data.times.ipynb #3ba7fddd
+# %% ../../nbs/14d_data.times.ipynb #b3b8ed17
+def _all_stamps(con, table, column):
+    "Whether a column of texts holds `YYYY-MM-DD HH:MM:SS` alone, each a moment that there is, and at least one."
+    good = f'coalesce(({_FAST.format(t=column)}) and isfinite(try_cast({column} as timestamp)), false)'
+    cells, others = con.execute(f"""select count({column}), count(*) filter ({column} is not null and not {good})
+        from {table}""").fetchone()
+    return cells > 0 and not others
+
+# %% ../../nbs/14d_data.times.ipynb #9574e000
 def leave_out_words(
     con,          # DuckDB connection
     table:str,    # whose rows are removed
     column:str,   # of text
 ):
     "Remove the rows whose cell is no time in any form, where they are fewer than half."
+    if _all_stamps(con, table, column): return
     form = _form_sql(column)
     words, cells = con.execute(f"select count(*) filter ({form} = 'bad'), count({column}) from {table}").fetchone()
     if 2*words < cells: con.execute(f"delete from {table} where {form} = 'bad'")
@@ -292,7 +301,7 @@ def _text_format(con, table, column, what, form, example, unit, order):
         form = _order(*con.execute(f'select {number(1)}, {number(2)} from {table}').fetchone(), example, what, order)
     return TimeFormat(form, 'local')
 
-# %% ../../nbs/14d_data.times.ipynb #cd1e7b64
+# %% ../../nbs/14d_data.times.ipynb #f0ec4f2d
 _DATE = r'^(19|2[0-2])\d{2}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(([01]\d|2[0-3])[0-5]\d([0-5]\d)?)?(\.0*)?$'
 
 def find_format(
@@ -306,6 +315,7 @@ def find_format(
 )->TimeFormat:
     "How the column is read. Raises InputError naming a cell that is no time, or why the column cannot be read."
     if unit not in TIME_UNITS: raise InputError(f'the time unit should be one of {", ".join(TIME_UNITS)}, not {unit!r}')
+    if unit == 'auto' and _all_stamps(con, table, column): return TimeFormat('ymd', 'local')
     (form, (_, example, _)), = _forms(con, table, column, what).items()
     if form == 'number':
         lo, hi, odd = con.execute(f"""select min(x), max(x), count(*) filter (not regexp_matches({column}, '{_DATE}'))
