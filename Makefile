@@ -33,7 +33,7 @@ test: $(STAMP) notebooks unit
 
 notebooks: $(STAMP)
 	@echo '== notebooks'
-	$(TEST_ENV) $(BIN)/nbdev-test --n-workers 2 --timing --do-print
+	$(TEST_ENV) $(BIN)/python tests/run_notebooks.py -n 2
 
 unit: $(STAMP)
 	@echo '== tests'

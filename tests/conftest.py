@@ -21,8 +21,10 @@ SMALL = ['modalities.cxr.encoder.dim=24', 'modalities.cxr.encoder.depth=1', 'mod
          'optim.batch_size=16', 'optim.epochs=2', 'optim.warmup_epochs=0.5', 'train.log_every=1', 'train.threads=1']
 
 
-# files whose tests take longest begin first, so that two workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) end together
-LONG = ['test_ends.py', 'test_launch.py', 'test_distributed.py', 'test_train.py', 'test_options.py', 'test_mimic.py', 'test_shards.py', 'test_inputs.py', 'test_hostile_report.py', 'test_fuzz.py']
+# files whose tests take longest begin first, so that two workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) end together; those of the site are far
+# apart, as the first of them stages the pages and the other finds them there
+LONG = [f'test_{name}.py' for name in ('ends', 'launch', 'train', 'options', 'undefined', 'mimic_odd', 'mimic', 'distributed', 'shards', 'site_links', 'steps', 'inputs', 'objectives', 'prepare', 'hostile', 'fuzz',
+                                       'encode', 'hostile_report', 'seed_config', 'share', 'notebooks', 'text', 'generate', 'formats', 'sources', 'threads', 'pictures', 'splits', 'model')]
 
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

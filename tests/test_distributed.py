@@ -66,11 +66,21 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.fixture(scope='module', autouse=True)
+def imported():
+    "What the processes import, once: each is forked from this one, and would take three seconds for it."
+    import torch._dynamo
+    import accelerate, mmsn.evaluate.features, mmsn.loop, mmsn.train
+
+
+def start(world, worker, *args, **kw): return mp.start_processes(worker, args, nprocs=world, start_method='fork', **kw)
+
+
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
     "The folder of what both processes saw."
     folder = tmp_path_factory.mktemp('ranks')
-    mp.spawn(worker, (free_port(), str(folder)), nprocs=2)
+    start(2, worker, free_port(), str(folder))
     return folder
 
 
@@ -157,7 +167,7 @@ def model_worker(rank, port, folder):
 @pytest.fixture(scope='module')
 def model_found(tmp_path_factory):
     folder = tmp_path_factory.mktemp('model')
-    mp.spawn(model_worker, (free_port(), str(folder)), nprocs=2)
+    start(2, model_worker, free_port(), str(folder))
     return folder
 
 
@@ -245,7 +255,7 @@ def ten_steps(toy, tmp_path_factory):
     folder, found = tmp_path_factory.mktemp('ten'), {}
     for name, (world, size) in {'whole 24': (1, 24), 'whole 16': (1, 16), **SPLITS}.items():
         path = folder/name.replace(' ', '-').replace(',', '')
-        mp.start_processes(train_worker, (world, free_port(), str(path), [*TRAINER, f'data.cohort={toy.folder}', f'optim.batch_size={size}'], 10), nprocs=world, start_method='fork')
+        start(world, train_worker, world, free_port(), str(path), [*TRAINER, f'data.cohort={toy.folder}', f'optim.batch_size={size}'], 10)
         found[name] = load_file(f'{path}.safetensors')
     return found
 
@@ -311,7 +321,7 @@ def part_worker(rank, world, port, config, until=None):
     trainer.fit()
 
 
-def part(world, *args, **kw): return mp.start_processes(part_worker, (world, free_port(), *args), nprocs=world, start_method='fork', **kw)
+def part(world, *args, **kw): return start(world, part_worker, world, free_port(), *args, **kw)
 
 
 @pytest.fixture(scope='module')
@@ -391,7 +401,7 @@ def tracked_worker(rank, world, port, config, folder):
 def test_a_tracked_run_on_two_processes_ends(toy, tmp_path):
     "The tracker is told to finish, and the process group stays, as without one: to destroy it while DDP holds it may wait for ever (torch 2.9, see `train_worker`)."
     config = [*TRAINER, f'data.cohort={toy.folder}', 'optim.batch_size=12', f'train.run={tmp_path/"run"}', 'optim.epochs=1', 'optim.warmup_epochs=0']
-    context = mp.start_processes(tracked_worker, (2, free_port(), config, tmp_path), nprocs=2, start_method='fork', join=False)
+    context = start(2, tracked_worker, 2, free_port(), config, tmp_path, join=False)
     for process in context.processes: process.join(240)                 # ten seconds where nothing else runs; one that waits for ever is what this is about
     codes = [p.exitcode for p in context.processes]
     for process in context.processes: process.kill()
