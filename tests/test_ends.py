@@ -1,11 +1,11 @@
 "How commands end when they are told to, when a process of theirs is killed, and when the disk is not as it should be: one line, an exit code, and nothing half-written."
-import json, os, re, resource, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from conftest import ROOT, SMALL, one_line, refused, run
+from conftest import ROOT, SMALL, refused, run
 from forks import Command
 from mmsn.checkpoint import latest
 from mmsn.commands import check_writable
@@ -297,9 +297,10 @@ def test_a_disk_that_fills_up(cohort, trained, disk, capsys, monkeypatch, name):
 
 def test_a_file_limit(cohort, tmp_path):
     "The other way in which a system says that there is enough (`ulimit -f`): the run, its checkpoint and its encoder."
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    done = run('mmsn.train', 'demo', f'data.cohort={cohort}', *SMALL, f'train.run={tmp_path/"run"}', 'optim.epochs=1', code=2, preexec_fn=limit)
-    assert 'File too large' in one_line(done)
+    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))'
+    process = start('mmsn.train', 'demo', f'data.cohort={cohort}', *SMALL, f'train.run={tmp_path/"run"}', 'optim.epochs=1', before=limit)
+    code, _, lines = end(process)
+    assert code == 2 and 'File too large' in said(lines, '')
     assert not list((tmp_path/'run').rglob('*.safetensors')) and not list((tmp_path/'run').rglob('.encoder*'))
 
 
@@ -328,7 +329,7 @@ def test_says_whether_anything_was_learned(tmp_path_factory, tmp_path, capfd, ch
     from mmsn.train import train
     cohort = toy_cohort(tmp_path/'cohort', n=240)
     small = ['modalities.cxr.encoder.patch=8', 'modalities.cxr.views.random_size=16', 'modalities.cxr.views.focal_size=8', 'modalities.ehr.ignore=[]', 'optim.batch_size=32', 'train.threads=1']
-    train(load_config('demo', [*small, f'train.run={tmp_path/"run"}', 'optim.epochs=20', *changes]), cohort)
+    train(load_config('demo', [*small, f'train.run={tmp_path/"run"}', 'optim.epochs=10', *changes]), cohort)
     seen = capfd.readouterr()
     assert ('hardly differs from its random start' in seen.out + seen.err) != silent, seen
     assert silent or 'validation patients' in seen.out + seen.err and (tmp_path/'run'/'encoder').is_dir()
