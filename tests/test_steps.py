@@ -9,7 +9,7 @@ from mmsn.evaluate import evaluation
 from mmsn.evaluate.evaluation import evaluate
 from mmsn.testing import toy_cohort, toy_config
 
-OPTIONS = ['protocols=[low_shot,linear_probe,knn,supervised,robustness,missing]', 'draws=2', 'bootstrap=20', 'pictures=false', 'fractions=[0.5,1.0]', 'shots=[1]',
+OPTIONS = ['protocols=[low_shot,linear_probe,knn,supervised,robustness,missing]', 'draws=1', 'bootstrap=20', 'pictures=false', 'fractions=[0.5,1.0]', 'shots=[1]',
            'corruptions=[contrast]', 'map_samples=20', 'scratch_epochs=1']
 
 

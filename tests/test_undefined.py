@@ -125,7 +125,7 @@ def test_what_cannot_be_asked_is_refused_at_once(case, made, capsys, monkeypatch
 def test_several_runs_are_asked_the_same_way(made, capsys):
     folder = made(one_class('heart', 'test', 0))
     MMSN.from_config(testing.toy_config(train=dict(threads=1, log_every=1, seed=5)), __import__('mmsn').Cohort.open(folder/'cohort')).save_pretrained(folder/'second')
-    more = [*FAST[:4], 'cache=false', f'data.cohort={folder/"cohort"}']
+    more = [*FAST[:-1], 'protocols=[low_shot]', f'data.cohort={folder/"cohort"}']
     evaluate_runs([folder/'encoder', folder/'second'], more, folder/'comparison')
     c = pd.read_csv(folder/'comparison'/'comparison.csv')
     assert c.value[c.label == 'heart'].isna().all() and c.value[c.label == 'lung'].notna().all()
