@@ -178,3 +178,22 @@ def test_labels(tmp):
     assert "not 'fine' (row 1)" in message(lambda: numbers(y, 'note', 'y.csv'))
     assert "did you mean 'effusion'" in message(lambda: read_text(tmp/'y.csv', ['efusion']))
     assert 'no file' in message(lambda: read_text(tmp/'none.csv'))
+
+
+@pytest.mark.parametrize('cells', [None, '2150-01-03T04:05:00', '2150-02-30 04:05:00', '2150-01-03 24:00:00', '2150-01-03 04:05:60', '0000-00-00 00:00:00', '9999-12-31 23:59:59', '2150-01-03', '2150-01-03 04:05:00Z',
+                                   'infinity', '2150-1-03  04:05:00', '-123-01-01 00:00:00', '2150-01-03 04:05:.5', 'yesterday', ''])
+def test_the_short_question_about_times_agrees_with_the_long_one(cells, con, monkeypatch):
+    "A column of plain stamps is recognised at once; whatever else stands in it is treated as if that had never been asked."
+    from mmsn.data import times
+    found = []
+    for short in (True, False):
+        with monkeypatch.context() as m:
+            if not short: m.setattr(times, '_all_stamps', lambda *a: False)
+            run(con, "create or replace table t as select unnest(['2150-01-03 04:05:00', '2150-01-04 04:05:00', $1])::varchar as t".replace('$1', 'null' if cells is None else f"'{cells}'"))
+            times.leave_out_words(con, 't', 't')
+            try: found.append((con.execute('select count(*) from t').fetchone(), times.find_format(con, 't', 't', 'the column')))
+            except InputError as e: found.append(str(e))
+    assert found[0] == found[1]
+    if cells is None:
+        assert times._all_stamps(con, 't', 't')
+        for unit in ('hours', 'clock'): assert 'leave out --time-unit' in message(lambda: times.find_format(con, 't', 't', 'the column', unit))
