@@ -58,7 +58,7 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
 
 def test_the_process_ends_with_its_evaluation():
     "Killed or not, an evaluation leaves nobody behind."
-    words = 'import sys, time; from mmsn.evaluate.beside import _end_with; _end_with(sys.stdin.buffer); print("on", flush=True); time.sleep(300)'
+    words = 'import sys, time; from mmsn.evaluate.ahead import _end_with; _end_with(sys.stdin.buffer); print("on", flush=True); time.sleep(300)'
     process = subprocess.Popen([sys.executable, '-c', words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b'on\n' and process.poll() is None
     process.stdin.close()
