@@ -14,6 +14,14 @@ from .evaluation import PROTOCOL_TABLES, Evaluation, open_evaluated
 from .steps import Steps, plan_of
 from ..options import InputError
 
+# %% ../../nbs/83b_evaluate.ahead.ipynb #90205a7b
+def _end_with(stream):
+    "End this process when `stream` ends."
+    def listen():
+        stream.read()
+        os._exit(1)
+    threading.Thread(target=listen, daemon=True).start()
+
 # %% ../../nbs/83b_evaluate.ahead.ipynb #7e29ad8e
 def work(
     said,   # of `Beside`: names, source, overrides, plan, folder
@@ -26,14 +34,6 @@ def work(
         try: steps.do(name, PROTOCOL_TABLES[name], ev)
         except InputError: continue     # the evaluation comes to it itself, and says so
     return True
-
-# %% ../../nbs/83b_evaluate.ahead.ipynb #90205a7b
-def _end_with(stream):
-    "End this process when `stream` ends."
-    def listen():
-        stream.read()
-        os._exit(1)
-    threading.Thread(target=listen, daemon=True).start()
 
 # %% ../../nbs/83b_evaluate.ahead.ipynb #2cd22e14
 if __name__ == '__main__' and '__file__' in globals():
