@@ -168,6 +168,15 @@ def not_finite(
     "The first tensor that holds an infinity or NaN; '' if none does."
     return next((k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()), '')
 
+# %% ../nbs/03_files.ipynb #88b889f2
+def _number_bytes(
+    x,   # (n,) bool, whole numbers or floating point
+)->bytes:
+    "The bytes of a column of numbers in a hash, every NaN written alike."
+    # whole numbers go through float64, as in the hashes of the tables that are there already
+    if x.dtype.kind != 'f': return x.astype(float).astype(x.dtype).tobytes()
+    return np.where(np.isnan(x), x.dtype.type(np.nan), x).tobytes()
+
 # %% ../nbs/03_files.ipynb #7414bb2b
 def _table_hash(
     table,  # DataFrame
@@ -177,7 +186,7 @@ def _table_hash(
     for name, column in table.items():
         number = isinstance(column.dtype, np.dtype) and column.dtype.kind in 'biuf'
         digest.update(f'\0{name}\0{column.dtype if number else "text"}\0'.encode('utf-8', 'surrogatepass'))
-        if number: digest.update(np.where(column.isna(), np.nan, column).astype(column.dtype).tobytes())   # one NaN
+        if number: digest.update(_number_bytes(column.to_numpy()))
         else: digest.update('\0'.join(map(repr, column.astype(object).where(column.notna(), None))).encode())
     return digest.hexdigest()
 
