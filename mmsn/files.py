@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import psutil
 
 from .options import InputError
@@ -192,7 +191,7 @@ def _table_hash(
 
 # %% ../nbs/03_files.ipynb #3f985f16
 def write_sealed(
-    table:pd.DataFrame,
+    table,               # DataFrame
     path,                # parquet
     compression='snappy',
 ):
@@ -217,7 +216,7 @@ def read_columns(
     at_once:int=4,                 # columns
 )->tuple:                          # (DataFrame, metadata of the file)
     "A table, a few columns at a time, so that little memory is needed besides its own. Raises InputError."
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pandas as pd, pyarrow as pa, pyarrow.parquet as pq   # not at the top: a model is opened without
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             names, columns, about = list(file.schema_arrow.names), {}, file.schema_arrow.metadata or {}
@@ -236,7 +235,7 @@ def read_sealed(
     path,                                # parquet
     remedy:str='make it again',          # end of the message
     old:bool=True,                       # whether a table without a hash, by an older version, is read
-)->pd.DataFrame:
+):                                       # DataFrame
     "The table in a file of `write_sealed`; raises InputError where it is none, or was changed."
     table, about = read_columns(path, remedy, 256)
     wanted = about.get(b'mmsn')

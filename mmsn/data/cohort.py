@@ -14,7 +14,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 
 from ..config import _nearest
@@ -138,6 +137,7 @@ def _check_positions(samples, name, kind, n, where):
 # %% ../../nbs/10_data.cohort.ipynb #b2926801
 def _torn(subject, split):
     "The subjects that are in more than one split, in the order of their second."
+    import pandas as pd              # not at the top: a model is opened without
     of, split = pd.factorize(subject)[0], sum((split == s).to_numpy()*np.int8(i) for i, s in enumerate(SPLITS))
     first = np.full(of.max(initial=-1) + 1, -1, np.int8)
     first[of[::-1]] = split[::-1]                       # the first row of a subject comes last, and stays
