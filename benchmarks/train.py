@@ -80,7 +80,7 @@ def train_ours(a, folder, recipe='same'):
             out = super().take(batches)
             seconds.append(time.process_time() - aside[0])
             if not a.budget: return out
-            if seconds[-1] >= a.budget: self.stop = True
+            if seconds[-1] - begun >= a.budget: self.stop = True
             if seconds[-1] - begun >= (1 + len(found))*a.budget/a.probes: look(self)
             return out
     def look(trainer):
