@@ -1,11 +1,11 @@
 "An evaluation that is stopped goes on from its protocols, to the same tables byte for byte."
-import shutil
+import subprocess, sys
 
 import pandas as pd
 import pytest
 
 from mmsn import MMSN, open_encoder
-from mmsn.evaluate import evaluation
+from mmsn.evaluate import beside, evaluation
 from mmsn.evaluate.evaluation import evaluate
 from mmsn.testing import toy_cohort, toy_config
 
@@ -34,6 +34,35 @@ def test_stopped(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count('kept from an evaluation that was stopped') == 4 and not parts.exists()
     assert contents(tmp_path/'report') == contents(tmp_path/'whole')
+
+
+def test_two_processes(tmp_path, monkeypatch, capsys):
+    "A process that trains the networks meanwhile gives the same tables; one that dies costs nothing but time."
+    MMSN.from_config(toy_config(), toy_cohort(tmp_path/'cohort', 200)).save_pretrained(tmp_path/'encoder')
+    words = [*OPTIONS, f'data.cohort={tmp_path/"cohort"}']
+    evaluate(tmp_path/'encoder', words, tmp_path/'alone', page=False)
+    capsys.readouterr()
+    monkeypatch.setattr(beside, 'halves', lambda: (1, 1))
+    evaluate(tmp_path/'encoder', words, tmp_path/'two', page=False)
+    said = capsys.readouterr().out
+    assert 'supervised: done by the process beside' in said and said.index('missing') < said.index('supervised') < said.index('robustness')
+
+    class Dies(beside.Beside):
+        def __init__(self, *words): super().__init__(*words); self.process.kill()
+    monkeypatch.setattr(beside, 'Beside', Dies)
+    evaluate(tmp_path/'encoder', words, tmp_path/'dead', page=False)
+    assert 'done by' not in capsys.readouterr().out
+    assert contents(tmp_path/'alone') == contents(tmp_path/'two') == contents(tmp_path/'dead')
+    assert not list(tmp_path.glob('*-parts'))
+
+
+def test_the_process_ends_with_its_evaluation():
+    "Killed or not, an evaluation leaves nobody behind."
+    words = 'import sys, time; from mmsn.evaluate.ahead import _end_with; _end_with(sys.stdin.buffer); print("on", flush=True); time.sleep(300)'
+    process = subprocess.Popen([sys.executable, '-c', words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b'on\n' and process.poll() is None
+    process.stdin.close()
+    assert process.wait(60) == 1
 
 
 def test_another_plan_begins_anew(tmp_path, monkeypatch, capsys):

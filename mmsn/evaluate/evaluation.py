@@ -40,6 +40,7 @@ from .predictions import BASELINES, Predictions, differences, save_predictions
 from .probes import knn, linear_probe, low_shot, probe_solver, summarise
 from .pictures import write_pictures
 from .report import write_report
+from .beside import order, two_processes
 from .steps import Steps, plan_of
 from .robustness import CORRUPTIONS, missing, retrieval, robustness
 from .text import shares_space, zero_shot
@@ -423,6 +424,7 @@ def evaluate_protocols(ev:Evaluation)->dict:
     "Every table of a report, by its name; raises InputError where no protocol could be done."
     out, failed = {}, []
     names, begun = [p for p in PROTOCOL_TABLES if p in ev.options.protocols], time.perf_counter()
+    if ev.steps and ev.steps.beside: names = order(names, ev.steps.beside.names)
     for i, name in enumerate(names):
         left = time_left(time.perf_counter() - begun, i, len(names) - i)
         ev.say(f'{name.replace("_", " ")} ({i + 1} of {len(names)}' + (f', about {left} left)' if left else ')'))
@@ -535,7 +537,8 @@ def evaluate(
     ev.steps = Steps(folder.with_name(f'{folder.name}-parts'), plan_of(ev), say)
     if notice := seen_subjects(opened.folder, ev.cohort, ev.task)['notice']: say(f'WARNING: {notice}')
     def write(temporary):
-        _write_tables(temporary, evaluate_protocols(ev), ev.predictions)
+        with two_processes(ev, None if config else source, overrides): tables = evaluate_protocols(ev)
+        _write_tables(temporary, tables, ev.predictions)
         if own := ev.predictions.get('pretrained', {}).get(ev.inputs[0]): write_meds(temporary, ev.cohort, own)
         if ev.options.pictures: write_pictures(ev, temporary)
         write_about(ev, temporary, opened.folder, ' '.join(['mmsn-evaluate', str(source), *overrides]))

@@ -109,9 +109,20 @@ class Steps:
         plan:str,    # of `plan_of`; what another plan has left goes
         say=len,     # told what was kept
     ):
-        self.folder, self.say, self.plan = Path(folder), say, plan
+        self.folder, self.say, self.plan, self.beside = Path(folder), say, plan, None
         note = self.folder/'plan'
         if self.folder.exists() and not (note.is_file() and note.read_text(encoding='utf-8') == plan): self.remove()
+
+# %% ../../nbs/82c_evaluate.steps.ipynb #01ca410b
+@patch
+def begin(self:Steps):
+    "Make the folder, and note the plan; whether that could be done."
+    try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder/'plan').write_text(self.plan, encoding='utf-8')
+    except OSError: return False
+    return True
+
 
 # %% ../../nbs/82c_evaluate.steps.ipynb #6fea11ff
 @patch
@@ -124,10 +135,12 @@ def remove(self:Steps):
 def do(self:Steps, name:str, protocol, ev)->dict:
     "The tables of a protocol: kept, or computed and then kept."
     place = self.folder/name
+    by = 'done by the process beside' if self.beside and self.beside.wait(name) else \
+        'kept from an evaluation that was stopped'
     if (place/'step.json').is_file():
         try:
             tables = _read(place, ev)
-            self.say(f'{name.replace("_", " ")}: kept from an evaluation that was stopped')
+            self.say(f'{name.replace("_", " ")}: {by}')
             return tables
         except Exception as e:
             self.say(f'{name}: what was kept cannot be read ({type(e).__name__}), computed again')
@@ -143,8 +156,8 @@ def _keep(self:Steps, place, changes):
     new = place.with_name(f'.{place.name}')
     try:
         shutil.rmtree(new, ignore_errors=True)
+        self.begin()
         new.mkdir(parents=True)
-        (self.folder/'plan').write_text(self.plan, encoding='utf-8')
         _write(new, changes)
         shutil.rmtree(place, ignore_errors=True)
         new.rename(place)
