@@ -249,11 +249,13 @@ def auroc(a):
     for arm in ['ours:same', 'ours:preset', *(f'lightly:{lr:g}' for lr in a.peer_lr)]:
         told[arm] = child(a, arm)['found']
         print(f'{arm:16} ' + ', '.join(f'{s:.0f} s {v:.3f}' for s, v in told[arm]), flush=True)
-    best, at, arm = max((max((v, -s) for s, v in found) + (arm,) for arm, found in told.items() if arm.startswith('lightly')))
-    for name, found in told.items():
-        when = next((s for s, v in found if v >= best), None)
-        if name.startswith('ours'): print(f'{name}: {"never" if when is None else f"{when:.0f} CPU-s"} to the AUROC of {best:.3f} that {arm} reached in {-at:.0f} CPU-s'
-                                          + (f': {-at/when:.1f} times sooner' if when else ''))
+    peers = [n for n in told if n.startswith('lightly')]
+    for of, names in (('lightly', peers), ('ours with the same views', ['ours:same'])):
+        best = max(v for n in names for s, v in told[n] if s)
+        first = {n: next((s for s, v in found if s and v >= best), None) for n, found in told.items()}
+        print(f'the best of {of} is {best:.3f}, reached after ' + ', '.join(f'{n} {"more than " + format(a.budget, ".0f") if s is None else format(s, ".0f")}' for n, s in first.items()) + ' CPU-s')
+        mine, theirs = first['ours:same'], min((first[n] or math.inf for n in peers))
+        if mine: print(f'ratio with the same views: {"at least " if theirs == math.inf else ""}{min(theirs, a.budget)/mine:.1f}, aim 2')
 
 
 @cli
