@@ -38,8 +38,8 @@ def test_stopped(tmp_path, monkeypatch, capsys):
 
 def test_two_processes(tmp_path, monkeypatch, capsys):
     "A process that trains the networks meanwhile gives the same tables; one that dies costs nothing but time."
-    MMSN.from_config(toy_config(), toy_cohort(tmp_path/'cohort', 200)).save_pretrained(tmp_path/'encoder')
-    words = [*OPTIONS, f'data.cohort={tmp_path/"cohort"}']
+    MMSN.from_config(toy_config(), toy_cohort(tmp_path/'cohort', 120)).save_pretrained(tmp_path/'encoder')
+    words = [*OPTIONS[1:], 'protocols=[low_shot,supervised,robustness,missing]', f'data.cohort={tmp_path/"cohort"}']
     evaluate(tmp_path/'encoder', words, tmp_path/'alone', page=False)
     capsys.readouterr()
     monkeypatch.setattr(beside, 'halves', lambda: (1, 1))

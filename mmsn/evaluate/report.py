@@ -237,7 +237,8 @@ labelled matters as much as the encoder when they are few.''', '''
 s = read("summary")
 s = s[s.draws > 1]
 s = s.assign(labels=[f"{int(n)} of each class" if n else f"{f:.0%}" for f, n in zip(s.fraction, s.shots)])
-neat(s.pivot_table(index=["input", "encoder"], columns="labels", values="deviation", sort=False))''')]
+t = s.pivot_table(index=["input", "encoder"], columns="labels", values="deviation", sort=False)
+neat(t) if len(t) else print("One draw of each: there is none.")''')]
 
 # %% ../../nbs/82_evaluate.report.ipynb #eb9d2d73
 _LEARNED += [
