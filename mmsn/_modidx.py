@@ -1937,6 +1937,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'mmsn/evaluate/trees.py'),
                                      'mmsn.evaluate.trees.fit_booster': ('evaluate.trees.html#fit_booster', 'mmsn/evaluate/trees.py')},
             'mmsn.files': { 'mmsn.files._host': ('files.html#_host', 'mmsn/files.py'),
+                            'mmsn.files._number_bytes': ('files.html#_number_bytes', 'mmsn/files.py'),
                             'mmsn.files._refuse_constant': ('files.html#_refuse_constant', 'mmsn/files.py'),
                             'mmsn.files._remember': ('files.html#_remember', 'mmsn/files.py'),
                             'mmsn.files._remembered': ('files.html#_remembered', 'mmsn/files.py'),

@@ -11,8 +11,6 @@ __all__ = ['SHARING', 'origin_of', 'model_card', 'write_card']
 import json, os
 from pathlib import Path
 
-import pandas as pd
-
 from .options import InputError
 from .safe import plain_text, read_table
 

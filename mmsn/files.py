@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import psutil
 
 from .options import InputError
@@ -168,6 +167,15 @@ def not_finite(
     "The first tensor that holds an infinity or NaN; '' if none does."
     return next((k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()), '')
 
+# %% ../nbs/03_files.ipynb #88b889f2
+def _number_bytes(
+    x,   # (n,) bool, whole numbers or floating point
+)->bytes:
+    "The bytes of a column of numbers in a hash, every NaN written alike."
+    # whole numbers go through float64, as in the hashes of the tables that are there already
+    if x.dtype.kind != 'f': return x.astype(float).astype(x.dtype).tobytes()
+    return np.where(np.isnan(x), x.dtype.type(np.nan), x).tobytes()
+
 # %% ../nbs/03_files.ipynb #7414bb2b
 def _table_hash(
     table,  # DataFrame
@@ -177,13 +185,13 @@ def _table_hash(
     for name, column in table.items():
         number = isinstance(column.dtype, np.dtype) and column.dtype.kind in 'biuf'
         digest.update(f'\0{name}\0{column.dtype if number else "text"}\0'.encode('utf-8', 'surrogatepass'))
-        if number: digest.update(np.where(column.isna(), np.nan, column).astype(column.dtype).tobytes())   # one NaN
+        if number: digest.update(_number_bytes(column.to_numpy()))
         else: digest.update('\0'.join(map(repr, column.astype(object).where(column.notna(), None))).encode())
     return digest.hexdigest()
 
 # %% ../nbs/03_files.ipynb #3f985f16
 def write_sealed(
-    table:pd.DataFrame,
+    table,               # DataFrame
     path,                # parquet
     compression='snappy',
 ):
@@ -208,7 +216,7 @@ def read_columns(
     at_once:int=4,                 # columns
 )->tuple:                          # (DataFrame, metadata of the file)
     "A table, a few columns at a time, so that little memory is needed besides its own. Raises InputError."
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pandas as pd, pyarrow as pa, pyarrow.parquet as pq   # not at the top: a model is opened without
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             names, columns, about = list(file.schema_arrow.names), {}, file.schema_arrow.metadata or {}
@@ -227,7 +235,7 @@ def read_sealed(
     path,                                # parquet
     remedy:str='make it again',          # end of the message
     old:bool=True,                       # whether a table without a hash, by an older version, is read
-)->pd.DataFrame:
+):                                       # DataFrame
     "The table in a file of `write_sealed`; raises InputError where it is none, or was changed."
     table, about = read_columns(path, remedy, 256)
     wanted = about.get(b'mmsn')

@@ -15,17 +15,16 @@ from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import nn
 
 import mmsn
 from .arguments import check_encoding
 from .card import write_card
+from .commands import later
 from .config import _walk, build, check, spaces, to_dict
 from .data.cohort import Batch, ModalityInfo
 from .data.entries import check_modality
-from .data.patients import about_data, gather, prepared_of
 from .encoders.fusion import JointEncoder
 from .groups import alone, anchor_only, embed, fused, pick, view_groups
 from .files import check_seal, new_folder, not_finite, read_json, read_tensors, seal, sha256
@@ -38,6 +37,9 @@ from .views.images import patch_keep
 from .views.patient import PatientViews, Views
 from .views.random import make_key
 from .watch import effective_rank
+
+# %% ../nbs/53_model.ipynb #2d26ec99
+_hub, _patients = later('huggingface_hub'), later('mmsn.data.patients')   # half a second that few models need
 
 # %% ../nbs/53_model.ipynb #3b3713e9
 class Output(NamedTuple):
@@ -92,7 +94,7 @@ def from_config(cls:MMSN, config:Config, cohort):
     "A fresh model for `config` on `cohort`; raises InputError where they do not fit."
     cohort.check_has({name: m.kind for name, m in config.modalities.items()}, 'the config')
     model = cls(config, cohort.modalities)
-    model.data = about_data(cohort)
+    model.data = _patients.about_data(cohort)
     return model
 
 # %% ../nbs/53_model.ipynb #4a174434
@@ -315,7 +317,7 @@ def new_patients(self:MMSN,
     patients:dict,   # name of a modality -> what is known of the patients, as in `mmsn.data.patients.gather`
 ):                   # `Patients`
     "Patients in Python as this encoder reads them: in its channels, units and sizes. Raises InputError."
-    return gather(patients, self.infos, prepared_of(self.data))
+    return _patients.gather(patients, self.infos, _patients.prepared_of(self.data))
 
 # %% ../nbs/53_model.ipynb #d8f833ef
 @patch
@@ -398,8 +400,8 @@ def local_folder(
     if is_local or not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
         raise InputError(f'no encoder at {source}: give its folder, or hub:OWNER/NAME')
     try:
-        return Path(snapshot_download(name, allow_patterns=['config.json', 'model.safetensors',
-                                                            'preprocessor_config.json']))
+        return Path(_hub.snapshot_download(name, allow_patterns=['config.json', 'model.safetensors',
+                                                                 'preprocessor_config.json']))
     except Exception as e:
         raise InputError(f'no folder {source}, and the hub could not give it: {str(e).splitlines()[0]}')
 

@@ -12,8 +12,6 @@ import html, re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pandas as pd
-
 # %% ../nbs/03_safe.ipynb #fbf85b6f
 _TURNS = '\u200e\u200f\u202a-\u202e\u2066-\u2069'      # signs that turn the direction of the text after them
 _SIGNS = re.compile(r'[&<>"\'`*_\[\]!#|$~\\{}^@]|:(?=//)|^[^A-Za-z]')
@@ -97,14 +95,15 @@ def _bare(value):
 # %% ../nbs/03_safe.ipynb #43c4e969
 def _texts(table, change):
     "`table` with `change` done to the cells of its text columns and to the names of all."
+    from pandas.api.types import is_numeric_dtype      # not at the top: a model is opened without pandas
     out = table.rename(columns=change)
-    for c in [c for c in table if not pd.api.types.is_numeric_dtype(table[c])]: out[change(c)] = table[c].map(change)
+    for c in [c for c in table if not is_numeric_dtype(table[c])]: out[change(c)] = table[c].map(change)
     return out
 
 def write_table(
-    table:pd.DataFrame,   # with names of its columns, and an index that nobody needs
-    path,                 # a CSV file
-    append:bool=False,    # to what is there
+    table,               # DataFrame with names of its columns, and an index that nobody needs
+    path,                # a CSV file
+    append:bool=False,   # to what is there
 ):
     "Write a CSV file in which no cell is a formula."
     added = append and Path(path).exists()
@@ -112,6 +111,7 @@ def write_table(
 
 def read_table(
     path,   # a CSV file of `write_table`, or of an older version
-)->pd.DataFrame:
+):          # DataFrame
     "The table that was written; only an empty cell is NaN, since a label may be called NA."
+    import pandas as pd
     return _texts(pd.read_csv(path, keep_default_na=False, na_values=['']), _bare)

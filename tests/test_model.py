@@ -10,7 +10,6 @@ import torch
 from fastcore.test import expect_fail, test_close as close, test_eq as eq
 from safetensors.torch import load_file
 
-import mmsn.model
 from mmsn.config import build, check
 from mmsn.data.writer import CohortWriter
 from mmsn.loss import assign, log_probs, msn_loss
@@ -418,10 +417,10 @@ def test_files(monkeypatch):
     shutil.copy(f'{tmp.name}/one/model.safetensors', mixed)
     (damaged/'config.json').write_text(json.dumps(dict(format=_FORMAT, modalities=dict(cxr={}))))
     def offline(name, **kw): raise ConnectionError('no network')
-    monkeypatch.setattr(mmsn.model, 'snapshot_download', offline)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
     for source in (other, 'nowhere/at/all', 'owner/name', cut, mixed, damaged):
         with pytest.raises(InputError): MMSN.from_pretrained(source)
-    monkeypatch.setattr(mmsn.model, 'snapshot_download', lambda name, allow_patterns: folder)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda name, allow_patterns: folder)
     eq(MMSN.from_pretrained('owner/name').config, config)
 
 

@@ -278,6 +278,16 @@ def test_sealed_tables_of_every_kind(tmp_path):
         with pytest.raises(InputError, match='was changed'): read_sealed(tmp_path/'o.parquet')
 
 
+def test_the_hash_of_a_table_is_what_it_was():
+    "Tables that were sealed before are still read: whole numbers beyond 2^53, halves, and every NaN."
+    from mmsn.files import _table_hash
+    odd = np.frombuffer(np.uint32([0x7fc00001, 0xffc00000, 0x7f800001, 0x3f800000]).tobytes(), np.float32)
+    table = pd.DataFrame(dict(i=np.arange(4), big=np.array([2**53 + 1, -2**62 - 3, 0, 7]), f=odd, d=[1., np.nan, -0., np.inf], b=[True, False, True, True],
+                              t=['a', None, '', 'é\n"'], u=np.arange(4, dtype=np.uint8), h=np.float16([1, np.nan, 2, 3])))
+    assert _table_hash(table) == '7c87478bc04c5f3267752478c47f8648a1c0b06dd5d26fbd0a943a11dfff5b5c'
+    assert _table_hash(table.assign(f=table.f.iloc[::-1].to_numpy())) != _table_hash(table) != _table_hash(table.assign(b=False))
+
+
 def test_stamps_of_stages_that_are_nonsense(tmp_path):
     "A stage whose stamp is damaged is made again."
     from mmsn.data.tables import Stages

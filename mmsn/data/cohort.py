@@ -7,14 +7,13 @@ A cohort is the one form of data that training and evaluation read. The preparat
 # %% auto #0
 __all__ = ['ModalityInfo', 'offsets', 'ranges', 'splitmix', 'open_array', 'Cohort', 'Batch', 'SPLITS', 'check_samples']
 
-# %% ../../nbs/10_data.cohort.ipynb #e8d2795c
+# %% ../../nbs/10_data.cohort.ipynb #277dc7bf
 import hashlib, json, os, re, warnings
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 
 from ..config import _nearest

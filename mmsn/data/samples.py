@@ -7,9 +7,8 @@ A cohort has one table, `samples.parquet`: whose data each row is, in which spli
 # %% auto #0
 __all__ = ['SPLITS', 'check_samples']
 
-# %% ../../nbs/09c_data.samples.ipynb #63ab7702
+# %% ../../nbs/09c_data.samples.ipynb #acc96aef
 import numpy as np
-import pandas as pd
 
 from ..options import InputError
 
@@ -63,9 +62,10 @@ def _check_ids(ids, where):
         raise InputError(f'{where} holds {len(double)} duplicate sample_id, such as {double.iloc[0]}: ids must be '
                          f'unique')
 
-# %% ../../nbs/09c_data.samples.ipynb #a0d2404e
+# %% ../../nbs/09c_data.samples.ipynb #1c7592df
 def _torn(subject, split):
     "The subjects that are in more than one split, in the order of their second."
+    import pandas as pd              # not at the top: a model is opened without
     of, split = pd.factorize(subject)[0], sum((split == s).to_numpy()*np.int8(i) for i, s in enumerate(SPLITS))
     first = np.full(of.max(initial=-1) + 1, -1, np.int8)
     first[of[::-1]] = split[::-1]                       # the first row of a subject comes last, and stays
