@@ -1777,6 +1777,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mmsn.evaluate.probes._draw_rows': ('evaluate.probes.html#_draw_rows', 'mmsn/evaluate/probes.py'),
                                       'mmsn.evaluate.probes._evaluated': ('evaluate.probes.html#_evaluated', 'mmsn/evaluate/probes.py'),
                                       'mmsn.evaluate.probes._fit_split': ('evaluate.probes.html#_fit_split', 'mmsn/evaluate/probes.py'),
+                                      'mmsn.evaluate.probes._fitted': ('evaluate.probes.html#_fitted', 'mmsn/evaluate/probes.py'),
+                                      'mmsn.evaluate.probes._in_parts': ('evaluate.probes.html#_in_parts', 'mmsn/evaluate/probes.py'),
                                       'mmsn.evaluate.probes._left_out': ('evaluate.probes.html#_left_out', 'mmsn/evaluate/probes.py'),
                                       'mmsn.evaluate.probes._metrics_but': ('evaluate.probes.html#_metrics_but', 'mmsn/evaluate/probes.py'),
                                       'mmsn.evaluate.probes._moments': ('evaluate.probes.html#_moments', 'mmsn/evaluate/probes.py'),

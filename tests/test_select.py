@@ -5,6 +5,7 @@ import numpy as np
 from fastcore.test import test_close, test_eq
 from sklearn.linear_model import LogisticRegression
 
+from mmsn.evaluate import probes
 from mmsn.evaluate.probes import STRENGTHS, _design, cross_validated_loss, fit_probe, fit_sgd
 from mmsn.evaluate.task import subject_folds
 
@@ -36,3 +37,14 @@ def test_folds_against_a_loop():
     for fit, options in ((fit_probe, STRENGTHS), (fit_sgd, (.3, 3., 30.))):
         p = fit(x, lonely, folds=5); assert np.isin(p.C, options).all() and np.isfinite(p.weight).all()
         test_eq(fit(x, lonely[:, :1], folds=5).C[0], options[len(options)//2])
+
+
+def test_labels_in_parts(monkeypatch):
+    "Where labels are fitted a few at a time, each is what it is among all."
+    x, y = hard_case(300, 12)
+    whole = fit_probe(x, y, folds=5)
+    monkeypatch.setattr(probes, '_CELLS', 300*5*2)
+    test_eq([p.stop - p.start for p in probes._in_parts(300, 3, 5)], [2, 2])
+    parts = fit_probe(x, y, folds=5)
+    test_eq(parts.C, whole.C)
+    test_close(parts.weight, whole.weight, 1e-9)

@@ -116,6 +116,25 @@ def _smallest(loss):
     choice, has = loss.argmin(1), np.isfinite(loss).any(1)
     return np.where(has, choice, int(np.median(choice[has])) if has.any() else loss.shape[1]//2)
 
+# %% ../../nbs/74_evaluate.probes.ipynb #b7784070
+_CELLS = 2**25   # numbers in a matrix of rows x problems, 268 MB
+
+def _in_parts(n, labels, each=1):
+    "Slices of the labels of n rows, `each` problems for every label, so that no matrix holds more than `_CELLS`."
+    size = max(1, _CELLS//max(n*each, 1))
+    return [slice(i, i + size) for i in range(0, labels, size)]
+
+
+# %% ../../nbs/74_evaluate.probes.ipynb #225942dd
+def _fitted(Z, Y, Cs, fold, folds):
+    "(coefficients (r+1, K), C (K,)) of every label, its C chosen by the held-out log loss."
+    n, K = Y.shape
+    loss = np.concatenate([cross_validated_loss(Z, Y[:, p], Cs, fold[:, p]) for p in _in_parts(n, K, folds)]) \
+        if len(Cs) > 1 else np.zeros((K, 1))
+    C, (target, known) = np.asarray(Cs)[_smallest(loss)], _problems(Y, (1.,))
+    return torch.cat([_newton(Z, target[:, p], known[:, p]*torch.from_numpy(C[p])) for p in _in_parts(n, K)], 1), C
+
+
 # %% ../../nbs/74_evaluate.probes.ipynb #ba6048fc
 def fit_probe(
     X,              # (n, d) training features; rows of NaN are left out
@@ -135,9 +154,8 @@ def fit_probe(
     if not folds: return _choose(probe, *fit_logistic(X, Y, Cs), X_val, Y_val, Cs)
     Z, V, centre = _design(X)
     fold = subject_folds(Y, None if subjects is None else np.asarray(subjects)[on], folds)
-    C = np.asarray(Cs)[_smallest(cross_validated_loss(Z, Y, Cs, fold)) if len(Cs) > 1 else np.zeros(Y.shape[1], int)]
-    target, known = _problems(Y, (1.,))
-    weight, bias = _weights(_newton(Z, target, known*torch.from_numpy(C)), V, centre, Y.shape[1])
+    A, C = _fitted(Z, Y, Cs, fold, folds)
+    weight, bias = _weights(A, V, centre, Y.shape[1])
     return replace(probe, weight=weight[:, 0], bias=bias[:, 0], C=C)
 
 # %% ../../nbs/74_evaluate.probes.ipynb #ce5b3ac2
