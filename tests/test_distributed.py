@@ -73,7 +73,14 @@ def imported():
     import accelerate, mmsn.evaluate.features, mmsn.loop, mmsn.train
 
 
-def start(world, worker, *args, **kw): return mp.start_processes(worker, args, nprocs=world, start_method='fork', **kw)
+def fresh(rank, worker, *args):
+    "In a forked process: without what Accelerate remembers of trainings that this process has done."
+    from accelerate.state import AcceleratorState, GradientState
+    AcceleratorState._reset_state(reset_partial_state=True), GradientState._reset_state()
+    worker(rank, *args)
+
+
+def start(world, worker, *args, **kw): return mp.start_processes(fresh, (worker, *args), nprocs=world, start_method='fork', **kw)
 
 
 @pytest.fixture(scope='module')

@@ -246,7 +246,7 @@ def test_types_of_parquet(place):
         pd.DataFrame(dict(subject_id=[1, 1], time=time, variable='HR', value=[60., 61])).to_parquet('t.parquet')
         got = read_long('t.parquet', read_channels('channels.csv'))[1].hours.tolist()
         assert got == ([0, 24] if name == 'date' else [0, 1.5]), name
-    duckdb.sql("copy (select 1 as subject_id, interval (i*90) minute as time, 'HR' as variable, 60 + i as value from range(2) r(i)) to 't.parquet'")
+    duckdb.connect().sql("copy (select 1 as subject_id, interval (i*90) minute as time, 'HR' as variable, 60 + i as value from range(2) r(i)) to 't.parquet'")
     assert read_long('t.parquet', read_channels('channels.csv'))[1].hours.tolist() == [0, 1.5]
 
 

@@ -195,7 +195,7 @@ def copy_table(source, target, columns='*', order=''):
     "Write table `source` to `target` (.csv, .csv.gz, .parquet) with other columns and another order of rows."
     target.parent.mkdir(parents=True, exist_ok=True)
     how = '(format parquet)' if target.suffix == '.parquet' else '(header, compression gzip)' if target.suffix == '.gz' else '(header)'
-    duckdb.execute(f"copy (select {columns} from read_csv('{source}', all_varchar=true) {order and f'order by {order}'}) to '{target}' {how}")
+    duckdb.connect().execute(f"copy (select {columns} from read_csv('{source}', all_varchar=true) {order and f'order by {order}'}) to '{target}' {how}")
 
 
 TABLES = ('hosp/patients', 'hosp/admissions', 'hosp/labevents', 'hosp/diagnoses_icd', 'icu/icustays', 'icu/chartevents')

@@ -151,7 +151,7 @@ def test_the_table_of_units():
     t = unit_table()
     assert not t.duplicated(['channel', 'unit']).any() and (t.unit == t.unit.str.lower()).all()
     assert set(UNIT_WORDS) <= set(NAMES)
-    one = lambda channel, unit, v: duckdb.execute(f"select {t.how[(t.channel == NAMES.index(channel)) & (t.unit == unit)].iloc[0]} from (select {v}::double as v)").fetchone()[0]
+    one = lambda channel, unit, v: duckdb.connect().execute(f"select {t.how[(t.channel == NAMES.index(channel)) & (t.unit == unit)].iloc[0]} from (select {v}::double as v)").fetchone()[0]
     for channel, unit, v, want in (('Temperature', '°f', 77., 25.), ('Temperature', '°f', 36.6, 36.6), ('Temperature', '°c', 98.6, 37.), ('Temperature', 'k', 310.15, 37.), ('Weight', 'lbs', 220.462, 100.), ('Weight', 'oz', 3527.4, 100.),
                                    ('Glucose', 'mmol/l', 5.5, 99.09), ('Glucose', 'g/l', 1., 100.), ('Mean blood pressure', 'kpa', 10., 75.006), ('Fraction inspired oxygen', '%', 40., .4), ('Height', 'ft', 6., 182.88)):
         assert one(channel, unit, v) == pytest.approx(want, rel=1e-3), (channel, unit)
