@@ -301,10 +301,11 @@ def swap_in(
     folder:Path,  # the destination; an earlier folder there goes
 ):
     "Make `new` appear as `folder`, whole, also for who comes after a power cut. Raises OSError, and nothing changed."
+    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file')     # not ours to remove
     fsync_folder(new)
     sweep(folder)
     aside = folder.with_name(f'{beside(folder)}earlier')
-    taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    taken = folder.exists() and any(folder.iterdir())
     if taken:
         aside.mkdir(exist_ok=True)
         folder.rename(aside/folder.name)

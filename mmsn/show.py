@@ -129,7 +129,6 @@ def _settle(fig):
             ax.set_in_layout(True)      # a position that is set takes the axes out of it
     fig.set_layout_engine('none')
 
-
 # %% ../nbs/02_show.ipynb #2530e63d
 def save_figure(
     fig,              # a matplotlib Figure

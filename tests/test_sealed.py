@@ -344,11 +344,16 @@ def test_a_folder_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
 
 
 def test_what_was_set_aside_is_not_left_beside_a_new_folder(tmp_path):
-    "Whoever writes next clears away what a killed process set aside, also where nothing else sweeps; a file in the way is replaced like a folder."
+    "Whoever writes next clears away what a killed process set aside, also where nothing else sweeps."
     dead = tmp_path/beside(tmp_path/'out').replace(f'-{os.getpid()}-', '-4000000-')
     (dead.with_name(dead.name + 'earlier')/'out').mkdir(parents=True); (dead.with_name(dead.name + 'earlier')/'out'/'old').touch()
-    for i in range(2):
-        (tmp_path/'new').mkdir(); (tmp_path/'new'/'file').touch()
-        swap_in(tmp_path/'new', tmp_path/'out')
-        assert [p.name for p in tmp_path.iterdir()] == ['out'] and [p.name for p in (tmp_path/'out').iterdir()] == ['file']
-        shutil.rmtree(tmp_path/'out'); (tmp_path/'out').write_text('a file')
+    (tmp_path/'new').mkdir(); (tmp_path/'new'/'file').touch()
+    swap_in(tmp_path/'new', tmp_path/'out')
+    assert [p.name for p in tmp_path.iterdir()] == ['out'] and [p.name for p in (tmp_path/'out').iterdir()] == ['file']
+
+
+def test_swap_in_keeps_a_file(tmp_path):
+    "A file that stands where a folder should go is somebody's, and stays."
+    (tmp_path/'new').mkdir(), (tmp_path/'new'/'a').write_text('1'), (tmp_path/'out').write_text('precious')
+    with pytest.raises(NotADirectoryError): swap_in(tmp_path/'new', tmp_path/'out')
+    assert (tmp_path/'out').read_text() == 'precious' and (tmp_path/'new'/'a').is_file()

@@ -123,7 +123,6 @@ def begin(self:Steps):
     except OSError: return False
     return True
 
-
 # %% ../../nbs/82c_evaluate.steps.ipynb #6fea11ff
 @patch
 def remove(self:Steps):
