@@ -70,14 +70,14 @@ ALONE = .15   # of a core: what a machine does that does nothing
 
 def wait_asleep(
     environ=os.environ,   # is changed
-    busy:float=None,      # of `others`; looks for itself by default
+    busy:float=None,      # of `others`; looks for a fifth of a second by default
 )->bool:
-    "Have OpenMP's threads sleep while they wait, if others use the machine; whether they will. Too late once torch is imported."
+    """Have OpenMP's threads sleep as soon as they wait, if others use the machine, else after a millisecond; whether it
+    is the former. Too late once torch is imported."""
     if 'torch' in sys.modules or environ.keys() & {'OMP_WAIT_POLICY', 'KMP_BLOCKTIME', 'GOMP_SPINCOUNT'}: return False
-    waiting = os.getloadavg()[0] if busy is None and hasattr(os, 'getloadavg') else 0
-    if max(others() if busy is None else busy, waiting - 1) < ALONE: return False
-    environ.update(OMP_WAIT_POLICY='PASSIVE', KMP_BLOCKTIME='0')
-    return True
+    shared = (others(.2) if busy is None else busy) >= ALONE
+    environ.update(dict(OMP_WAIT_POLICY='PASSIVE', KMP_BLOCKTIME='0') if shared else dict(GOMP_SPINCOUNT='10000'))
+    return shared
 
 # %% ../nbs/00e_threads.ipynb #e454d602
 def free_cores(
@@ -98,7 +98,7 @@ def candidates(
 def quickest(
     step,            # called with a number of threads; how long that takes is what counts
     numbers,         # from `candidates`
-    rounds:int=2,    # each is tried so many times, in turn; the quickest time counts
+    rounds:int=3,    # each is tried so many times, in turn; the quickest time counts
     gain:float=.05,  # part of the time that more threads have to save
     clock=time.perf_counter,
 )->tuple:            # (the number, seconds of each)
