@@ -1,6 +1,6 @@
-"""The demo against its bars: two pre-training seeds, without modality dropping, and with broken pairs (the control).
+"""The demo against its bars: three pre-training seeds, without modality dropping, and with broken pairs (the control).
 
-    python benchmarks/demo_bars.py mmsn-bars            # everything, about an hour on two cores; goes on where it stopped
+    python benchmarks/demo_bars.py mmsn-bars            # everything, about two hours on two cores; goes on where it stopped
     python benchmarks/demo_bars.py mmsn-bars --seeds 0 --others 0  # a first look
 
 Writes nbs/results/demo.csv (the README's table) and nbs/results/demo_bars.csv (every bar, reached or not).
@@ -100,7 +100,7 @@ def table(runs, control):
 def main(argv=None):
     p = argparse.ArgumentParser('demo_bars', description=__doc__.splitlines()[0])
     p.add_argument('out', type=Path, help='folder for the runs')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='pre-training seeds (default: 0 1)')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='pre-training seeds (default: 0 1 2)')
     p.add_argument('--others', type=int, default=2, help='how many of the seeds are also run without modality dropping and with broken pairs (default: 2)')
     args = p.parse_args(argv)
     runs = [main_run(args.out, s) for s in args.seeds]

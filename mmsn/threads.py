@@ -72,8 +72,8 @@ def wait_asleep(
     environ=os.environ,   # is changed
     busy:float=None,      # of `others`; looks for a fifth of a second by default
 )->bool:
-    """Have OpenMP's threads sleep as soon as they wait, if others use the machine, else after a millisecond; whether it
-    is the former. Too late once torch is imported."""
+    """Have OpenMP's threads sleep as soon as they wait, if others use the machine, else after ten thousand looks; whether
+    it is the former. Too late once torch is imported."""
     if 'torch' in sys.modules or environ.keys() & {'OMP_WAIT_POLICY', 'KMP_BLOCKTIME', 'GOMP_SPINCOUNT'}: return False
     shared = (others(.2) if busy is None else busy) >= ALONE
     environ.update(dict(OMP_WAIT_POLICY='PASSIVE', KMP_BLOCKTIME='0') if shared else dict(GOMP_SPINCOUNT='10000'))

@@ -97,6 +97,11 @@ import mmsn, mmsn.threads, mmsn.model
 assert dict(os.environ) == before
 assert not mmsn.threads.wait_asleep(busy=9) and dict(os.environ) == before      # torch is there
 del sys.modules['torch']
+os.getloadavg = lambda: (9., 9., 9.)                                            # of commands that have ended
+alone = {}
+assert not mmsn.threads.wait_asleep(alone, busy=0.) and alone == {'GOMP_SPINCOUNT': '10000'}
+mmsn.threads.others, alone = lambda seconds: 0., {}
+assert not mmsn.threads.wait_asleep(alone) and alone == {'GOMP_SPINCOUNT': '10000'}
 assert mmsn.threads.wait_asleep(busy=9) and os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'
 os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'
 assert not mmsn.threads.wait_asleep(busy=9) and os.environ['OMP_WAIT_POLICY'] == 'ACTIVE'
