@@ -1,12 +1,16 @@
 "An evaluation that is stopped goes on from its protocols, to the same tables byte for byte."
 import subprocess, sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from mmsn import MMSN, open_encoder
 from mmsn.evaluate import beside, evaluation
 from mmsn.evaluate.evaluation import evaluate
+from mmsn.evaluate.steps import Steps
 from mmsn.testing import toy_cohort, toy_config
 
 OPTIONS = ['protocols=[low_shot,linear_probe,knn,supervised,robustness,missing]', 'draws=1', 'bootstrap=20', 'pictures=false', 'fractions=[0.5,1.0]', 'shots=[1]',
@@ -45,7 +49,8 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(beside, 'halves', lambda: (1, 1))
     evaluate(tmp_path/'encoder', words, tmp_path/'two', page=False)
     said = capsys.readouterr().out
-    assert 'supervised: done by the process beside' in said and said.index('missing') < said.index('supervised') < said.index('robustness')
+    assert 'supervised: done by the process beside' in said and said.index('missing') < said.index('supervised') < said.index('robustness (')
+    assert said.index('robustness of the frozen encoders') < said.index('supervised (')      # not after the networks are there
 
     class Dies(beside.Beside):
         def __init__(self, *words): super().__init__(*words); self.process.kill()
@@ -54,6 +59,27 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
     assert 'done by' not in capsys.readouterr().out
     assert contents(tmp_path/'alone') == contents(tmp_path/'two') == contents(tmp_path/'dead')
     assert not list(tmp_path.glob('*-parts'))
+
+
+def test_threads(tmp_path, monkeypatch):
+    "Beside another process every library keeps to its threads, and does so too where an evaluation goes on after that process has done its part."
+    class Silent(beside.Beside):
+        def __init__(self, names, *words): self.names = names
+        def stop(self): pass
+    monkeypatch.setattr(beside, 'Beside', Silent); monkeypatch.setattr(beside, 'halves', lambda: (1, 1))
+    threads = lambda: ({p['num_threads'] for p in threadpool_info()}, torch.get_num_threads())
+    ev = SimpleNamespace(options=SimpleNamespace(protocols=('low_shot', 'supervised'), baselines=True), ours=True, device='cpu', steps=Steps(tmp_path/'parts', 'plan'))
+    before = torch.get_num_threads()
+    with threadpool_limits(2):
+        torch.set_num_threads(2)
+        with beside.two_processes(ev, 'run'): one, started = threads(), ev.steps.beside
+        ev.steps.beside = None
+        (tmp_path/'parts'/'supervised').mkdir(); (tmp_path/'parts'/'supervised'/'step.json').write_text('{}')
+        with beside.two_processes(ev, 'run'): again, nobody = threads(), ev.steps.beside
+        ev.options.protocols = ('low_shot',)
+        with beside.two_processes(ev, 'run'): alone = threads()
+    torch.set_num_threads(before)
+    assert (one, again, alone) == (({1}, 1), ({1}, 1), ({2}, 2)) and started is not None and nobody is None
 
 
 def test_the_process_ends_with_its_evaluation():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from threadpoolctl import threadpool_limits
 
 from .steps import Steps
 from ..threads import cores
@@ -49,7 +50,7 @@ class Beside:
         steps:Steps,    # of the evaluation
         threads:int=1,  # that the process uses
     ):
-        self.names, self.folder = list(names), steps.folder
+        self.names, self.steps = list(names), steps
         said = dict(names=self.names, source=str(source), overrides=list(overrides), plan=steps.plan,
                     folder=str(steps.folder))
         one = {f'{lib}_NUM_THREADS': str(threads) for lib in ('OMP', 'MKL', 'OPENBLAS')}
@@ -63,8 +64,8 @@ class Beside:
 def wait(self:Beside, name:str)->bool:
     "Wait for the step of a protocol; whether it is there."
     if name not in self.names: return False
-    while self.process.poll() is None and not (self.folder/name/'step.json').is_file(): time.sleep(.05)
-    return (self.folder/name/'step.json').is_file()
+    while self.process.poll() is None and not self.steps.has(name): time.sleep(.05)
+    return self.steps.has(name)
 
 # %% ../../nbs/82e_evaluate.beside.ipynb #a1768d3d
 @patch
@@ -76,10 +77,11 @@ def stop(self:Beside):
 
 # %% ../../nbs/82e_evaluate.beside.ipynb #9da3939e
 def ahead(
-    ev,   # `Evaluation`, with its steps
+    ev,         # `Evaluation`, with its steps
+    kept=True,  # whether what is kept counts as done
 )->list:
     "The protocols that a second process can do while this one does others."
-    left = [n for n in ev.options.protocols if not (ev.steps.folder/n/'step.json').is_file()]
+    left = [n for n in ev.options.protocols if not (kept and ev.steps.has(n))]
     can = [n for n in AHEAD if n in left and (n != 'supervised' or ev.ours and ev.options.baselines)]
     return can if {*left} - {*can, 'robustness'} else can[1:]
 
@@ -92,11 +94,12 @@ def two_processes(
 ):
     "While this lasts a second process does some of the protocols, where there are cores for two."
     (here, there), before = halves(), torch.get_num_threads()
-    names = ahead(ev) if source is not None and there and ev.device == 'cpu' else []
-    if not names or not ev.steps.begin(): yield; return
-    ev.steps.beside = Beside(names, source, overrides, ev.steps, there)
+    # an evaluation that goes on keeps to the threads it began with: another number of them changes the last digits
+    if source is None or not there or ev.device != 'cpu' or not ahead(ev, kept=False): yield; return
+    if (names := ahead(ev)) and ev.steps.begin(): ev.steps.beside = Beside(names, source, overrides, ev.steps, there)
     torch.set_num_threads(here)
-    try: yield
+    try:
+        with threadpool_limits(here): yield     # NumPy's and scikit-learn's too
     finally:
-        ev.steps.beside.stop()
+        if ev.steps.beside: ev.steps.beside.stop()
         torch.set_num_threads(before)

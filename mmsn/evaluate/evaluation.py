@@ -290,16 +290,27 @@ def _finetune(ev):
                               facts=ev.cohort_facts, means=ev.means, **ev.boot))
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0041
+def _corrupted(ev, models, tables):
+    "Corrupted test patients, by probes on the features of `models`."
+    e = ev.options
+    return robustness(models, ev.cohort, ev.task, tables, e.masked, ev.own,
+                      CORRUPTIONS if 'all' in e.corruptions else e.corruptions, min(e.bootstrap, 200), e.seed,
+                      ev.cache, e.probe_masked)
+
+@patch(as_prop=True)
+def frozen(self:Evaluation):
+    "Robustness of the frozen encoders, computed once."
+    if not hasattr(self, '_frozen'): self._frozen = _corrupted(self, self.models, self.tables)
+    return self._frozen
+
 def _robustness(ev):
     "Corrupted test patients: probes on frozen features, those of the networks from scratch included."
-    models, tables, e = dict(ev.models), dict(ev.tables), ev.options
-    networks = {n: net for n, net in ev.networks.items() if n in ev.own}
+    parts, networks = [ev.frozen], {n: net for n, net in ev.networks.items() if n in ev.own}
     if networks:
-        models['scratch'] = EndToEndEncoder(ev.models['random'], networks).eval()
-        tables['scratch'] = extract_features(models['scratch'], ev.cohort, ev.task.rows, cache=ev.cache)
-    corruptions = CORRUPTIONS if 'all' in e.corruptions else e.corruptions
-    table = robustness(models, ev.cohort, ev.task, tables, e.masked, ev.own, corruptions, min(e.bootstrap, 200),
-                       e.seed, ev.cache, e.probe_masked)
+        scratch = EndToEndEncoder(ev.models['random'], networks).eval()
+        table = extract_features(scratch, ev.cohort, ev.task.rows, cache=ev.cache)
+        parts.append(_corrupted(ev, dict(scratch=scratch), dict(scratch=table)))
+    table = pd.concat(parts, ignore_index=True)
     return dict(robustness=table) if len(table) else {}
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0043
@@ -383,8 +394,13 @@ def _by_protocol(ev, tables):
     return t if t.protocol.nunique() > 1 else None
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0057
+@patch(as_prop=True)
+def points(self:Evaluation):
+    "The test patients on maps of their features, computed once."
+    if not hasattr(self, '_points'): self._points = _map_table(self)
+    return self._points
+
 def _map_table(ev):
-    "Points of the test patients on maps of their features."
     test, methods, e = ev.task.at('test'), ('tsne', 'umap' if importlib.util.find_spec('umap') else 'pca'), ev.options
     tables = {n: t.iloc[test] for n, t in ev.tables.items()}
     points = representation_points(tables, ev.task.labels[test], ev.task.names, e.map_labels or None, ev.own,
@@ -420,12 +436,21 @@ def _left_out(ev, name, error):
     return error
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0058
+def _meanwhile(ev, names):
+    "While another process trains networks: what this one can do without them, of the protocols `names` and the maps."
+    ev.say('maps and robustness of the frozen encoders, while another process trains networks')
+    try:
+        if 'robustness' in names and not ev.steps.has('robustness'): ev.frozen
+        ev.points
+    except InputError: pass     # said where they have their turn
+
 def evaluate_protocols(ev:Evaluation)->dict:
     "Every table of a report, by its name; raises InputError where no protocol could be done."
     out, failed = {}, []
     names, begun = [p for p in PROTOCOL_TABLES if p in ev.options.protocols], time.perf_counter()
     if ev.steps and ev.steps.beside: names = order(names, ev.steps.beside.names)
     for i, name in enumerate(names):
+        if ev.steps and ev.steps.beside and name == ev.steps.beside.names[0]: _meanwhile(ev, names[i:])
         left = time_left(time.perf_counter() - begun, i, len(names) - i)
         ev.say(f'{name.replace("_", " ")} ({i + 1} of {len(names)}' + (f', about {left} left)' if left else ')'))
         try: out |= ev.steps.do(name, PROTOCOL_TABLES[name], ev) if ev.steps else PROTOCOL_TABLES[name](ev) or {}
@@ -439,7 +464,7 @@ def evaluate_protocols(ev:Evaluation)->dict:
     if (other := _by_protocol(ev, out)) is not None: out['other'] = other
     if (channels := _recall_table(ev)) is not None: out['channels'] = channels
     ev.say('maps')
-    return out | dict(map=_map_table(ev), splits=Task.of(ev.cohort, ev.task.names, ev.task.rows).counts())
+    return out | dict(map=ev.points, splits=Task.of(ev.cohort, ev.task.names, ev.task.rows).counts())
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0067
 def _facts(command, cohort, e, start):

@@ -131,12 +131,17 @@ def remove(self:Steps):
 
 # %% ../../nbs/82c_evaluate.steps.ipynb #699fb19b
 @patch
+def has(self:Steps, name:str)->bool:
+    "Whether the step of a protocol is there."
+    return (self.folder/name/'step.json').is_file()
+
+@patch
 def do(self:Steps, name:str, protocol, ev)->dict:
     "The tables of a protocol: kept, or computed and then kept."
     place = self.folder/name
     by = 'done by the process beside' if self.beside and self.beside.wait(name) else \
         'kept from an evaluation that was stopped'
-    if (place/'step.json').is_file():
+    if self.has(name):
         try:
             tables = _read(place, ev)
             self.say(f'{name.replace("_", " ")}: {by}')
