@@ -158,4 +158,7 @@ def render(proc, out, styles=('styles.css',), only=None, colours=True):
 
 
 if __name__ == '__main__':
-    print(render(ROOT/'_proc', sys.argv[1] if len(sys.argv) > 1 else ROOT/'_pages'), 'pages')
+    place, extra = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'_pages'), [Path(f) for f in sys.argv[2:]]
+    place.mkdir(parents=True, exist_ok=True)
+    for f in extra: shutil.copyfile(f, place/f.name)
+    print(render(ROOT/'_proc', place, (*[f.name for f in extra], 'styles.css')), 'pages')
