@@ -39,6 +39,14 @@ def main_run(out, seed):
     return folder/'run'
 
 
+def taught(run):
+    "Robustness of a run with a probe that is fitted also on training patients with hidden patches; returns the table."
+    place = run.parent/'masked'
+    if not (place/'about.json').is_file():
+        evaluate(run, ['protocols=[robustness]', 'corruptions=[patches]', 'probe_masked=true', 'baselines=false', 'pictures=false'], place, page=False)
+    return pd.read_csv(place/'robustness.csv').query("encoder != 'pretrained'")
+
+
 def scores(runs):
     "Mean AUROC over runs: a series by (input, encoder, fraction)."
     return pd.concat([pd.read_csv(r/'report'/'summary.csv').query('shots == 0 and fraction in @FRACTIONS') for r in runs]).groupby(['input', 'encoder', 'fraction'], sort=False).auroc.mean()
@@ -73,6 +81,8 @@ def bars(runs, without, control):
     for name, input, bound in (('fused', 'joint', .059), ('image alone', 'cxr', .10)):
         hidden = mean_of(runs, 'robustness', encoder='pretrained', input=input, corruption='patches', severity=.7)
         most(f'70 % of patches masked, relative loss, {name}', hidden.relative_loss.mean(), bound)
+        hidden = pd.concat([taught(r) for r in runs]).query('input == @input and severity == .7')
+        most(f'70 % of patches masked, relative loss, {name}, probe also on masked copies', hidden.relative_loss.mean(), bound)
     pairs, cca = searched(runs), mean_of(runs, 'retrieval', encoder='CCA of plain features')
     bar('image <-> EHR, recall@10, times chance', pairs.times_chance.mean(), 2.6)
     bar('image <-> EHR, recall@10, times chance: CCA of plain features', pairs.times_chance.mean(), cca.times_chance.mean())
