@@ -5,12 +5,13 @@ In Python the same way is
 ```python
 from mmsn import prepare, load_config, train, evaluate, open_encoder
 
-cohort = prepare.synthetic('cohorts/first', patients=400, seed=7)       # tables and images -> a cohort
-cohort.show(0)                                                          # one patient, as a figure
+cohort = prepare.synthetic('cohorts/first', patients=400, seed=7)  # a cohort
+cohort.show(0)                                    # one patient, as a figure
 run = train(load_config('demo', ['data.cohort=cohorts/first', 'train.run=runs/first']))
-evaluate(run)                                                           # tables and a report beside the run
+evaluate(run)                                     # tables, and a report
 encoder = open_encoder(run, cohort)
-features = encoder.encode(cohort.batch(range(16)))                      # {'cxr': (16, 96), 'ehr': (16, 128), 'joint': (16, 128)}
+features = encoder.encode(cohort.batch(range(16)))
+# {'cxr': (16, 96), 'ehr': (16, 128), 'joint': (16, 128)}
 ```
 
 Each of these names explains itself (`help(prepare.table)`, `help(open_encoder)`), and so does each command (`mmsn-prepare --help`, `mmsn-train --keys`).

@@ -228,6 +228,8 @@ def table(
     # what times are that are numbers: recognised, or hours (unix: seconds since 1970; clock: 36:15)
     time_unit:typing.Literal[TIME_UNITS]='auto',
     outside:float=.5,      # largest share of measurements that may lie outside their stays; more is an error
+    reports:list=(),       # columns of LABELS that are text, such as note, for a modality of text
+    tokenizer:str='',      # whose vocabulary: a cohort's folder, a language model's; without it learned from training reports
     say=None, overwrite:bool=False,  # replace a cohort that is already at OUT
 )->Cohort:
     "A table of measurements, long (subject_id, time, variable, value) or wide (a column a variable), or of YAIB."
@@ -236,10 +238,12 @@ def table(
     columns = dict(subject=subject, stay=stay, time=time, variable=variable, value=value, unit=unit)
     channels, out, yaib = table_words(table, channels, out, starts, columns)
     if yaib:
+        if len(reports) or tokenizer: raise InputError('a folder of YAIB has no text: leave out --reports and --tokenizer')
         lines = [f'reading {table}, a folder of YAIB, into {out}: each stay counts as a patient']
         return make_cohort(out, overwrite, say, lines, lambda: prepare_yaib(table, out, channels, **own))
     return make_cohort(out, overwrite, say, [f'reading {table} into {out}'],
-                       lambda: prepare_table(table, channels, out, starts=starts, **own, **columns))
+                       lambda: prepare_table(table, channels, out, starts=starts, reports=reports, tokenizer=tokenizer, **own,
+                                             **columns))
 
 # %% ../nbs/28_prepare.ipynb #a4637cc1
 def medfuse(

@@ -20,9 +20,10 @@ from .cohort import SPLITS
 from .duplicates import check_shared
 from .images import inside, store_images
 from .pixels import what_it_is
-from .reports import add_reports
+from .reports import about_reports, add_reports
 from .splits import divide, split_counts
-from .tables import _born, _need, given_split, label_columns, numbers, read_text, split_of, subject_numbers
+from .tables import (_born, _need, given_split, label_columns, numbers, read_text, report_columns, split_of,
+                              subject_numbers)
 from .writer import CohortWriter, close_with_summary
 from ..options import InputError
 
@@ -202,11 +203,6 @@ def _image_samples(table, where, images, id_column, subject_column, split, seed)
     image = [inside(images, i).relative_to(images).as_posix() if os.path.isabs(i) else i for i in table[id_column]]
     return pd.DataFrame(dict(sample_id=np.arange(len(table)), subject_id=subject, split=splits, image=image)), told
 
-# %% ../../nbs/25_data.folders.ipynb #e9565089
-def _about_reports(reports, tokenizer):
-    "What provenance says of reports, where there are some."
-    return dict(reports=list(reports), tokenizer=Path(tokenizer).name) if len(reports) else {}
-
 # %% ../../nbs/25_data.folders.ipynb #a1163130
 def image_cohort(
     table,                # DataFrame of text, one row an image
@@ -240,22 +236,14 @@ def image_cohort(
     samples, listed = _image_samples(table, where, images, id_column, subject_column, split_column, seed)
     y, tabular = label_columns(table, labels, where), fact_table(table, facts, where) if len(facts) else None
     _check_names(labels, facts, modality, where, most_bad=most_bad, most_shared=most_shared)
-    texts = (_report_columns(table, reports, where, modality, tokenizer), tokenizer)
-    about = dict(provenance or {}, size=size, fit=fit, seed=seed) | _about_reports(reports, tokenizer)
+    texts = (report_columns(table, reports, where, modality, tokenizer), tokenizer)
+    about = dict(provenance or {}, size=size, fit=fit, seed=seed) | about_reports(reports, tokenizer)
     with CohortWriter(out, name, list(labels), provenance=about) as writer:
         with kept_blocks(out, writer, len(table), say) as work:
             stored = store_images(paths, size, writer.add_images(modality, size, size), root=images, fit=fit,
                                   workers=workers, most_bad=most_bad, resume=work)
             counts = (told, _image_rows(samples, stored, int(notes.sum())), listed)
             return _image_summary(writer, samples, y, tabular, stored, paths, modality, counts, most_shared, say, texts)
-
-# %% ../../nbs/25_data.folders.ipynb #2ad5e7e4
-def _report_columns(table, names, where, modality, tokenizer):
-    "The columns `names` of text, empty where there is none; None without names. Raises InputError."
-    for n in names: _need(table, n, where)
-    if tokenizer and not len(names): raise InputError('a tokenizer has no effect without reports: name their columns')
-    if len(names) and modality == 'report': raise InputError("the images cannot be called 'report' beside reports: choose another modality")
-    return table[list(names)].fillna('').astype(str).reset_index(drop=True) if len(names) else None
 
 # %% ../../nbs/25_data.folders.ipynb #a3be6093
 def _image_summary(writer, samples, y, tabular, stored, paths, modality, rows, most_shared, say, texts=(None, '')):

@@ -16,9 +16,10 @@ import pandas as pd
 
 from .formats import Columns, check_ends, factors, open_source
 from .ids import check_meeting, check_overlap, plain_ids
+from .reports import about_reports, add_reports
 from .splits import divide, split_counts
-from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers, read_text,
-                              reader, split_of, subject_numbers)
+from .tables import (_file_error, _need, check_unnamed, given_split, header, label_columns, numbers,
+                              read_text, reader, report_columns, split_of, subject_numbers)
 from .times import find_format, time_text
 from .timeseries import Channel, add_series
 from .writer import CohortWriter, close_with_summary
@@ -369,6 +370,7 @@ def _check_times(con, path, times, unit, outside):
 def read_labels(
     path,                        # CSV: subject_id or stay_id, a column a label, perhaps split
     columns:Columns=Columns(),   # what subject and stay are called, where they are called as in the long table
+    reports=(),                  # columns that are text and no labels; kept as they are
 )->pd.DataFrame:
     """Labels by stay_id if there is such a column, else by subject_id (the index, as text), and `split` where there
     is one; `.attrs['subjects']` is stay_id -> subject_id where both are there. Raises InputError."""
@@ -378,8 +380,12 @@ def read_labels(
     table = table.assign(**{key: plain_ids(table[key], path)}).set_index(key)
     if table.index.has_duplicates:
         raise InputError(f'{path} holds {key[:-3]} {table.index[table.index.duplicated()][0]} twice')
-    made = label_columns(table, [c for c in table if c not in ('split', 'subject_id')], path)
+    if taken := {key, 'subject_id', 'split'} & {*reports}:
+        raise InputError(f'the column {min(taken)!r} of {path} is no text: leave it out of the reports')
+    for c in reports: _need(table, c, path)
+    made = label_columns(table, [c for c in table if c not in ('split', 'subject_id', *reports)], path)
     if 'split' in table: made = made.assign(split=given_split(table, 'split', path))
+    made = made.assign(**{c: table[c] for c in reports})
     if 'subject_id' in table: made.attrs['subjects'] = dict(zip(table.index, plain_ids(table.subject_id, path)))
     return made
 
@@ -453,18 +459,35 @@ def _add_facts(writer, facts, stays, samples):
     writer.add_tabular('demographics', facts)
 
 # %% ../../nbs/24_data.long.ipynb #1e8fcf82
-def _known(labels, columns):
-    "Labels of a file, of `read_labels`, or none."
+def _known(labels, columns, reports=()):
+    "Labels of a file, of `read_labels`, or none. Raises InputError."
+    if labels is None and len(reports): raise InputError('reports are columns of the table of labels: give one')
     if labels is None: return pd.DataFrame(index=pd.Index([], name='subject_id'))
-    return labels if isinstance(labels, pd.DataFrame) else read_labels(labels, columns)
+    return labels if isinstance(labels, pd.DataFrame) else read_labels(labels, columns, reports)
+
+# %% ../../nbs/24_data.long.ipynb #ecc1c5f0
+def _add_others(writer, facts, texts, known, stays, samples, tokenizer):
+    "Add facts, and the modality report of `texts`, rows as those of `known`; returns samples, and rows (part, what, count)."
+    if facts is not None: _add_facts(writer, facts, stays, samples)
+    if texts is None: return samples, []
+    own = texts.set_axis(known.index).reindex(stays.stay_id if known.index.name == 'stay_id' else stays.subject)
+    at, counts = add_reports(writer, own.fillna('').reset_index(drop=True), samples.split == 'train', tokenizer=tokenizer)
+    return samples.join(at), counts
 
 # %% ../../nbs/24_data.long.ipynb #23bd1da1
-def _said_of(columns, split):
-    "What a cohort says about columns of other names, and about lists of subjects."
+def _about(table, starts, hours, timestep, seed, columns, split, time_unit):
+    "What a cohort says of where it comes from, of columns of other names and of lists of subjects."
     other = {k: v for k, v in columns.roles.items() if k != v}
     lists = split if isinstance(split, (list, tuple)) else str(split).split(',') if split else []
-    said = dict(columns=other) if other else {}
-    return said | (dict(split=','.join(Path(p.strip()).name for p in map(str, lists))) if lists else {})
+    said = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name, hours=hours,
+                timestep=timestep, seed=seed) | (dict(columns=other) if other else {})
+    said |= dict(split=','.join(Path(p.strip()).name for p in map(str, lists))) if lists else {}
+    return said | (dict(time_unit=time_unit) if time_unit != 'auto' else {})
+
+def _check_hours(hours, timestep):
+    "Raise InputError for hours and steps that cannot be."
+    if hours < 0 or timestep <= 0:
+        raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
 
 # %% ../../nbs/24_data.long.ipynb #02c92be4
 def _with_plain_ids(known, stays, where):
@@ -495,7 +518,7 @@ def _check_series(samples, modality, counts, path, events, hours):
 def _ends(stays, events, hours, timestep):
     "(N,) hours of each stay: to its end, or its last measurement, and `hours` at the most."
     last = events.groupby('stay').hours.max().reindex(stays.index)
-    return stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None)                    # hour 0 needs a row
+    return stays.length.fillna(last).fillna(0).clip(timestep/2, hours or None).to_numpy()                    # hour 0 needs a row
 
 # %% ../../nbs/24_data.long.ipynb #f9ac4ad7
 def prepare_table(
@@ -515,26 +538,26 @@ def prepare_table(
     shift:float=0.,      # hours added to every time, where these are the beginnings of hours
     time_unit:str='auto',  # of times that are numbers, of `TIME_UNITS`
     outside:float=.5,    # largest share of measurements that may lie outside their stays
+    reports=(),          # columns of `labels` that are text: the modality report
+    tokenizer:str='',    # whose vocabulary, as in `mmsn.data.reports.add_reports`
     **columns,           # fields of `Columns`: subject, stay, time, variable, value, unit
 )->pd.DataFrame:
     "Turn a table of measurements into a cohort; returns the summary (part, what, count). Raises InputError."
-    if hours < 0 or timestep <= 0:
-        raise InputError(f'hours should be 0 or more and timestep positive, not {hours} and {timestep}')
+    _check_hours(hours, timestep)
     named = Columns(**columns)
-    known, kinds = _known(labels, named), channels if isinstance(channels, list) else read_channels(channels)
-    provenance = dict(command='prepare_table', source=Path(table).name, starts=starts and Path(starts).name,
-                      hours=hours, timestep=timestep, seed=seed, **_said_of(named, split),
-                      **({} if time_unit == 'auto' else dict(time_unit=time_unit)))
-    with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=provenance) as writer:
+    known, kinds = _known(labels, named, reports), channels if isinstance(channels, list) else read_channels(channels)
+    texts, known = report_columns(known, reports, labels, modality, tokenizer), known.drop(columns=list(reports))
+    about = _about(table, starts, hours, timestep, seed, named, split, time_unit) | about_reports(reports, tokenizer)
+    with CohortWriter(out, name, [c for c in known if c != 'split'], provenance=about) as writer:
         stays, events, rows = read_long(table, kinds, starts, named, known, time_unit, outside)
         known, lost = _with_plain_ids(known, stays, table)
         found, left, events = len(stays), 0, events.assign(hours=events.hours + shift)
         if starts is None: stays, left = _with_labelled(stays, known, named.subject == named.stay, table)
-        end = _ends(stays, events, hours, timestep)
         samples = _with_labels(stays, known, seed, table, split, named.subject)
-        first, length, counts = add_series(writer, modality, kinds, events, end.to_numpy(), timestep)
+        ends = _ends(stays, events, hours, timestep)
+        first, length, counts = add_series(writer, modality, kinds, events, ends, timestep)
         samples = samples.assign(**{f'{modality}_start': first, f'{modality}_length': length})
         _check_series(samples, modality, counts, table, events, hours)
-        if facts is not None: _add_facts(writer, facts, stays, samples)
-        rows = [*told, *_stay_rows(len(stays), found, left, lost, starts), *rows]
+        samples, more = _add_others(writer, facts, texts, known, stays, samples, tokenizer)
+        rows = [*told, *_stay_rows(len(stays), found, left, lost, starts), *rows, *more]
         return close_with_summary(writer, samples, rows + _divided(stays, known, split, named.subject), counts)

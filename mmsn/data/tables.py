@@ -6,7 +6,7 @@ Hospital data come as folders of tables, and the largest, MIMIC-IV's `chartevent
 
 # %% auto #0
 __all__ = ['find_table', 'header', 'reader', 'check_unnamed', 'open_table', 'default_memory', 'connect', 'run', 'file_stamp',
-           'Stages', 'split_of', 'given_split', 'read_text', 'numbers', 'label_columns', 'label_sql']
+           'Stages', 'split_of', 'given_split', 'read_text', 'numbers', 'label_columns', 'report_columns', 'label_sql']
 
 # %% ../../nbs/15_data.tables.ipynb #230ef39d
 import difflib, hashlib, json, os, re, shutil, threading
@@ -429,6 +429,21 @@ def label_columns(table, names, where)->pd.DataFrame:
         bad = labels[n][~(labels[n].isin([0, 1]) | labels[n].isna())]
         if len(bad): raise InputError(f'label {n!r} of {where} should be 1, 0, -1 or empty, not {bad.iloc[0]:g}')
     return labels.astype('float32')
+
+# %% ../../nbs/15_data.tables.ipynb #c970a1ea
+def report_columns(
+    table,         # DataFrame of text
+    names,         # its columns that are the sections of a report; none: nobody has one
+    where,         # what to call the table in messages
+    modality='',   # name of the other modality
+    tokenizer='',  # of `mmsn.data.reports.open_vocabulary`
+)->pd.DataFrame:
+    "The columns `names` of text, empty where there is none; None without names. Raises InputError."
+    for n in names: _need(table, n, where)
+    if tokenizer and not len(names): raise InputError('a tokenizer has no effect without reports: name their columns')
+    if len(names) and modality == 'report':
+        raise InputError("no other modality can be called 'report' beside reports: choose another name for it")
+    return table[list(names)].fillna('').astype(str).reset_index(drop=True) if len(names) else None
 
 # %% ../../nbs/15_data.tables.ipynb #23b4cd87
 def label_sql(text:str)->str:
