@@ -151,6 +151,29 @@ def test_column_of_a_csv(tmp_path, capsys):
     assert e.value.code == 2 and "'finding'" in capsys.readouterr().err and not (tmp_path/'other').exists()
 
 
+@pytest.mark.parametrize('key', ['stay_id', 'subject_id'])
+def test_columns_of_the_labels_of_a_table(tmp_path, capsys, key):
+    "Notes by stay or by patient, ids written otherwise; words of test patients are not learned; what is no text is refused; a model trains on it."
+    stays = [(s, 10*s + k) for s in range(24) for k in range(2)]
+    rows = [(s, k, h, v, 80 + h) for s, k in stays for h in range(3) for v in ('HR', 'RR')]
+    pd.DataFrame(rows, columns=['subject_id', 'stay_id', 'time', 'variable', 'value']).to_csv(tmp_path/'t.csv', index=False)
+    (tmp_path/'c.csv').write_text('name,unit,low,high,normal\nHR,,0,300,80\nRR,,0,300,80\n')
+    said = lambda s: 'Zebra stripes.' if s > 19 else '' if s == 3 else 'Lungs are clear.' if s % 2 else 'Lungs are full.'
+    labels = pd.DataFrame([{'subject_id': s, 'stay_id': f'{k}.0', 'split': 'test' if s > 19 else 'val' if s > 15 else 'train', 'dead': s % 2, 'note': said(s), 'plan': None} for s, k in stays])
+    if key == 'subject_id': labels = labels.drop(columns='stay_id').drop_duplicates('subject_id')
+    labels.to_csv(tmp_path/'l.csv', index=False)
+    words = ['table', tmp_path/'t.csv', tmp_path/'c.csv', tmp_path/'out', '--labels', tmp_path/'l.csv']
+    for more, line in ((['--reports', 'nte'], "no column 'nte'"), (['--reports', 'note,split'], "'split'"), (['--reports', 'note', '--modality', 'report'], "called 'report'"), (['--tokenizer', 'x'], 'should hold numbers')):
+        with pytest.raises(SystemExit) as e: main([*map(str, words), *more])
+        assert e.value.code == 2 and line in capsys.readouterr().err and not (tmp_path/'out').exists()
+    main([*map(str, words), '--reports', 'note,plan'])
+    cohort = Cohort.open(tmp_path/'out')
+    vocabulary, texts = cohort.modalities['report'].vocabulary, dict(zip(cohort.samples.subject_id, (cohort[i]['report'] for i in range(len(cohort)))))
+    assert cohort.labels == ['dead'] and len(cohort) == 48 and texts[3] is None and vocabulary.decode(texts[0]) == 'lungs are full.'
+    assert 'lungs' in vocabulary.tokens and 'zebra' not in vocabulary.tokens and cohort.provenance['reports'] == ['note', 'plan']
+    assert all((cohort[i]['report'] is None) == (s == 3) for i, s in enumerate(cohort.samples.subject_id))
+
+
 def test_foreign_vocabulary(tmp_path):
     "A language model's tokenizer: special tokens in a report are text, the mark is one token, the cohort needs no library cache."
     transformers = pytest.importorskip('transformers')
