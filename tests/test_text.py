@@ -174,6 +174,15 @@ def test_columns_of_the_labels_of_a_table(tmp_path, capsys, key):
     assert all((cohort[i]['report'] is None) == (s == 3) for i, s in enumerate(cohort.samples.subject_id))
 
 
+@pytest.mark.parametrize('weight, warned', [(0., True), (1., False)])
+def test_an_encoder_that_nothing_teaches_is_named(tmp_path, toy, capsys, weight, warned):
+    "A forecast of charts alone leaves an encoder of reports at its random start, and the run says so, once."
+    config = toy_config('ehr', 'report', loss=dict(weight=weight, prototypes=8, cells=dict(weight=1.)), data=dict(cohort=str(toy.folder)), train=dict(run=str(tmp_path/'run'), log_every=1), optim=dict(batch_size=16, epochs=1))
+    Trainer(config, toy).fit()
+    told = [line for line in capsys.readouterr().out.splitlines() + (tmp_path/'run'/'metrics.csv').read_text().splitlines() if 'no term of the loss teaches' in line]
+    assert len(told) == warned and all("'report'" in line and 'step 3' in line for line in told)
+
+
 def test_foreign_vocabulary(tmp_path):
     "A language model's tokenizer: special tokens in a report are text, the mark is one token, the cohort needs no library cache."
     transformers = pytest.importorskip('transformers')
