@@ -165,6 +165,7 @@ def make_accelerator(
 # %% ../nbs/64_loop.ipynb #154b1eeb
 class Trainer:
     "Everything one run needs; `fit` is the loop."
+    warned, looked, idle = False, 0, ()    # of a collapse; rows of metrics in which `idle`, encoders without gradient, were sought
     def __init__(self, config:Config, cohort:Cohort=None):
         "Open the cohort and the run, build the model, resume from the last checkpoint if there is one."
         config = as_started(config)
