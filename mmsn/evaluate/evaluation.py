@@ -401,6 +401,7 @@ def points(self:Evaluation):
     return self._points
 
 def _map_table(ev):
+    "A row a method, encoder, input and sampled patient."
     test, methods, e = ev.task.at('test'), ('tsne', 'umap' if importlib.util.find_spec('umap') else 'pca'), ev.options
     tables = {n: t.iloc[test] for n, t in ev.tables.items()}
     points = representation_points(tables, ev.task.labels[test], ev.task.names, e.map_labels or None, ev.own,
