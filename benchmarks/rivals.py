@@ -7,7 +7,7 @@
 The learning rate of each objective is chosen from one short list, the same for all, by the AUROC of a probe on *validation*, with the first seed;
 test is read once, with that rate, for every seed. Encoders are those of the presets `demo` and `images_open`, with embeddings that no layer joins
 (`fusion.dim=0`, `encoder.dim=0`), since some objectives would leave such a layer untrained; `msn` keeps the spaces and aims of the preset, and
-`msn + contrast` also its contrast. Runs and finished rows are kept in the folder: a second call goes on from there.
+`msn + contrast` also its contrast; `msn, no heavy view` leaves out the one view of `images_open` that hides 30 to 80 % of its patches. Runs and finished rows are kept in the folder: a second call goes on from there.
 """
 import argparse, os, time
 from functools import partial
@@ -31,7 +31,9 @@ from mmsn.prepare import iu, join, nih, synthetic
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
 FRACTIONS, RATES, PROBE = (.05, .1, 1.), (1e-3, 4e-3), partial(fit_probe, folds=5)
 RIVALS = [o for o in OBJECTIVES[1:] if o not in (*DRAWING, 'convirt', 'gloria')]     # these need reports: benchmarks/text.py, generate.py
-ARMS = ['random', 'msn', 'msn + contrast', *RIVALS]
+ARMS = ['random', 'msn', 'msn, no heavy view', 'msn + contrast', *RIVALS]
+ALONE = ['msn, no heavy view']                    # of images: the preset `demo` has no such view
+TOGETHER = ['msn + contrast', 'clip', 'siglip']  # of two modalities
 FUSED = ['fusion.dim=0', 'modalities.ehr.encoder.dim=0']
 BARE = ['fusion.contrast={weight: 0, loss: sigmoid}']
 # of the size of these encoders, as far as the papers' own are for a million pictures
@@ -41,6 +43,7 @@ DIALS = dict(dino=['objectives.dino.outputs=256'], mae=['objectives.mae={dim: 48
 def changes_of(arm, images):
     "What an arm changes in its preset."
     changes = [] if images else [*FUSED, *(BARE if arm != 'msn + contrast' else [])]
+    if arm in ALONE: changes.append('modalities.cxr.views.heavy=0')
     return changes + ([f'objective={arm}', *DIALS.get(arm, [])] if arm in RIVALS else [])
 
 
@@ -57,7 +60,7 @@ def open_cohort(out, images, patients):
 
 def trained(out, cohort, arm, images, rate, seed, epochs):
     "The model of one run, seconds of CPU a step and the most memory of its process in GB; trained where it is not there."
-    folder = out/f'{"images" if images else "fused"}-{arm.replace(" ", "")}-{rate:g}-{seed}-{epochs:g}'
+    folder = out/f'{"images" if images else "fused"}-{arm.replace(" ", "").replace(",", "-")}-{rate:g}-{seed}-{epochs:g}'
     config = load_config('images_open' if images else 'demo', [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}', 'train.threads=1', 'train.probe_every=0',
                                                                f'optim.epochs={epochs}', f'optim.lr={rate}', *changes_of(arm, images)])
     if arm == 'random': return MMSN.from_config(config, cohort).eval(), np.nan, np.nan
@@ -112,7 +115,7 @@ def main(argv=None):
     cohort, name = open_cohort(a.out, a.images, a.patients), 'rivals_images' if a.images else 'rivals'
     path = a.out/f'{name}.csv'
     done = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=['objective', 'seed', 'epochs'])
-    wanted = [o for o in a.objectives if not a.images or o not in ('msn + contrast', 'clip', 'siglip')]
+    wanted = [o for o in a.objectives if o not in (TOGETHER if a.images else ALONE)]
     for arm in wanted:
         have = {tuple(r) for r in done[['objective', 'seed', 'epochs']].itertuples(index=False)}
         if all((arm, s, a.epochs) in have for s in a.seeds): continue
