@@ -48,7 +48,7 @@ from .run import Metrics, _flat, as_started, only_here, open_cohort, open_run, r
 from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
 from .threads import cores
-from .watch import collapsed, untaught
+from .watch import Untaught, collapsed
 
 # %% ../nbs/64_loop.ipynb #cfffc0d9
 _all_ = ['gather_rows']   # of `mmsn.agree`, found here too
@@ -165,7 +165,6 @@ def make_accelerator(
 # %% ../nbs/64_loop.ipynb #154b1eeb
 class Trainer:
     "Everything one run needs; `fit` is the loop."
-    warned, looked, idle = False, 0, ()    # of a collapse; rows of metrics in which `idle`, encoders without gradient, were sought
     def __init__(self, config:Config, cohort:Cohort=None):
         "Open the cohort and the run, build the model, resume from the last checkpoint if there is one."
         config = as_started(config)
@@ -183,6 +182,7 @@ class Trainer:
         self.total = total_steps(config.optim, self.steps_per_epoch)
         self.config, self.stop, self.saved, self.parent = config, False, saved[1] if saved else {}, launcher()
         self.early = EarlyWarning(self.cohort, config) if t.probe_every and self.main else None
+        self.untaught = Untaught()
         self._build(saved)
 
 # %% ../nbs/64_loop.ipynb #8469c874
@@ -329,22 +329,12 @@ def log(self:Trainer, out, norm, values, sharpen, seconds):
         if not early and not self.warned and (message := collapsed(row)):
             self.warned = True
             tqdm.write(f'warning: step {self.step}: {message}')
-        self._say_untaught()
+        online = getattr(self.accelerator.unwrap_model(self.model), 'online', None)
+        for name in self.untaught(online.encoders, self.step == self.total) if online else ():
+            tqdm.write(f'warning: step {self.step}: no term of the loss teaches the encoder of {name!r}, which stays '
+                       f'random: give loss.weight or the weight of that modality a value, or leave it out')
     if self.config.train.tracker: self.accelerator.log(row, step=self.step)
     return row
-
-@patch
-def _say_untaught(self:Trainer):
-    "Warn of every encoder that no gradient has reached in the first three rows of metrics (main process)."
-    online = getattr(self.accelerator.unwrap_model(self.model), 'online', None)
-    if online is None or self.looked == 3: return
-    found, self.looked = untaught(online.encoders), self.looked + 1
-    self.idle = [name for name in found if self.looked == 1 or name in self.idle]       # a batch may lack a modality
-    if self.looked < 3 and self.step < self.total: return
-    self.looked = 3
-    for name in self.idle:
-        tqdm.write(f'warning: step {self.step}: no term of the loss teaches the encoder of {name!r}, which stays '
-                   f'random: give loss.weight or the weight of that modality a value, or leave it out')
 
 # %% ../nbs/64_loop.ipynb #c481eea4
 @patch
@@ -387,7 +377,7 @@ def _say_learned(self:Trainer):
 @patch
 def _begin(self:Trainer):
     "The files of a start (main process), the metrics of a resume, and the trackers."
-    t, self.warned, self.looked = self.config.train, False, 0
+    t, self.warned = self.config.train, False
     if self.main:
         begun = (self.run/'config.yaml').is_file()
         threads = settle_threads(self, read_run(self.run).get('threads') if begun else None, tqdm.write)

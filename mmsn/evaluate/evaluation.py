@@ -169,7 +169,7 @@ class Evaluation:
         self.networks, self.predictions = {}, {}     # input -> network from scratch; encoder -> input -> `Predictions`
         self.scores = []                             # tables of `low_shot`'s columns
         self.means = {}                              # the macro means of every resample, for paired differences
-        self.steps = None                            # `Steps`, where protocols that are done are kept
+        self.steps, self.early = None, {}            # `Steps` that keep protocols; what was computed ahead of its turn
         self._check()
         self._settle_inputs()
         for line in self.notices: say(f'WARNING: {line}')
@@ -297,15 +297,15 @@ def _corrupted(ev, models, tables):
                       CORRUPTIONS if 'all' in e.corruptions else e.corruptions, min(e.bootstrap, 200), e.seed,
                       ev.cache, e.probe_masked)
 
-@patch(as_prop=True)
-def frozen(self:Evaluation):
-    "Robustness of the frozen encoders, computed once."
-    if not hasattr(self, '_frozen'): self._frozen = _corrupted(self, self.models, self.tables)
-    return self._frozen
+def _early(ev, name):
+    "What needs no network from scratch, computed for whoever asks first: the maps, or robustness of frozen encoders."
+    if name not in ev.early:
+        ev.early[name] = _map_table(ev) if name == 'map' else _corrupted(ev, ev.models, ev.tables)
+    return ev.early[name]
 
 def _robustness(ev):
     "Corrupted test patients: probes on frozen features, those of the networks from scratch included."
-    parts, networks = [ev.frozen], {n: net for n, net in ev.networks.items() if n in ev.own}
+    parts, networks = [_early(ev, 'frozen')], {n: net for n, net in ev.networks.items() if n in ev.own}
     if networks:
         scratch = EndToEndEncoder(ev.models['random'], networks).eval()
         table = extract_features(scratch, ev.cohort, ev.task.rows, cache=ev.cache)
@@ -394,12 +394,6 @@ def _by_protocol(ev, tables):
     return t if t.protocol.nunique() > 1 else None
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0057
-@patch(as_prop=True)
-def points(self:Evaluation):
-    "The test patients on maps of their features, computed once."
-    if not hasattr(self, '_points'): self._points = _map_table(self)
-    return self._points
-
 def _map_table(ev):
     "A row a method, encoder, input and sampled patient."
     test, methods, e = ev.task.at('test'), ('tsne', 'umap' if importlib.util.find_spec('umap') else 'pca'), ev.options
@@ -441,8 +435,7 @@ def _meanwhile(ev, names):
     "While another process trains networks: what this one can do without them, of the protocols `names` and the maps."
     ev.say('maps and robustness of the frozen encoders, while another process trains networks')
     try:
-        if 'robustness' in names and not ev.steps.has('robustness'): ev.frozen
-        ev.points
+        for name in ['frozen']*('robustness' in names and not ev.steps.has('robustness')) + ['map']: _early(ev, name)
     except InputError: pass     # said where they have their turn
 
 def evaluate_protocols(ev:Evaluation)->dict:
@@ -465,7 +458,7 @@ def evaluate_protocols(ev:Evaluation)->dict:
     if (other := _by_protocol(ev, out)) is not None: out['other'] = other
     if (channels := _recall_table(ev)) is not None: out['channels'] = channels
     ev.say('maps')
-    return out | dict(map=ev.points, splits=Task.of(ev.cohort, ev.task.names, ev.task.rows).counts())
+    return out | dict(map=_early(ev, 'map'), splits=Task.of(ev.cohort, ev.task.names, ev.task.rows).counts())
 
 # %% ../../nbs/83_evaluate.evaluation.ipynb #e83a0067
 def _facts(command, cohort, e, start):
