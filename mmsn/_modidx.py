@@ -2204,6 +2204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mmsn.model.MMSN._metrics': ('model.html#mmsn._metrics', 'mmsn/model.py'),
                             'mmsn.model.MMSN._outputs': ('model.html#mmsn._outputs', 'mmsn/model.py'),
                             'mmsn.model.MMSN._own': ('model.html#mmsn._own', 'mmsn/model.py'),
+                            'mmsn.model.MMSN._siamese': ('model.html#mmsn._siamese', 'mmsn/model.py'),
                             'mmsn.model.MMSN._visible': ('model.html#mmsn._visible', 'mmsn/model.py'),
                             'mmsn.model.MMSN._weights': ('model.html#mmsn._weights', 'mmsn/model.py'),
                             'mmsn.model.MMSN.assignments': ('model.html#mmsn.assignments', 'mmsn/model.py'),

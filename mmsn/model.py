@@ -177,6 +177,7 @@ def _aims(self:MMSN, views:PatientViews, present, terms, sharpen):
     "Target assignments (rows, K) of each of `terms`, and the target embedding (B, d) of each modality and of all."
     c = self.config.loss
     whole = {name: embed(self.target, name, [views.targets[name]], present[name]) for name in self.infos}
+    if not terms: return {}, whole | dict(joint=self._fused(self.target, whole, present, 'joint', [0])[0])
     outputs, joint = self._outputs(whole, present, dict.fromkeys(term.group for term in terms.values()))
     t, rows = {}, {}
     for name, rows[name], out, q in outputs:
@@ -215,6 +216,19 @@ def _weights(self:MMSN, terms, values):
     if len(self.infos) == 1: given = [1.]
     return self.prototypes.new_tensor(given)*torch.stack([t.count > 0 for t in values.values()])
 
+# %% ../nbs/53_model.ipynb #29a0691e
+@patch
+def _siamese(self:MMSN, h, present, terms, aims, groups):
+    "Mean loss of `terms`, 0 without any, in which every parameter takes part; and the parts of each."
+    if not terms: return sum((0*p).sum() for p in self.parameters() if p.requires_grad), {}
+    c, logp = self.config.loss, self._anchors(h, present, terms, groups)
+    prior = {name: self.prior if t.space == 'joint' else self.spaces[t.space].prior for name, t in terms.items()}
+    parts = {name: msn_terms(logp[name], aims[name], c.me_max_weight, c.entropy_weight, prior[name]) for name in terms}
+    weights = self._weights(terms, parts)
+    total = weights.sum()
+    loss = (torch.stack([t.loss for t in parts.values()])*weights).sum()/torch.where(total > 0, total, 1.)
+    return loss, parts
+
 # %% ../nbs/53_model.ipynb #2ed07e5d
 @patch
 def forward(self:MMSN,
@@ -223,17 +237,13 @@ def forward(self:MMSN,
 )->Output:
     "Loss and metrics of one step; every trainable parameter takes part, whatever the batch lacks."
     if self.objective is not None: return Output(*objective_step(self, views))
-    c, terms, present = self.config.loss, self.terms(views.n), {name: views.present[name] for name in self.infos}
+    c, present = self.config.loss, {name: views.present[name] for name in self.infos}
+    terms = self.terms(views.n) if c.weight else {}   # prototypes that teach nothing are not computed
     aims, features = self._aims(views, present, terms, c.sharpen if sharpen is None else sharpen)
     states = {name: [] for name in state_readers(self.auxiliary)}
     h = {name: embed(self.online, name, views.anchors[name], present[name], views.n, states.get(name))
          for name in self.infos}
-    logp = self._anchors(h, present, terms, self.groups(views.n))
-    prior = {name: self.prior if t.space == 'joint' else self.spaces[t.space].prior for name, t in terms.items()}
-    parts = {name: msn_terms(logp[name], aims[name], c.me_max_weight, c.entropy_weight, prior[name]) for name in terms}
-    weights = self._weights(terms, parts)
-    total = weights.sum()
-    loss = (torch.stack([t.loss for t in parts.values()])*weights).sum()/torch.where(total > 0, total, 1.)
+    loss, parts = self._siamese(h, present, terms, aims, self.groups(views.n))
     step = Step(views, present, h, features, states, self.online, self.target)
     loss, extra = add_terms(loss, self.auxiliary, step, c.weight)
     return Output(loss, self._metrics(parts, features, present) | self._chances(terms) | extra)
@@ -247,10 +257,11 @@ def _metrics(self:MMSN, terms, features, present):
     for group, t in terms.items():
         m |= {f'{group}/{k}': torch.where(t.count > 0, v.detach().float(), math.nan)
               for k, v in t._asdict().items() if k != 'count'}
-    above = torch.stack([m[f'{g}/cross_entropy'] - m[f'{g}/floor'] for g in terms])
-    used = torch.stack([m[f'{g}/used'] for g in terms])
     for name, h in features.items():
         m[f'{name}/effective_rank'] = effective_rank(h[present[name]] if name in present else h)
+    if not terms: return m
+    above = torch.stack([m[f'{g}/cross_entropy'] - m[f'{g}/floor'] for g in terms])
+    used = torch.stack([m[f'{g}/used'] for g in terms])
     return m | dict(loss_above_floor=above.nanmean(), used=used.nan_to_num(math.inf).amin(),
                     chance=above.new_tensor(math.log(len(self.prototypes))))
 

@@ -247,6 +247,23 @@ def test_weights():
         if a.requires_grad: close(a.grad, b.grad, 1e-5)
 
 
+@pytest.mark.parametrize('config', [tiny_config, spaced])
+def test_prototypes_that_teach_nothing(config):
+    "loss.weight=0: the gradients of a vanishing weight, for every parameter one, and no word of prototypes."
+    models = {}
+    for weight in (0., 1e-9):
+        torch.manual_seed(0)
+        models[weight] = m = MMSN.from_config(config('cxr', 'ehr', loss=dict(prototypes=8, weight=weight, cells=dict(weight=1.))), cohort)
+        out = m(m.views(batch, 0, 0))
+        out.loss.backward()
+        assert any(k.endswith('/used') for k in out.metrics) == ('chance' in out.metrics) == bool(weight)
+        assert {'cxr/effective_rank', 'joint/effective_rank', 'cells/loss'} <= set(out.metrics)
+        close(out.loss.item(), out.metrics['cells/loss'].item(), 1e-6)
+    for (name, a), b in zip(models[0.].named_parameters(), models[1e-9].parameters()):
+        if a.requires_grad: close(a.grad, b.grad, 1e-6)
+    assert any(p.grad.any() for p in models[0.].online.encoders['ehr'].parameters()) and not models[0.].prototypes.grad.any()
+
+
 def test_anchor_only():
     "Facts for anchors only change anchors and no target."
     four, out = step_of('cxr', 'ehr', 'labs', 'facts', fusion=dict(dim=32, aim='joint'), facts=dict(anchor_only=True), head=dict(hidden=32, output=16, norm='layer'))
