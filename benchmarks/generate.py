@@ -8,7 +8,7 @@ what the VAE's words keep of these, at images drawn from their reports, and at i
 whose AUROC is .5 if the reader judges nothing but what was asked for). A finding counts where the report speaks of it with presence.
 
 Writes nbs/results/generate.csv (images, finding, AUROC, 95 % interval over patients), nbs/results/generate_curves.csv (the losses of both
-runs) and WORK/grid.png.
+runs), WORK/grid.png and of that a small copy, nbs/images/drawn.png.
 """
 import argparse, time
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -144,6 +145,8 @@ def main():
     show = slice(0, 6)
     figure = show_grid(model.draw(tokens[show], lengths[show], n=4, seed=1), [cohort.text(i, 'report') for i in test[show]], batch.data['cxr'][show, 0].numpy())
     save_figure(figure, a.work/'grid'); plt.close(figure)
+    grid = Image.open(a.work/'grid.png').convert('L')
+    grid.resize((grid.width*3//4, grid.height*3//4), Image.LANCZOS).quantize(24).save(RESULTS.parent/'images'/'drawn.png', optimize=True)
     print(table.pivot(index='finding', columns='images', values='auroc')[list(kinds)].to_string())
     print(f'reconstruction error of held-out images {error:.4f} (variance {x.var().item():.4f}); {time.time() - start:.0f} s')
 

@@ -3,8 +3,9 @@
     python benchmarks/study.py mmsn-study                     # every arm; goes on where it stopped
     python benchmarks/study.py mmsn-study --arms none 'random only'    # some of them
     python benchmarks/study.py mmsn-study --long              # the main arm, long, several seeds: the study column of the bars
+    python benchmarks/study.py mmsn-study --terms             # what each term of the loss brings, alone and beside the others
 
-One arm is the preset `demo` with a few changes. Writes nbs/results/study.csv (or study_long.csv): arm, seed, seconds, cross entropies, and
+One arm is the preset `demo` with a few changes. Writes nbs/results/study.csv (or study_long.csv, study_terms.csv): arm, seed, seconds, cross entropies, and
 the test AUROC of frozen features by input and share of labels, for the pretrained encoder, the same one untrained, and plain features.
 """
 import argparse, math, shutil, time
@@ -57,6 +58,17 @@ ARMS = {'both': ('masks', CELLS),
         'no Sinkhorn, me-max 5': ('assignment', [*CELLS, 'loss.sinkhorn_iterations=0', 'loss.me_max_weight=5'])}
 MAIN = 'crops of middling size'   # what the preset became
 
+NO_MSN, NO_CONTRAST, FORECAST = ['loss.weight=0'], ['fusion.contrast.weight=0', 'fusion.contrast.loss=sigmoid'], ['loss.cells.weight=1', 'loss.cells.kind=[forecast]', 'loss.cells.horizon=6']
+HIDING = [f'{_CXR}.heavy=1', 'modalities.cxr.encoder.mask_stem=true']
+TERMS = {'MSN and contrast': ('terms', []),   # the preset
+         'MSN alone': ('terms', NO_CONTRAST),
+         'contrast alone': ('terms', NO_MSN),
+         'cells alone': ('terms', NO_MSN + NO_CONTRAST + FORECAST),
+         'contrast and cells': ('terms', NO_MSN + FORECAST),
+         'MSN, contrast and cells': ('terms', FORECAST),
+         'one heavily masked view': ('terms', HIDING),
+         'one heavily masked view, tokens': ('terms', HIDING + ['loss.tokens.weight=0.5'])}
+
 
 def score(features, task, draws, encoder):
     "Test AUROC by input and share of labels."
@@ -90,11 +102,11 @@ def run_arm(out, cohort, task, draws, arm, changes, seed, epochs):
     return rows
 
 
-def collect(out, plain, epochs):
+def collect(out, plain, epochs, arms):
     "Every arm in the folder that was trained that long, in this call or before, below the plain features."
     found = pd.concat([pd.read_csv(f) for f in sorted(out.glob('*/study.csv'))])
-    found = found[found.epochs == epochs].sort_values(['arm', 'seed'], key=lambda c: c.map(list(ARMS).index) if c.name == 'arm' else c, kind='stable')
-    return pd.concat([plain, found]).assign(group=lambda t: t.arm.map(lambda n: ARMS[n][0] if n in ARMS else 'baseline'))
+    found = found[(found.epochs == epochs) & found.arm.isin(arms)].sort_values(['arm', 'seed'], key=lambda c: c.map(list(arms).index) if c.name == 'arm' else c, kind='stable')
+    return pd.concat([plain, found]).assign(group=lambda t: t.arm.map(lambda n: arms[n][0] if n in arms else 'baseline'))
 
 
 @cli
@@ -104,23 +116,25 @@ def main(argv=None):
     p.add_argument('--arms', nargs='+', default=None, metavar='ARM', help=f'of {", ".join(ARMS)} (default all)')
     p.add_argument('--seeds', type=int, nargs='+', default=[0], help='of the pre-training (default 0)')
     p.add_argument('--main-seeds', type=int, nargs='+', default=[0, 1, 2], help='of the main arm, the preset (default 0 1 2)')
-    p.add_argument('--epochs', type=float, default=None, help='of each arm (default 24, or 100 with --long)')
+    p.add_argument('--epochs', type=float, default=None, help='of each arm (default 24, 100 with --long, 36 with --terms)')
     p.add_argument('--long', action='store_true', help='only the main arm, for 100 epochs')
+    p.add_argument('--terms', action='store_true', help=f'instead the arms {", ".join(TERMS)}, with the epochs of the preset')
     a = p.parse_args(argv)
-    arms, epochs = a.arms or ([MAIN] if a.long else list(ARMS)), a.epochs or (100 if a.long else 24)
+    known, fractions = (TERMS, (.05, .1, 1.)) if a.terms else (ARMS, (.01, .1, 1.))
+    arms, epochs = a.arms or ([MAIN] if a.long else list(known)), a.epochs or (100 if a.long else 36 if a.terms else 24)
     for arm in arms:
-        if arm not in ARMS: raise InputError(f'no arm {arm!r}: choose of {", ".join(ARMS)}')
+        if arm not in known: raise InputError(f'no arm {arm!r}: choose of {", ".join(known)}')
     a.out.mkdir(parents=True, exist_ok=True)
     if not (a.out/'cohort'/'cohort.json').is_file(): prepare(['synthetic', str(a.out/'cohort'), '--seed', '1'])
     cohort = Cohort.open(a.out/'cohort')
     task = Task.of(cohort)
-    draws = make_draws(task, (.01, .1, 1.), 5)
+    draws = make_draws(task, fractions, 5)
     plain = score(plain_features(cohort, task.rows, ['cxr', 'ehr']), task, draws, 'plain').assign(arm='plain', epochs=0)
     for arm in arms:
-        for seed in (a.main_seeds if arm == MAIN else a.seeds): run_arm(a.out, cohort, task, draws, arm, ARMS[arm][1], seed, epochs)
-    made = collect(a.out, plain, epochs)
+        for seed in (a.main_seeds if arm == MAIN else a.seeds): run_arm(a.out, cohort, task, draws, arm, known[arm][1], seed, epochs)
+    made = collect(a.out, plain, epochs, known)
     RESULTS.mkdir(exist_ok=True)
-    made.round(4).to_csv(RESULTS/('study_long.csv' if a.long else 'study.csv'), index=False)
+    made.round(4).to_csv(RESULTS/('study_long.csv' if a.long else 'study_terms.csv' if a.terms else 'study.csv'), index=False)
     print(made[made.encoder != 'random'].pivot_table(index=['group', 'arm', 'input'], columns='fraction', values='auroc', sort=False).round(3).to_string())
 
 
