@@ -52,11 +52,15 @@ def local_similarity(
     block=16,     # texts at a time
 ):
     "(M, N): how alike each image and each text are, word by word; 0 for a text without words."
-    regions, words, out = F.normalize(regions.float(), dim=-1), F.normalize(words.float(), dim=-1), []
-    for w, there in zip(words.split(block), seen.split(block)):
+    regions, words = F.normalize(regions.float(), dim=-1), F.normalize(words.float(), dim=-1)
+    ends, out = (seen*torch.arange(1, seen.shape[1] + 1, device=seen.device)).amax(1).tolist(), []
+    order = sorted(range(len(ends)), key=ends.__getitem__)      # short texts together: less padding is compared
+    for at in (order[i:i + block] for i in range(0, len(order), block)):
+        w, there = words[at, :max(ends[at[-1]], 1)], seen[at, :max(ends[at[-1]], 1)]
         r = gamma[1]*found_cosine(regions, w, gamma[0]).masked_fill(~there, -1e4)
         out.append((r.logsumexp(-1)/gamma[1]).masked_fill(~there.any(1), 0.))
-    return torch.cat(out, 1) if out else regions.new_zeros(len(regions), 0)
+    if not out: return regions.new_zeros(len(regions), 0)
+    return torch.cat(out, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
 
 # %% ../../nbs/52l_objectives.gloria.ipynb #65c78780
 def sum_pieces(
