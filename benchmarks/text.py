@@ -44,7 +44,7 @@ NAMES = dict(Normal='acute cardiopulmonary abnormality', Pleural_Effusion='pleur
 def config_of(objective, cohort, run, epochs, seed, rate, resnet=False, start=''):
     "One image view and one text view of each study; the same encoders, batch and steps for both objectives."
     net = dict(name='resnet18', patch=16) if resnet else config_to_dict(load_config('images_open'))['modalities']['cxr']['encoder']
-    image = dict(kind='image', encoder=net, views=dict(random=1, focal=0, random_size=SIZE, focal_size=SIZE, random_scale=[.8, 1.], patch_drop=0., blur=0.))
+    image = dict(kind='image', encoder=net, views=dict(random=1, focal=0, random_size=SIZE, focal_size=SIZE, random_scale=[.8, 1.], patch_drop=0., blur=0., jitter=0.))
     report = dict(kind='text', encoder=dict(dim=96, depth=1, heads=4, length=80), views=dict(random=1, focal=0, drop=.5, shuffle=0.))
     return check_single(check(build(Config, dict(
         name=objective, modalities=dict(cxr=image, report=report), objective=objective, objectives={objective: dict(dim=128) | (dict(hidden=256) if objective == 'convirt' else {})},
@@ -112,9 +112,9 @@ def same_split(start, cohort):
     other = Path(start).parents[1]/'images'/'samples.parquet'      # the joined cohort beside the run
     if not (listed.is_file() and other.is_file()): raise InputError(f'{start} does not say whom it was trained on: name the encoder of a run that rivals.py --images left')
     theirs = pd.read_parquet(other).query("source == 'iu'")
-    ours = cohort.samples.set_index(cohort.samples.subject_id.astype(str)).split
-    seen = theirs[theirs.subject_id.isin(pd.read_csv(listed).subject_id)].subject.str.removeprefix('iu:')
-    if not len(seen) or (ours.reindex(seen) != 'train').any(): raise InputError(f'{start} was trained on patients that are no training patients here')
+    ours = set(cohort.samples[cohort.samples.split == 'train'].subject_id.astype(str))
+    seen = set(theirs[theirs.subject_id.isin(pd.read_csv(listed).subject_id)].subject.str.removeprefix('iu:'))
+    if not seen or seen - ours: raise InputError(f'{start} was trained on patients that are no training patients here')
 
 
 @cli
