@@ -22,6 +22,7 @@ from mmsn.evaluate.metrics import auroc, bootstrap, interval, macro
 from mmsn.evaluate.probes import STRENGTHS, fit_probe
 from mmsn.evaluate.task import subject_folds
 from mmsn.options import InputError
+from mmsn.threads import peak_memory
 
 
 def spent():
@@ -83,7 +84,7 @@ def measured(what, f, *args, **options):
     start = time.process_time()
     result = f(*args, **options)
     took = time.process_time() - start
-    print(f'{what}: {took:.1f} CPU-s; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20:.2f} GB at the highest so far', flush=True)
+    print(f'{what}: {took:.1f} CPU-s; {peak_memory()/2**30:.2f} GB at the highest so far', flush=True)
     return result, took
 
 
@@ -92,7 +93,7 @@ def tell_large(a):
     X, Y = patients(a.rows, a.width, a.labels)
     half, few = a.rows//2, min(a.peer, a.rows//2)
     print(f'{a.rows:,} patients, {a.width} features ({X.nbytes/2**30:.2f} GB), {a.labels} labels: '
-          f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20:.2f} GB at the highest so far')
+          f'{peak_memory()/2**30:.2f} GB at the highest so far')
     test = X[half:half + 20000].astype(np.float64), Y[half:half + 20000]
     ours, fast = measured(f'probes, {few:,} training rows', fit_probe, X[:few], Y[:few], folds=5)
     theirs, slow = measured('scikit-learn in a loop, the same', loop, X[:few].astype(np.float64), Y[:few], test[0])

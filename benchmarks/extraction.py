@@ -14,7 +14,6 @@ import csv
 import gzip
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from mmsn.data.mimic.events import fates, scan_events, write_series
 from mmsn.data.mimic.stays import load_stays, select_stays, stay_rules
 from mmsn.data.tables import connect
 from mmsn.data.timeseries import layout
+from mmsn.threads import peak_memory
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
 CHAIN, LEAST, MOST = 12_000, 20, 4.0         # rows a second of the published chain; times that; GB at 30 million rows
@@ -141,7 +141,7 @@ def read_one(folder, rules, memory, threads):
         print(json.dumps(dict(seconds=end - begin, scan=middle - begin, grid=end - middle, hours=hours,
                               used=int(fates(con, events).used.sum()), kept_mb=size(events)/1e6,
                               spilled_mb=watch.most/1e6,
-                              peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6))))
+                              peak_gb=peak_memory()/1e9)))
 
 
 def peer(folder, rows=300_000):

@@ -11,7 +11,6 @@ nbs/results/shards.csv.
 """
 import argparse
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from mmsn.data.cohort import Cohort
 from mmsn.data.mimic.prepare import prepare_mimic
 from mmsn.data.mimic.shards import merge_shards, prepare_shard
 from mmsn.options import InputError
+from mmsn.threads import peak_memory
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
 OPTIONS = dict(tasks='mortality', hours=84, threads=1)                    # the whole of every stay
@@ -59,14 +59,7 @@ def one(what, iv, out, shards, shard):
     elif what == 'shard': prepare_shard(iv, out, shards=shards, shard=shard, memory=memory, **OPTIONS)
     else: merge_shards(Path(f'{out}-in'), out, memory=memory, threads=1)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps(dict(wall=time.perf_counter() - begin, cpu=used.ru_utime + used.ru_stime, peak_gb=peak_gb())))
-
-
-def peak_gb():
-    "Most memory of this process. Not `ru_maxrss` under Linux, which begins with what the parent had when it started this process."
-    status = Path('/proc/self/status')
-    if status.is_file(): return int(re.search(r'VmHWM:\s+(\d+) kB', status.read_text())[1])/1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6)
+    print(json.dumps(dict(wall=time.perf_counter() - begin, cpu=used.ru_utime + used.ru_stime, peak_gb=peak_memory()/1e9)))
 
 
 def measured(*words):

@@ -2640,6 +2640,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mmsn.threads.cores': ('threads.html#cores', 'mmsn/threads.py'),
                               'mmsn.threads.free_cores': ('threads.html#free_cores', 'mmsn/threads.py'),
                               'mmsn.threads.others': ('threads.html#others', 'mmsn/threads.py'),
+                              'mmsn.threads.peak_memory': ('threads.html#peak_memory', 'mmsn/threads.py'),
                               'mmsn.threads.quickest': ('threads.html#quickest', 'mmsn/threads.py'),
                               'mmsn.threads.wait_asleep': ('threads.html#wait_asleep', 'mmsn/threads.py')},
             'mmsn.tokens': { 'mmsn.tokens.ImageTokens': ('tokens.html#imagetokens', 'mmsn/tokens.py'),

@@ -17,7 +17,7 @@ __all__ = ['training_rows', 'partner_rows', 'make_optimizer', 'set_values', 'Non
            'Trainer', 'gather_rows']
 
 # %% ../nbs/64_loop.ipynb #9de28f4c
-import hashlib, math, os, resource, shutil, signal, time
+import hashlib, math, os, shutil, signal, time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ from .progress import Progress
 from .run import Metrics, _flat, as_started, only_here, open_cohort, open_run, read_run, run_hash, start_run
 from .schedules import schedule, settled, sharpening, steps_per_epoch, total_steps
 from .sources import init_model
-from .threads import cores
+from .threads import cores, peak_memory
 from .watch import Untaught, collapsed
 
 # %% ../nbs/64_loop.ipynb #cfffc0d9
@@ -308,8 +308,7 @@ def _row(self:Trainer, out, norm, values, sharpen, seconds)->dict:
     a, keys = self.accelerator, sorted(out.metrics)
     moving = {} if self.config.loss.final_sharpen is None else dict(sharpen=sharpen)
     mean = a.reduce(torch.stack([out.loss.detach().float(), *(out.metrics[k].float() for k in keys)]), 'mean').tolist()
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
-    memory = torch.cuda.max_memory_allocated() if a.device.type == 'cuda' else resident
+    memory = torch.cuda.max_memory_allocated() if a.device.type == 'cuda' else peak_memory()
     return dict(step=self.step, epoch=self.step/self.steps_per_epoch, loss=mean[0], **dict(zip(keys, mean[1:])),
                 gradient_norm=float(norm), **values._asdict(), **moving,
                 samples_per_s=self.batch*self.config.optim.accumulation/seconds, memory_gb=memory/2**30)
