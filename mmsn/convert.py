@@ -126,8 +126,7 @@ def _describe(source, fitted, out, to):
 def _own_encoder(source):
     "The folder of an encoder of mmsn, or of the one in a run. Raises InputError for anything else."
     from mmsn.model import is_mmsn_encoder, local_folder
-    inner = Path(source)/'encoder'
-    folder = inner if (inner/'config.json').is_file() else local_folder(source)
+    folder = local_folder(source)
     if not is_mmsn_encoder(folder):
         raise InputError(f'{source} is no encoder of mmsn: --onnx and --push are for those')
     return folder

@@ -401,11 +401,12 @@ def save_pretrained(self:MMSN,
 
 # %% ../nbs/53_model.ipynb #7c6ffd98
 def local_folder(
-    source,   # folder, hub:OWNER/NAME, or OWNER/NAME where OWNER is no folder here
+    source,   # folder of an encoder or of a run, hub:OWNER/NAME, or OWNER/NAME where OWNER is no folder here
 )->Path:
-    "The folder of an encoder: `source` itself, or a snapshot of the hub; raises InputError."
+    "The folder of an encoder: `source` itself, that in a run, or a snapshot of the hub; raises InputError."
     name, path = str(source).removeprefix('hub:'), Path(source)
-    if path.is_dir(): return path
+    inner = path/'encoder'
+    if path.is_dir(): return inner if (inner/'config.json').is_file() and not (path/'config.json').is_file() else path
     # a misspelt path is not looked up on the network
     is_local = path.exists() or (not str(source).startswith('hub:') and Path(path.parts[0]).exists())
     if is_local or not re.fullmatch(r'[\w.-]+/[\w.-]+', name):

@@ -299,7 +299,7 @@ def _from_ours(folder, modality):
 
 # %% ../nbs/54_sources.ipynb #a9def2c7
 def read_source(
-    source,       # weights file, folder of transformers or of mmsn, or owner/name on the hub
+    source,       # weights file, folder of a run, of an encoder of mmsn or of transformers, or owner/name on the hub
     modality='',  # which image modality of an encoder of mmsn; '': the only one
 )->ImageWeights:
     "The image encoder at `source`. Raises InputError."
@@ -497,8 +497,8 @@ def open_encoder(
     if library in LIBRARIES and name: return _library_model(library, name, cohort, modality, pretrained)
     if _draws(source):
         raise InputError(f'{source} draws images and has no encoder of patients: mmsn-generate is for it')
-    folder = Path(source)/'encoder' if (Path(source)/'encoder'/'config.json').is_file() else source
-    if not Path(folder).is_file() and is_mmsn_encoder(folder := local_folder(folder)):
+    folder = source if Path(source).is_file() else local_folder(source)
+    if is_mmsn_encoder(folder):
         model = MMSN.from_pretrained(folder)
         if cohort is not None: _check_fits(model, cohort, source)
         return model

@@ -126,3 +126,17 @@ def test_a_write_that_fails(tmp_path, to, monkeypatch):
     with pytest.raises(RuntimeError): main([str(tmp_path/'w.pt'), str(tmp_path/'out'), '--to', to])
     assert {p.name: p.read_bytes() for p in (tmp_path/'out').iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'w.pt']
+
+
+def test_a_run_is_its_encoder(tmp_path, capsys):
+    "Wherever an encoder is read, the folder of the run that holds it will do."
+    from mmsn.convert import main
+    from mmsn.model import MMSN, local_folder
+    from mmsn.sources import open_encoder, read_source
+    from mmsn.testing import toy_cohort, toy_config
+    run = tmp_path/'run'
+    MMSN.from_config(toy_config(), toy_cohort(tmp_path/'cohort')).save_pretrained(run/'encoder')
+    assert local_folder(run) == local_folder(run/'encoder') == run/'encoder'
+    assert read_source(run).what == read_source(run/'encoder').what and open_encoder(run).folder == run/'encoder'
+    main([str(run), str(tmp_path/'out')])
+    assert 'wrote' in capsys.readouterr().out and (tmp_path/'out'/'config.json').is_file()

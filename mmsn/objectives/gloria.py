@@ -37,11 +37,10 @@ def found_cosine(
     gamma=4.,         # as in `attend`
 ):
     "(M, N, W): the cosine of each word and what it attends to."
-    alike = torch.einsum('mrd,nwd->mnwr', regions, words)
+    alike = words.flatten(0, 1) @ regions.mT       # (M, N·W, R)
     a = (gamma*alike).softmax(-1)
-    among = regions @ regions.mT
-    length = torch.einsum('mnwr,mrs,mnws->mnw', a, among, a).clamp(min=1e-12).sqrt()
-    return (a*alike).sum(-1)/length
+    length = (a @ (regions @ regions.mT)*a).sum(-1).clamp(min=1e-12).sqrt()
+    return ((a*alike).sum(-1)/length).unflatten(1, words.shape[:2])
 
 # %% ../../nbs/52l_objectives.gloria.ipynb #3fdcfca3
 def local_similarity(
