@@ -115,7 +115,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('out', type=Path, help='folder of the cohort and the runs')
     p.add_argument('--images', action='store_true', help='radiographs of IU and NIH instead of synthetic patients')
-    p.add_argument('--objectives', nargs='*', default=ARMS, help=f'some of {", ".join(ARMS)}')
+    p.add_argument('--objectives', nargs='*', default=[o for o in ARMS if o not in ALONE], help=f'some of {", ".join(ARMS)} (default: all but the arm of images alone)')
     p.add_argument('--seeds', type=int, nargs='*', default=[0, 1])
     p.add_argument('--epochs', type=float, default=12)
     p.add_argument('--patients', type=int, default=1000, help='synthetic ones')
