@@ -31,6 +31,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mmsn.card._groups': ('card.html#_groups', 'mmsn/card.py'),
                            'mmsn.card._rows': ('card.html#_rows', 'mmsn/card.py'),
                            'mmsn.card._scores': ('card.html#_scores', 'mmsn/card.py'),
+                           'mmsn.card.learned_by': ('card.html#learned_by', 'mmsn/card.py'),
                            'mmsn.card.model_card': ('card.html#model_card', 'mmsn/card.py'),
                            'mmsn.card.origin_of': ('card.html#origin_of', 'mmsn/card.py'),
                            'mmsn.card.write_card': ('card.html#write_card', 'mmsn/card.py')},

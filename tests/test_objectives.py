@@ -273,6 +273,21 @@ def test_embeddings_side_by_side_are_not_compared(cohort):
     assert spaces() == {'embedding'} and spaces(('fusion', dict(dim=0))) == set()
 
 
+def test_a_run_without_prototypes_shows_none(cohort, tmp_path):
+    "loss.weight=0: its report and its card say what it learned from, and nothing of prototypes that nobody taught."
+    trainer = Trainer(load_config('demo', [f'data.cohort={cohort}', f'train.run={tmp_path/"run"}', *SMALL, 'optim.epochs=1', 'loss.weight=0', 'loss.cells.weight=1', 'fusion.contrast.weight=0', 'fusion.contrast.loss=sigmoid']))
+    with redirect_stdout(io.StringIO()):
+        trainer.fit()
+        evaluate(tmp_path/'run', ['protocols=[linear_probe]', 'bootstrap=0', 'draws=1', 'map_samples=5', 'baselines=false', 'corruptions=[patches]'], page=False)
+    card, report = (tmp_path/'run'/'encoder'/'README.md').read_text(), tmp_path/'run'/'report'
+    assert 'by terms on single cells of its charts with mmsn' in card and 'by masked siamese' not in card and '| prototypes | none |' in card
+    assert list(report.rglob('views.png')) and not list(report.rglob('prototypes*'))
+    figure = training_figure(pd.read_csv(report/'metrics.csv'), 8)
+    ranks = next(ax for ax in figure.axes if ax.get_title('left') == 'effective rank')
+    assert [ax.get_title('left') for ax in figure.axes] == ['loss of cells', 'effective rank', 'gradient norm', 'learning rate']
+    assert len({line.get_color() for line in ranks.lines}) == 3
+
+
 @pytest.mark.parametrize('name', ['simclr', 'clip', 'dino'])
 def test_evaluation(cohort, tmp_path, name):
     "The same evaluation for a rival, with retrieval in the space of those that have one, and the figures that a run without prototypes has."

@@ -321,7 +321,8 @@ def _training_panels(metrics, prototypes):
     chance, K = [c for i, c in enumerate(chance) if i == 0 or c - chance[i - 1] > 1e-3], sorted({prototypes,
             *(round(math.exp(c)) for c in chance)})
     rival = {} if of('cross_entropy') else of('objective')            # of a run without prototypes
-    panels = [('loss', rival, None), ('spread of outputs', of('spread'), None),
+    terms = [(f'loss of {t}', {'': metrics[f'{t}/loss']}, None) for t in ('cells', 'tokens', 'contrast') if f'{t}/loss' in metrics]
+    panels = [('loss', rival, None), *terms, ('spread of outputs', of('spread'), None),
               ('cross entropy', of('cross_entropy'), chance), ('… above its floor H(t)', above, None),
               ('prototypes used', of('used'), K), ('H of the mean assignment', of('entropy_of_mean'), chance),
               ('H of one assignment', of('entropy'), chance), ('effective rank', of('effective_rank'), None),
@@ -354,7 +355,7 @@ def training_figure(
     panels = _training_panels(metrics, prototypes)
     fig, axes = _panels(len(panels), 2.5, 2., 4)
     lines = {t: lines for t, lines, _ in panels}
-    order = sorted(lines.get('cross entropy') or lines.get('loss', {}), key=lambda k: k != 'joint')
+    order = sorted(lines.get('cross entropy') or lines.get('loss') or lines.get('effective rank', {}), key=lambda k: k != 'joint')
     for ax, (title, lines, level) in zip(axes, panels):
         _training_lines(ax, metrics.step, lines, order)
         for at in level or ():

@@ -93,7 +93,7 @@ def write_pictures(
     pictured = next((n for n, kind in ev.kinds.items() if kind == 'image'), next(iter(ev.standing), None))
     if pictured is None: return
     _words(ev, folder, rows)
-    if model.objective is None:
+    if model.objective is None and model.config.loss.weight:      # without a weight nobody taught them
         save_styles('prototypes', prototype_figure, model, ev.cohort, rows, assignments(model, ev.cohort, rows),
                     pictured, folder=folder)
     _views(ev, folder)

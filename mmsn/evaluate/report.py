@@ -395,7 +395,7 @@ Target and anchors of one patient, in training.''', '''
 picture("views", "Target and anchor views of one patient")'''),
     Section('metrics.csv', '''## How training went
 
-Dotted: log K, where an anchor knows nothing; the loss alone does not tell learning from collapse.''', '''
+Dotted, where there are prototypes: log K, at which an anchor knows nothing; the loss alone does not tell learning from collapse.''', '''
 show("training", training_figure, read("metrics"), about["prototypes"],
      alt="Cross entropies, signs of collapse, gradient norm and learning rate over the steps")''')]
 
