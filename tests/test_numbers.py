@@ -42,6 +42,12 @@ def clearly(inputs):
 def of_images(epochs): return table('rivals_images').query('epochs == @epochs').groupby('objective')[['auroc_0.05', 'auroc_0.1', 'auroc_1']].mean()
 
 
+def in_text(measure, encoder):
+    "Means over the seeds, by objective and direction."
+    t = table('text').query('encoder == @encoder')
+    return t[t.measure.str.endswith(measure)].groupby(['objective', 'measure']).value.mean()
+
+
 def of_demo(inputs): return table('gallery_synthetic').query('shots == 0 and input == @inputs').pivot(index='encoder', columns='fraction', values='auroc')
 
 
@@ -96,6 +102,15 @@ CLAIMS = {   # (page, words of it) -> whether the tables say so
     ('gallery', 'loses more than a third of its AUROC, as the same network from scratch does, and both modalities together lose a sixth, where'): lambda: (lambda t:
         t['pretrained', 'cxr'] > 1/3 < t['scratch', 'cxr'] and abs(t['pretrained', 'joint'] - 1/6) < .01 and round(t['scratch', 'joint'], 2) in (.03, .04))(
         table('gallery_synthetic_robustness').query("corruption == 'patches' and severity == .7").set_index(['encoder', 'input']).relative_loss),
+    ('gallery', 'Eight or nine of a hundred images find their report with either method'): lambda: in_text('recall@10', 'pretrained').between(.075, .096).all(),
+    ('gallery', 'four times what chance gives (two), and a little more than a canonical correlation of pixels and counts of words (seven or eight)'): lambda: (
+        in_text('recall@10', 'pretrained')/(10/488)).between(3.5, 4.7).all() and (in_text('recall@10', 'pretrained') - in_text('recall@10', 'CCA of plain features')).between(.002, .025).all() and in_text('recall@10', 'CCA of plain features').round(2).isin([.07, .08]).all(),
+    ('gallery', 'With shuffled pairs it is chance'): lambda: (in_text('recall@10', 'pretrained, shuffled pairs') - 10/488).abs().max() < .008,
+    ('gallery', 'the contrast of ConVIRT is 3.89'): lambda: round(in_text('batches of 32', 'pretrained')['convirt'].item(), 2) == 3.89,
+    ('gallery', 'one or two hundredths above where it began (`images alone`), and that start was seven above a random one'): lambda: (
+        in_text('linear probe AUROC, macro', 'pretrained') - in_text('linear probe AUROC, macro', 'images alone').max()).between(.005, .025).all() and round(
+        in_text('linear probe AUROC, macro', 'images alone').max() - in_text('linear probe AUROC, macro', 'random').max(), 2) == .07,
+    ('gallery', 'above chance with four seeds of five at most'): lambda: (lambda t: (t.value < .5).any() and len(t) <= 5)(table('text').query('measure == "zero-shot AUROC, macro" and encoder == "pretrained"')),
     ('faq', 'recorded at 12,000 rows a second'): lambda: 'CHAIN, LEAST, MOST = 12_000' in (ROOT/'benchmarks'/'extraction.py').read_text(encoding='utf-8'),
     ('faq', '313 million rows of chart events, 3.1 has 433 million'): lambda: 'FULL, ROWS_A_STAY, OURS = 433_000_000' in (ROOT/'benchmarks'/'extraction.py').read_text(encoding='utf-8'),
     ('faq', 'the published rules give 140 stays, 129 without a transfer, 112 with one stay left in the admission; 54 of them last 48 hours, and 9 of these patients die'):
