@@ -9,7 +9,7 @@ test is read once, with that rate, for every seed. Encoders are those of the pre
 (`fusion.dim=0`, `encoder.dim=0`), since some objectives would leave such a layer untrained; `msn` keeps the spaces and aims of the preset, and
 `msn + contrast` also its contrast; `msn, no heavy view` leaves out the one view of `images_open` that hides 30 to 80 % of its patches. Runs and finished rows are kept in the folder: a second call goes on from there.
 """
-import argparse, os, time
+import argparse, contextlib, io, os, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from mmsn.loop import Trainer
 from mmsn.model import MMSN
 from mmsn.options import InputError
 from mmsn.prepare import iu, join, nih, synthetic
+from mmsn.threads import peak_memory
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
 FRACTIONS, RATES, PROBE = (.05, .1, 1.), (1e-3, 4e-3), partial(fit_probe, folds=5)
@@ -60,12 +61,30 @@ def open_cohort(out, images, patients):
     return join([out/'iu', out/'nih'], place)
 
 
+def config_of(run, cohort, arm, images, rate, seed, epochs):
+    return load_config('images_open' if images else 'demo', [f'data.cohort={cohort.folder}', f'train.run={run}', f'train.seed={seed}', 'train.threads=1', 'train.probe_every=0',
+                                                             f'optim.epochs={epochs}', f'optim.lr={rate}', *changes_of(arm, images)])
+
+
+def memory_of(arm, cohort, images):
+    "GB of a process at its highest that takes five steps of an arm and nothing else."
+    words = [sys.executable, __file__, cohort.folder.parent, '--one', arm, *['--images']*images]
+    return float(subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def five_steps(arm, cohort, images):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        trainer = Trainer(config_of(Path(folder)/'run', cohort, arm, images, RATES[0], 0, 1), cohort)
+        trainer.total = 5
+        trainer.fit()
+    print(round(peak_memory()/1e9, 4))
+
+
 def trained(out, cohort, arm, images, rate, seed, epochs):
-    "The model of one run, seconds of CPU a step and the most memory of its process in GB; trained where it is not there."
+    "The model of one run and seconds of CPU a step; trained where it is not there."
     folder = out/f'{"images" if images else "fused"}-{arm.replace(" ", "").replace(",", "-")}-{rate:g}-{seed}-{epochs:g}'
-    config = load_config('images_open' if images else 'demo', [f'data.cohort={cohort.folder}', f'train.run={folder}', f'train.seed={seed}', 'train.threads=1', 'train.probe_every=0',
-                                                               f'optim.epochs={epochs}', f'optim.lr={rate}', *changes_of(arm, images)])
-    if arm == 'random': return MMSN.from_config(config, cohort).eval(), np.nan, np.nan
+    config = config_of(folder, cohort, arm, images, rate, seed, epochs)
+    if arm == 'random': return MMSN.from_config(config, cohort).eval(), np.nan
     clock = folder/'seconds.txt'
     if not clock.is_file():
         trainer = Trainer(config, cohort)
@@ -73,8 +92,7 @@ def trained(out, cohort, arm, images, rate, seed, epochs):
         trainer.fit()
         if trainer.step < trainer.total: raise SystemExit(f'stopped at step {trainer.step} of {trainer.total}: the same command goes on')
         clock.write_text(f'{(time.process_time() - start)/max(trainer.total - first, 1):.4f}')
-    memory = pd.read_csv(folder/'metrics.csv').memory_gb.max()
-    return MMSN.from_pretrained(folder/'encoder'), float(clock.read_text()), memory
+    return MMSN.from_pretrained(folder/'encoder'), float(clock.read_text())
 
 
 def on_validation(model, cohort):
@@ -119,10 +137,12 @@ def main(argv=None):
     p.add_argument('--seeds', type=int, nargs='*', default=[0, 1])
     p.add_argument('--epochs', type=float, default=12)
     p.add_argument('--patients', type=int, default=1000, help='synthetic ones')
+    p.add_argument('--one', choices=ARMS, help=argparse.SUPPRESS)
     a = p.parse_args(argv)
     if unknown := [o for o in a.objectives if o not in ARMS]: raise InputError(f'no objective {unknown[0]!r}: there is {", ".join(ARMS)}')
     a.out.mkdir(parents=True, exist_ok=True)
     cohort, name = open_cohort(a.out, a.images, a.patients), 'rivals_images' if a.images else 'rivals'
+    if a.one: return five_steps(a.one, cohort, a.images)
     path = a.out/f'{name}.csv'
     done = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=['objective', 'seed', 'epochs'])
     wanted = [o for o in a.objectives if o not in (TOGETHER if a.images else ALONE)]
@@ -140,11 +160,13 @@ def main(argv=None):
             print(arm, 'validation AUROC by learning rate:', {f'{r:g}': round(v, 4) for r, v in by_rate.items()}, flush=True)
         for seed in a.seeds:
             if (arm, seed, a.epochs) in have: continue
-            model, seconds, memory = trained(a.out, cohort, arm, a.images, rate, seed, a.epochs)
-            rows = on_test(model, cohort).assign(objective=arm, seed=seed, lr=rate, epochs=a.epochs, seconds_a_step=seconds, memory_gb=memory)
+            model, seconds = trained(a.out, cohort, arm, a.images, rate, seed, a.epochs)
+            rows = on_test(model, cohort).assign(objective=arm, seed=seed, lr=rate, epochs=a.epochs, seconds_a_step=seconds)
             done = pd.concat([done, rows], ignore_index=True) if len(done) else rows
             done.round(4).to_csv(path, index=False)
             print(arm, seed, rows.set_index('input').filter(like='auroc').round(3).to_dict('index'), flush=True)
+    used = {arm: memory_of(arm, cohort, a.images) for arm in done.objective.unique() if arm not in ('random', *BASELINES)}
+    done['memory_gb'] = done.objective.map(used)
     order = ['objective', 'seed', 'input']
     done[order + [c for c in done if c not in order]].round(4).to_csv(RESULTS/f'{name}.csv', index=False)
     print('wrote', RESULTS/f'{name}.csv', flush=True)
