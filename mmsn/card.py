@@ -128,11 +128,12 @@ encoder = open_encoder('{where}')
 features = encoder.encode(dict({example}=…))      # arrays, data frames or images in physical units
 ```
 
-In a shell: `mmsn-encode FOLDER SOURCE OUT.parquet`, for a folder of images, a table of measurements, MEDS, or a cohort of mmsn.'''
+In a shell: `mmsn-encode FOLDER SOURCE OUT.parquet`, for a folder of images, a table of measurements, MEDS, or a
+cohort of mmsn.'''
 
 # %% ../nbs/52c_card.ipynb #efa850eb
-_INTENDED = '''Research on representations of patients: features for a model of your own, trained and evaluated on your own
-labels. **Not a medical device**: not for diagnosis, triage, or any decision about a patient.
+_INTENDED = '''Research on representations of patients: features for a model of your own, trained and evaluated on your
+own labels. **Not a medical device**: not for diagnosis, triage, or any decision about a patient.
 
 Limits. The encoder has seen patients of one source, of its time, its hospital and its way of measuring; elsewhere it
 has to be evaluated again, also by groups of patients. It reads the channels and units below and nothing else. What is
@@ -148,9 +149,9 @@ def learned_by(
     loss, objective = part(config, 'loss'), str(config.get('objective') or 'msn')
     main = 'masked siamese networks' if objective == 'msn' else f'the objective {plain_text(objective)}'
     terms = [main] if loss.get('weight', 1.) else []
-    for holder, name, words in ((loss, 'cells', 'terms on single cells of its charts'), (loss, 'tokens', 'a term on hidden patches'),
-                                (part(config, 'fusion'), 'contrast', 'a contrast between modalities')):
-        if part(holder, name).get('weight'): terms.append(words)
+    beside = ((loss, 'cells', 'terms on single cells of its charts'), (loss, 'tokens', 'a term on hidden patches'),
+              (part(config, 'fusion'), 'contrast', 'a contrast between modalities'))
+    terms += [words for holder, name, words in beside if part(holder, name).get('weight')]
     return ' and '.join(terms) or main
 
 # %% ../nbs/52c_card.ipynb #42ad837d
@@ -162,19 +163,19 @@ def model_card(
     "The README of an encoder, as Markdown with the front matter of the Hugging Face hub."
     config, modalities = about.get('config') or {}, about.get('modalities') or {}
     data = about.get('data') if isinstance(about.get('data'), dict) else {}
-    kinds = ', '.join(sorted({str(m.get('kind')) for m in modalities.values()} & {'image', 'timeseries', 'tabular', 'text'}))
+    kinds = {'image', 'timeseries', 'tabular', 'text'} & {str(m.get('kind')) for m in modalities.values()}
     origin, name = origin_of(data), plain_text(config.get('name') or 'encoder')
     use = _USE.format(where=where, example=next(iter(modalities), 'ehr'))
     licence = ('The code of mmsn is Apache-2.0. The weights have no licence until whoever may share them gives them '
                'one (`license` above).')
     loss, objective = config.get('loss') or {}, str(config.get('objective') or 'msn')
+    prototypes = plain_text(loss.get('prototypes', '')) if objective == 'msn' and loss.get('weight', 1.) else 'none'
     facts = [['mmsn', plain_text(about.get('mmsn', ''))], ['modalities', ', '.join(map(plain_text, modalities))],
-             ['objective', plain_text(objective)],
-             ['prototypes', plain_text(loss.get('prototypes', '')) if objective == 'msn' and loss.get('weight', 1.) else 'none'],
+             ['objective', plain_text(objective)], ['prototypes', prototypes],
              ['weights (sha256)', f'`{plain_text(str(about.get("weights", ""))[:16])}`']]
-    parts = [_FRONT.format(kinds=kinds), _MARK, f'# {name}',
-             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by {learned_by(config)} '
-             f'with mmsn.', f'> **{SHARING[origin]}**']
+    parts = [_FRONT.format(kinds=', '.join(sorted(kinds))), _MARK, f'# {name}',
+             f'An encoder of {", ".join(map(plain_text, modalities))}, pretrained without labels by '
+             f'{learned_by(config)} with mmsn.', f'> **{SHARING[origin]}**']
     sections = {'How to use it': use, 'Trained on': _data(data), 'How well it does': _evaluation(report),
                 'Intended use and limits': _INTENDED, 'What it reads': _channels(modalities), 'Licence': licence,
                 'Details': _rows(['', ''], facts) + '\n\nThe whole config is in `config.json`.'}
