@@ -1,5 +1,5 @@
 "How commands end when they are told to, when a process of theirs is killed, and when the disk is not as it should be: one line, an exit code, and nothing half-written."
-import json, os, re, shutil, signal, subprocess, sys, time
+import contextlib, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil
@@ -145,12 +145,13 @@ def test_evaluate_leaves_nothing(trained, tmp_path, number, code):
         held = []
         if stage == 'report':
             wait(lambda: (run_folder/'.report.tmp'/'about.json').exists() and held.extend(psutil.Process(process.pid).children(recursive=True)) or held, process)
-            for p in held: p.suspend()   # or a slow machine sees the report whole before the signal arrives
+            for p in held:               # or a slow machine sees the report whole before the signal arrives
+                with contextlib.suppress(psutil.NoSuchProcess): p.suspend()
         else: wait(lambda: (run_folder/'.report.tmp').exists(), process)
         time.sleep(.2)
         (os.killpg if stage == 'report' else os.kill)(process.pid, number)
         for p in held:
-            if p.is_running(): p.resume()
+            with contextlib.suppress(psutil.NoSuchProcess): p.resume()
         found, _, lines = end(process)
         assert found == code and said(lines, 'ended by SIGTERM' if number == signal.SIGTERM else 'interrupted'), (stage, lines)
         assert sorted(p.name for p in run_folder.iterdir() if p.name not in ('features', 'report-parts')) == before

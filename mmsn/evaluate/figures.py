@@ -321,7 +321,8 @@ def _training_panels(metrics, prototypes):
     chance, K = [c for i, c in enumerate(chance) if i == 0 or c - chance[i - 1] > 1e-3], sorted({prototypes,
             *(round(math.exp(c)) for c in chance)})
     rival = {} if of('cross_entropy') else of('objective')            # of a run without prototypes
-    terms = [(f'loss of {t}', {'': metrics[f'{t}/loss']}, None) for t in ('cells', 'tokens', 'contrast') if f'{t}/loss' in metrics]
+    terms = [(f'loss of {t}', {'': metrics[f'{t}/loss']}, None) for t in ('cells', 'tokens', 'contrast')
+             if f'{t}/loss' in metrics]
     panels = [('loss', rival, None), *terms, ('spread of outputs', of('spread'), None),
               ('cross entropy', of('cross_entropy'), chance), ('… above its floor H(t)', above, None),
               ('prototypes used', of('used'), K), ('H of the mean assignment', of('entropy_of_mean'), chance),
