@@ -1,5 +1,5 @@
 "An evaluation that is stopped goes on from its protocols, to the same tables byte for byte."
-import subprocess, sys
+import subprocess, sys, time
 from types import SimpleNamespace
 
 import pandas as pd
@@ -47,9 +47,15 @@ def test_two_processes(tmp_path, monkeypatch, capsys):
     evaluate(tmp_path/'encoder', words, tmp_path/'alone', page=False)
     capsys.readouterr()
     monkeypatch.setattr(beside, 'halves', lambda: (1, 1))
-    evaluate(tmp_path/'encoder', words, tmp_path/'two', page=False)
+    meanwhile = evaluation._meanwhile
+    def patient(ev, names):     # toys are done before the other process has begun: wait until it has
+        while not (tmp_path/'two-parts'/'.supervised-joint.begun').exists(): time.sleep(.05)
+        meanwhile(ev, names)
+    with monkeypatch.context() as m:
+        m.setattr(evaluation, '_meanwhile', patient)
+        evaluate(tmp_path/'encoder', words, tmp_path/'two', page=False)
     said = capsys.readouterr().out
-    assert 'supervised: done by the process beside' in said and said.index('missing') < said.index('supervised') < said.index('robustness (')
+    assert 'supervised joint: done by the process beside' in said and said.index('missing') < said.index('supervised') < said.index('robustness (')
     assert said.index('robustness of the frozen encoders') < said.index('supervised (')      # not after the networks are there
 
     class Dies(beside.Beside):
@@ -68,7 +74,7 @@ def test_threads(tmp_path, monkeypatch):
         def stop(self): pass
     monkeypatch.setattr(beside, 'Beside', Silent); monkeypatch.setattr(beside, 'halves', lambda: (1, 1))
     threads = lambda: ({p['num_threads'] for p in threadpool_info()}, torch.get_num_threads())
-    ev = SimpleNamespace(options=SimpleNamespace(protocols=('low_shot', 'supervised'), baselines=True), ours=True, device='cpu', steps=Steps(tmp_path/'parts', 'plan'))
+    ev = SimpleNamespace(options=SimpleNamespace(protocols=('low_shot', 'supervised'), baselines=True), ours=True, inputs=['joint', 'cxr'], device='cpu', steps=Steps(tmp_path/'parts', 'plan'))
     before = torch.get_num_threads()
     with threadpool_limits(2):
         torch.set_num_threads(2)

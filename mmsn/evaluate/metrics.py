@@ -12,6 +12,7 @@ __all__ = ['METRICS', 'AGES', 'weighted_metrics', 'Ranking', 'metrics', 'auroc',
 # %% ../../nbs/71_evaluate.metrics.ipynb #0ca4d873
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 from fastcore.basics import patch
 
@@ -35,17 +36,21 @@ def _ranking(labels, scores):
     return matrix(positive, n), matrix(~positive, n + 1), matrix(tied, n) if tied.any() else None
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #c4f58709
+def _running(x):
+    "Running sums (G, R) float64 down the rows of float32: torch adds whole rows, NumPy goes down column by column."
+    return torch.from_numpy(x).cumsum(0, dtype=torch.float64).numpy()
+
 def _rank_metrics(ranking, weights):
     "(2, R) AUROC and AUPRC from the matrices of `_ranking`; NaN where a column has only one class."
     positives, negatives, tied = ranking
-    pos, neg = positives@weights, np.cumsum(negatives@weights, 0, dtype=np.float64)
-    found, N, neg = np.cumsum(pos, 0, dtype=np.float64), neg[-1], neg[:-1]
+    pos, neg = positives@weights, _running(negatives@weights)
+    found, N, neg = _running(pos), neg[-1], neg[:-1]
     P = found[-1].copy() if len(found) else np.zeros(weights.shape[1])
     wrong = np.einsum('gr,gr->r', pos, neg) - (0 if tied is None else np.einsum('gr,gr->r', pos, tied@weights)/2)
+    neg += found     # 0 where no row with a weight is that high: then nothing was found, and 0 over anything is 0
+    found /= np.maximum(neg, 1e-300, out=neg)
     with np.errstate(divide='ignore', invalid='ignore'):
-        # 0/0: a positive whose weight is zero
-        precision = np.nan_to_num(found/(found + neg))
-        both = np.stack([1 - wrong/(P*N), np.einsum('gr,gr->r', pos, precision)/P])
+        both = np.stack([1 - wrong/(P*N), np.einsum('gr,gr->r', pos, found)/P])
     return np.where((P > 0) & (N > 0), both, np.nan)
 
 # %% ../../nbs/71_evaluate.metrics.ipynb #3c7e1327

@@ -324,8 +324,11 @@ class EndToEndEncoder(nn.Module):
 # %% ../../nbs/75_evaluate.networks.ipynb #d9562e1c
 @patch
 def encode(self:EndToEndEncoder, batch, **options):
-    "Input -> (B, d) of a `Batch`, each by its own network."
-    return {name: m.encode(batch, **options)[name] for name, m in self.parts.items()}
+    "Input -> (B, d) of a `Batch`, each by its own network, which reads what it was trained on."
+    drop = options.pop('drop', ())
+    drop = {drop} if isinstance(drop, str) else set(drop)
+    unread = {name: drop.union(m for m in self.config.modalities if name not in ('joint', m)) for name in self.parts}
+    return {name: m.encode(batch, drop=unread[name], **options)[name] for name, m in self.parts.items()}
 
 # %% ../../nbs/75_evaluate.networks.ipynb #ff98cf93
 def start_from_probe(

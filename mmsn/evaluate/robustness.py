@@ -129,10 +129,10 @@ def __call__(self:Corruption, batch):
     return replace(batch, data=batch.data | {self.modality: x})
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #80abec3f
-def _clean_probe(X, task, Cs=None):
-    "A probe of clean features (N, d) with all training labels."
-    train, options = task.at('train', X), {} if Cs is None else dict(Cs=Cs)
-    return fit_probe(X[train], task.labels[train], folds=5, subjects=task.subjects[train], **options)
+def _clean_probe(X, task, solver=None):
+    "A probe of clean features (N, d) with all training labels, by `solver`, or its penalty chosen by five folds."
+    train = task.at('train', X)
+    return (solver or fit_probe)(X[train], task.labels[train], folds=5, subjects=task.subjects[train])
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #5a9ae637
 def _taught(task, X):
@@ -224,6 +224,7 @@ def robustness(
     seed:int=0,                          # of the resamples and the corruptions
     cache=None,                          # folder of `extract_features`
     probe_masked:bool=False,             # also a probe fitted on masked copies, in rows of its own
+    solver=None,                         # in the place of `fit_probe`, such as one that remembers what it has fitted
 # encoder, input, corruption, modality, severity, level, auroc, auprc, relative_loss, low, high, rows
 )->pd.DataFrame:
     "Test AUROC of corrupted patients, by a probe trained on whole ones; severity 0 is clean. Raises InputError."
@@ -237,7 +238,8 @@ def robustness(
             tables = [clean.iloc[test]] + [extract_features(m, cohort, task.rows[test], cache=cache, **options)
                                            for *_, options in steps]
             for name in _inputs_that_see(m.config, what, hit, inputs):
-                if name not in probes: probes[name] = _probes(m, cohort, task, clean, name, seed, cache, probe_masked)
+                if name not in probes:
+                    probes[name] = _probes(m, cohort, task, clean, name, seed, cache, probe_masked, solver)
                 asked = _taught(task, feature_matrix(clean, name))
                 here = _evaluable(feature_matrix(tables[0], name), cohort, task.rows[test], hit, what, m.config)
                 for suffix, probe in probes[name].items():
@@ -248,9 +250,9 @@ def robustness(
     return pd.DataFrame(out)
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #ee6f5c2f
-def _probes(m, cohort, task, clean, name, seed, cache, masked):
+def _probes(m, cohort, task, clean, name, seed, cache, masked, solver=None):
     "What is appended to the encoder's name -> the probe of one input."
-    probes = {'': _clean_probe(feature_matrix(clean, name), task)}
+    probes = {'': _clean_probe(feature_matrix(clean, name), task, solver)}
     return probes | ({_PROBE_MASKED: _masked_probe(m, cohort, task, clean, name, seed, cache)} if masked else {})
 
 # %% ../../nbs/76_evaluate.robustness.ipynb #78f6e8f8
@@ -277,6 +279,7 @@ def missing(
     resamples:int=200,     # of subjects, for the interval of the loss
     seed:int=0,            # of the resamples
     cache=None,            # folder of `extract_features`
+    solver=None,           # in the place of `fit_probe`
 )->pd.DataFrame:           # encoder, input, seen, auroc, auprc, relative_loss, low, high, rows
     "Test AUROC of the joint embedding with every modality, and with each of them alone, on the patients who have all."
     out = []
@@ -286,7 +289,7 @@ def missing(
         if len(names) < 2:
             raise InputError(f'{encoder} has one modality only ({names[0]}): nothing else can be missing')
         X, test = feature_matrix(clean, 'joint'), task.at('test')
-        probe, asked = _clean_probe(X, task), _taught(task, X)
+        probe, asked = _clean_probe(X, task, solver), _taught(task, X)
         test = test[np.all([cohort.present(n)[task.rows[test]] for n in names], axis=0)]
         if not len(test): raise InputError(f'no test patient has all of {", ".join(names)}')
         tables = [clean.iloc[test], *_left_alone(m, cohort, task.rows[test], names, alone, cache)]
