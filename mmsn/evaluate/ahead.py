@@ -10,7 +10,8 @@ __all__ = ['work']
 # %% ../../nbs/83b_evaluate.ahead.ipynb #af2c4f7d
 import json, os, sys, threading
 
-from .evaluation import NETWORKS, Evaluation, open_evaluated
+from .beside import NETWORKS
+from .evaluation import Evaluation, open_evaluated
 from .steps import Steps, plan_of
 from ..options import InputError
 

@@ -235,9 +235,10 @@ def robustness(
         for what, modality, steps in (p for c in corruptions for p in _plan(c, m.config, cohort.modalities,
                                                                             severities, seed)):
             hit = [modality] if isinstance(modality, str) else modality
+            if not (seeing := _inputs_that_see(m.config, what, hit, inputs)): continue
             tables = [clean.iloc[test]] + [extract_features(m, cohort, task.rows[test], cache=cache, **options)
                                            for *_, options in steps]
-            for name in _inputs_that_see(m.config, what, hit, inputs):
+            for name in seeing:
                 if name not in probes:
                     probes[name] = _probes(m, cohort, task, clean, name, seed, cache, probe_masked, solver)
                 asked = _taught(task, feature_matrix(clean, name))

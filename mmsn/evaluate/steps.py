@@ -68,9 +68,9 @@ def _write(folder, changes):
     for k, net in enumerate(changes['networks'].values()):
         save_file({n: t.detach().cpu().contiguous() for n, t in net.state_dict().items()},
                   folder/f'network-{k:03d}.safetensors')
-    about = dict(tables=list(changes['tables']), scores=len(changes['scores']), predictions=list(changes['predictions']),
-                 means=[(key, n, list(v)) for key, n, v in means], networks=list(changes['networks']),
-                 notices=changes['notices'])
+    about = dict(tables=list(changes['tables']), scores=len(changes['scores']),
+                 predictions=list(changes['predictions']), means=[(key, n, list(v)) for key, n, v in means],
+                 networks=list(changes['networks']), notices=changes['notices'])
     (folder/'step.json').write_text(json.dumps(about), encoding='utf-8')
 
 # %% ../../nbs/82c_evaluate.steps.ipynb #bb331a92
@@ -196,17 +196,19 @@ def take(self:Steps, name:str, work, inputs, ev):
         part = part_of(name, one)
         if self.has(part) or not self.claim(part): continue
         aside = copy.copy(ev)
-        aside.scores, aside.predictions, aside.means, aside.networks, aside.notices = [], {}, {}, {}, []
+        aside.scores, aside.notices = [], []
+        aside.predictions, aside.means, aside.networks, aside.early = {}, {}, {}, {}
         before = _before(aside)
         self._keep(self.folder/part, _changes(aside, before, work(aside, one) or {}))
         self.own.add(part)
 
 @patch
 def share(self:Steps, name:str, work, inputs, ev):
-    "Do the parts of a protocol, together with the process beside where there is one, and put them into `ev`."
+    """Do the parts of a protocol, together with the process beside where there is one, and put them into `ev`; returns
+    input -> tables."""
     if self.beside:
         with self.beside.threads(): self.take(name, work, inputs[::-1], ev)
         for one in inputs: self.beside.wait(part_of(name, one))
-    for one in inputs: self.do(part_of(name, one), partial(_one_part, work, one), ev)
+    return {one: self.do(part_of(name, one), partial(_one_part, work, one), ev) for one in inputs}
 
-def _one_part(work, one, ev): return work(ev, one) or {}
+def _one_part(work, one, ev): return work(ev, one)
