@@ -20,15 +20,15 @@ def _conjugate_gradients(apply, g, precondition, tol=1e-2, steps=200):
     x, r = torch.zeros_like(g), -g
     z = precondition*r
     d, rz = z.clone(), (r*z).sum(0)
-    stop = tol**2*rz
+    stop, tiny = tol**2*rz, torch.finfo(g.dtype).tiny
     for _ in range(steps):
         Hd = apply(d)
-        step = rz/(d*Hd).sum(0).clamp(min=1e-300)
+        step = rz/(d*Hd).sum(0).clamp(min=tiny)
         x, r = x + step*d, r - step*Hd
         z, old = precondition*r, rz
         rz = (r*z).sum(0)
         if (rz <= stop).all(): break
-        d = z + rz/old.clamp(min=1e-300)*d
+        d = z + rz/old.clamp(min=tiny)*d
     return x
 
 # %% ../../nbs/73b_evaluate.logistic.ipynb #06afadf2
@@ -53,6 +53,16 @@ def _constant(Z, Y, W):
     A[-1] = torch.logit(((W*Y).sum(0)/W.sum(0).clamp(min=1e-300)).clamp(1e-12, 1 - 1e-12))*(W.sum(0) > 0)
     return A
 
+# %% ../../nbs/73b_evaluate.logistic.ipynb #c2030a42
+def _step(Z, h, ridge, g, precondition):
+    "Newton's step (r+1, P) of P problems with curvature h (n, P) at gradients g, all in the precision of Z."
+    return _conjugate_gradients(lambda d: Z.T@(h*(Z@d)) + ridge*d, g, precondition)
+
+def _downhill(g, x, precondition):
+    "Steps x in double precision; where rounding left none that goes down, that of the preconditioner alone."
+    x = x.double()
+    return torch.where((g*x).sum(0) < 0, x, -precondition*g)
+
 # %% ../../nbs/73b_evaluate.logistic.ipynb #2903d07a
 def _newton(
     Z,         # (n, r+1) orthogonal columns, the last all ones (the intercept, not penalised)
@@ -63,7 +73,7 @@ def _newton(
     start=None,  # (r+1, P) where to begin; the constant model by default
 ):             # (r+1, P)
     "P logistic regressions on one design by Newton's method with conjugate gradients and step halving."
-    size, ridge = (Z*Z).sum(0)[:, None], torch.ones(Z.shape[1], 1, dtype=Z.dtype)
+    size, ridge, single = (Z*Z).sum(0)[:, None], torch.ones(Z.shape[1], 1, dtype=Z.dtype), Z.float()
     ridge[-1] = 0
     A = _constant(Z, Y, W) if start is None else start.clone()
     Fit, live, tol = Z@A, torch.arange(Y.shape[1]), torch.as_tensor(tol, dtype=Z.dtype).expand(Y.shape[1])
@@ -75,7 +85,7 @@ def _newton(
         if not on.any(): return A
         live, a, f, y, w, g, h = live[on], a[:, on], f[:, on], y[:, on], w[:, on], g[:, on], (w*p*(1 - p))[:, on]
         precondition = 1/(h.mean(0)*size + ridge).clamp(min=1e-12)
-        x = _conjugate_gradients(lambda d: Z.T@(h*(Z@d)) + ridge*d, g, precondition)
+        x = _downhill(g, _step(single, h.float(), ridge.float(), g.float(), precondition.float()), precondition)
         move = Z@x
         step = _halved(a, x, f, move, y, w, ridge, (g*x).sum(0))
         A[:, live], Fit[:, live] = a + step*x, f + step*move
