@@ -23,7 +23,7 @@ Modules:
 - `mmsn.data.timeseries`: From irregular events to an hourly grid: one row an hour, the last value of the hour, what was not measured filled in, and a mask that says so.
 - `mmsn.data.writer`: Arrays that grow by blocks, normalisers fitted on training patients, and a folder that is whole or not there.
 - `mmsn.evaluate.pairs`: How much two modalities of one patient have in common: measures of retrieval, and what can be reached without pre-training.
-- `mmsn.launch`: Before a run and around it: a dry run, the largest batch that fits, Slurm, trackers, a trace, and options that trade time for memory.
+- `mmsn.launch`: Before a run and around it: a dry run, the largest batch that fits, trackers, a trace, and options that trade time for memory.
 - `mmsn.libraries`: torchvision, timm, transformers and TorchXRayVision: an image network by name, without its last layer, with what it wants to be shown.
 - `mmsn.loop`: Batches, views, one forward a step, the optimiser, the target network, and a checkpoint now and then.
 - `mmsn.options`: Every option of a run: one frozen dataclass for each part, each field with its default and what it means.

@@ -8,7 +8,7 @@ After training comes use: patients who were in no cohort, in a hospital that has
 __all__ = ['encode_patients', 'Sources', 'read_patients', 'CohortPatients', 'encode_source', 'parser', 'main']
 
 # %% ../nbs/93_encode.ipynb #2732ba96
-import hashlib, json, os, re, shutil, tempfile
+import hashlib, json, os, re, shutil, sys, tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from .data.times import TIME_UNITS
 from .files import beside, fsync, read_sealed, sweep, write_sealed
 from .options import InputError
 from .progress import Progress
+from .slurm import one_each, queue_shards, split_slurm
 from .threads import wait_asleep
 
 # %% ../nbs/93_encode.ipynb #37969dcf
@@ -453,7 +454,8 @@ def parser():
     "The options of `mmsn-encode`."
     p = Parser('mmsn-encode', description='Embed patients with an encoder: a row a patient, in the encoder\'s own '
                                           'channels, units and scales.',
-               epilog='A killed run goes on where it was when the same command is given. Exit codes: 0 done, '
+               epilog='A killed run goes on where it was when the same command is given. On a cluster: --shards 8 '
+                      'slurm.time=120 slurm.partition=…, a job for each shard (mmsn.slurm). Exit codes: 0 done, '
                       '2 the input is wrong (one line says what), 1 anything else.')
     add = p.add_argument
     _add_places(add)
@@ -492,9 +494,13 @@ def _sources(a):
 @cli
 def main(argv=None):
     "Embed patients; exits with code 2 and one line if the input is wrong."
+    argv, slurm = split_slurm(sys.argv[1:] if argv is None else argv)
     a = parser().parse_args(argv)
     s = _sources(a)
     _check_options(s)
+    if slurm:
+        one_each(slurm, a.shards, a.shard, 'mmsn-encode')
+        return queue_shards(argv, 'mmsn.encode', slurm, a.shards, a.out)
     (_, shard), out = _shard(Path(a.out), a.shards, a.shard, print)
     _check_out(out, a.overwrite)
     wait_asleep()

@@ -11,7 +11,7 @@ __all__ = ['synthetic', 'mimic', 'physionet2012', 'nih', 'iu', 'images', 'table'
            'parser', 'main', 'free_place', 'replacing', 'Teller', 'attention', 'finish']
 
 # %% ../nbs/28_prepare.ipynb #ceb3ed43
-import argparse, inspect, os, re, tempfile, typing
+import argparse, inspect, os, re, sys, tempfile, typing
 from dataclasses import fields
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from .data.yaib import is_yaib, prepare_yaib, table_words
 from .files import beside
 from .options import InputError
 from .ranges import EVERY, PREPARE, check_number
+from .slurm import one_each, queue_shards, split_slurm
 
 # %% ../nbs/28_prepare.ipynb #b7b18dcb
 _all_ = ['free_place', 'replacing', 'Teller', 'attention', 'finish']   # of `mmsn.data.place`, found here too
@@ -515,7 +516,8 @@ def parser():
     "The parser of `mmsn-prepare`."
     p = Parser(
         'mmsn-prepare', description='Tables and images to a cohort, the folder that training and evaluation read.',
-        epilog='mmsn-prepare SOURCE --help explains a source. Exit codes: 0 done, '
+        epilog='mmsn-prepare SOURCE --help explains a source. On a cluster: mimic … --shards 8 slurm.time=120 '
+               'slurm.partition=…, a job for each shard (mmsn.slurm). Exit codes: 0 done, '
                '2 the input is wrong (one line says what), 1 anything else.')
     sub = p.add_subparsers(metavar='SOURCE', required=True)
     _add_source(sub, synthetic, 'invented patients with a known truth, written as MIMIC files and read back')
@@ -550,7 +552,9 @@ def main(
     argv=None,   # the words after the command; those of the command line by default
 ):
     "Prepare a cohort; exits with code 2 and one line if the input is wrong."
+    argv, slurm = split_slurm(sys.argv[1:] if argv is None else argv)
     words, say = _parsed(argv), Teller()
+    if slurm: one_each(slurm, words.get('shards'), words.get('shard'), 'mmsn-prepare mimic')
     prepare, verify = words.pop('prepare'), words.pop('verify', False)
     if prepare is _verify: return _verify(**words, say=say)
     for name, value in words.items(): check_number(value, PREPARE.get(name, EVERY), '--' + name.replace('_', '-'))
@@ -560,6 +564,7 @@ def main(
     if verify and words.get('shards'):
         raise InputError('--verify reads a finished cohort: give it to mmsn-prepare merge, which compares the shards '
                          'too')
+    if slurm: return queue_shards(argv, 'mmsn.prepare', slurm, words['shards'], words['out'], say)
     prepare(**words, say=say)
     if verify: _verify(words['out'], False, say)
 

@@ -166,7 +166,7 @@ def test_tracker(name, tmp_path, monkeypatch):
 
 
 def test_missing_tracker_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(ValueError, match=r'pip install wandb, or pip install "mmsn\[trackers\]"'): launch.make_trackers('wandb', tmp_path)
 
 

@@ -128,4 +128,4 @@ def test_the_stored_job_names_our_class(tmp_path, monkeypatch):
     assert submit(['demo'], Slurm(nodes=2, gpus_per_node=8), tmp_path/'runs'/'mine').job_id == '4711'
     stored = next((tmp_path/'runs'/'mine.slurm').glob('*_submitted.pkl'))
     strings = [a for _, a, _ in pickletools.genops(stored.read_bytes()) if isinstance(a, str)]
-    assert 'mmsn.launch' in strings and 'Job' in strings and stored.stat().st_size < 2000 and not any('torch' in s for s in strings)
+    assert 'mmsn.slurm' in strings and 'Job' in strings and stored.stat().st_size < 2000 and not any('torch' in s for s in strings)

@@ -1,5 +1,6 @@
 "MIMIC in shards: whatever their number, the merge gives the cohort of one preparation, to the byte; what does not fit is refused in one line."
 import json, os, shutil, signal, subprocess, sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
@@ -234,6 +235,18 @@ def test_command(made, files, tmp_path, capsys, monkeypatch):
     same(tmp_path/'whole', tmp_path/'merged'), same(tmp_path/'whole', tmp_path/'named')
 
 
+def test_an_array_of_jobs(made, tmp_path, capfd, monkeypatch):
+    "A job for each shard, here by processes of this machine: what they leave is merged to the cohort of one preparation."
+    pytest.importorskip('submitit')
+    monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)
+    main(['mimic', str(tmp_path/'in'), *made[1], '--shards', '2', 'slurm.cluster=local'])
+    assert '2 jobs' in capfd.readouterr().out and sorted(p.name for p in tmp_path.iterdir()) == ['in', 'in.slurm']
+    main(['merge', str(tmp_path/'in'), str(tmp_path/'merged')])
+    main(['mimic', str(tmp_path/'whole'), *made[1]])
+    same(tmp_path/'whole', tmp_path/'merged')
+    with pytest.raises(SystemExit, match='mmsn: 2 of 2 jobs failed: .*says why'): main(['mimic', str(tmp_path/'in'), *made[1], '--shards', '2', 'slurm.cluster=local'])
+
+
 def test_the_door(tmp_path, files):
     "The same in Python; the tables of events and the images need not be there for the merge, and the small ones may have moved."
     moved = tmp_path/'moved'
@@ -253,7 +266,9 @@ def test_the_door(tmp_path, files):
     (['--shard', '1'], 'say with --shards of how many'), (['--shards', '10001', '--shard', '0'], '--shards should lie between 0 and 10,000'),
     (['--shards', '2', '--shard', '0'], 'add --overwrite to replace the shard in it'), (['--shards', '2', '--shard', '-1'], '--shard'), (['--shards', '2.5', '--shard', '0'], 'not a whole number'),
     (['--shards', '3', '--shard', '0', '--verify'], '--verify reads a finished cohort'), (['--shards', '3', '--shard', '0', '--hours', '4000'], 'no stay is left of the'),
-    (['--shards', '3', '--shard', '0', '--task', 'mortalty'], "did you mean 'mortality'")])
+    (['--shards', '3', '--shard', '0', '--task', 'mortalty'], "did you mean 'mortality'"), (['slurm.cluster=local'], 'slurm.* is for shards'),
+    (['--shards', '2', '--shard', '0', 'slurm.cluster=local'], 'leave --shard out'), (['--shards', '2', 'slurm.cluster=local', 'slurm.processes_per_node=2'], 'a shard is one process'),
+    (['--shards', '2', 'slurm.nods=2'], "did you mean 'nodes'")])
 def test_refused_shards(made, capsys, monkeypatch, words, said):
     folder, given = made
     monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)
@@ -432,6 +447,12 @@ def test_embeddings_in_shards(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv('SLURM_ARRAY_TASK_ID', str(k))
         encode([*words, '--shards', '4'])
     assert 'SLURM_ARRAY_TASK_ID: this is shard 3 of 4' in capsys.readouterr().out
+    if find_spec('submitit'):
+        monkeypatch.delenv('SLURM_ARRAY_TASK_ID')
+        encode(['encoder', 'cohort', 'queued.parquet', '--batch-size', '8', '--shards', '2', 'slurm.cluster=local'])
+        queued = [pd.read_parquet(f'queued.{k}-of-2.parquet') for k in range(2)]
+        assert pd.concat(queued, ignore_index=True).equals(pd.read_parquet('new.parquet'))
+        monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '3')
     parts = [pd.read_parquet(f'new.{k}-of-4.parquet') for k in range(4)]
     assert pd.concat(parts, ignore_index=True).equals(pd.read_parquet('new.parquet')) and min(map(len, parts)) >= 8
     monkeypatch.delenv('SLURM_ARRAY_TASK_ID')
