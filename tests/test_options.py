@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 import mmsn.evaluate.evaluation as evaluation
 import mmsn.loop as training
+from mmsn.evaluate import beside
 from mmsn.evaluate.networks import supervised
 from mmsn.evaluate.task import Task, make_draws
 from mmsn.train import train as run_training
@@ -413,7 +414,7 @@ def scratch(tmp, cohorts, monkeypatch):
       'evaluate.map_labels', 'evaluate.map_samples', 'evaluate.pictures', 'evaluate.cache', 'evaluate.finetune_epochs', 'evaluate.finetune_lr', 'evaluate.finetune_decay')
 def evaluated(tmp, cohorts, monkeypatch):
     for name in ('write_report', 'write_pictures'): monkeypatch.setattr(evaluation, name, mock.MagicMock())
-    monkeypatch.setattr(evaluation, 'supervised', lambda *args, **kw: pd.DataFrame())
+    monkeypatch.setattr(beside, 'supervised', lambda *args, **kw: pd.DataFrame())
     train(config_of('demo', {'optim.epochs': .2, 'data.cohort': str(cohorts[0].folder)}), tmp/'run', cohorts[0])
     def tables(name, *overrides, protocols='low_shot,knn,robustness'):
         asked = ['evaluate.baselines=false', 'evaluate.masked=[0.0]', f'evaluate.protocols=[{protocols}]', 'evaluate.corruptions=[patches]', 'evaluate.cache=false', 'evaluate.map_samples=12', *overrides]
