@@ -1,5 +1,5 @@
 "The command mmsn-prepare as a person uses it: what is wrong gets one line and exit code 2, and leaves nothing behind."
-import json, struct, zlib
+import json, shutil, struct, zlib
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
@@ -21,16 +21,21 @@ def images(tmp_path_factory):
     return folder
 
 
+def inputs(folder, images):
+    "Inputs that are right, in a folder."
+    scans = pd.DataFrame(dict(image=[f'{i}.jpg' for i in range(N)], patient=[i//2 for i in range(N)], mass=[i % 2 for i in range(N)]))
+    scans.to_csv(folder/'scans.csv', index=False)
+    (folder/'long.csv').write_text('subject_id,time,variable,value\n1,0.5,pulse,80\n2,1.5,pulse,90\n3,0.1,pulse,70\n')
+    (folder/'channels.csv').write_text('name,unit,low,high,normal\npulse,bpm,1,299,86\n')
+    (folder/'labels.csv').write_text('subject_id,sepsis\n1,1\n2,0\n3,\n')
+    (folder/'images').symlink_to(images)
+
+
 @pytest.fixture
 def place(tmp_path, images, monkeypatch):
     "A working folder with inputs that are right, to be made wrong one at a time."
     monkeypatch.chdir(tmp_path)
-    scans = pd.DataFrame(dict(image=[f'{i}.jpg' for i in range(N)], patient=[i//2 for i in range(N)], mass=[i % 2 for i in range(N)]))
-    scans.to_csv('scans.csv', index=False)
-    (tmp_path/'long.csv').write_text('subject_id,time,variable,value\n1,0.5,pulse,80\n2,1.5,pulse,90\n3,0.1,pulse,70\n')
-    (tmp_path/'channels.csv').write_text('name,unit,low,high,normal\npulse,bpm,1,299,86\n')
-    (tmp_path/'labels.csv').write_text('subject_id,sepsis\n1,1\n2,0\n3,\n')
-    (tmp_path/'images').symlink_to(images)
+    inputs(tmp_path, images)
     return tmp_path
 
 
@@ -218,11 +223,22 @@ def test_as_a_process(place):
     assert 'unknown' in run('mmsn.prepare', 'images', '--help').stdout
 
 
-@pytest.fixture
-def hospitals(place):
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory, images):
     "Cohorts `a` and `b` of images, `t` of a time series, `large` of larger images."
-    for name, size in (('a', 16), ('b', 16), ('large', 24)): main(['images', 'scans.csv', 'images', name, '--size', str(size), '--subject', 'patient', '--labels', 'mass'])
-    main(['table', 'long.csv', 'channels.csv', 't', '--labels', 'labels.csv'])
+    folder = tmp_path_factory.mktemp('hospitals')
+    inputs(folder, images)
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        for name, size in (('a', 16), ('b', 16), ('large', 24)): main(['images', 'scans.csv', 'images', name, '--size', str(size), '--subject', 'patient', '--labels', 'mass'])
+        main(['table', 'long.csv', 'channels.csv', 't', '--labels', 'labels.csv'])
+    return folder
+
+
+@pytest.fixture
+def hospitals(place, prepared):
+    "These cohorts in a folder of a test's own."
+    for name in ('a', 'b', 't', 'large'): shutil.copytree(prepared/name, place/name)
     return place
 
 

@@ -40,6 +40,28 @@ def test_stopped(tmp_path, monkeypatch, capsys):
     assert contents(tmp_path/'report') == contents(tmp_path/'whole')
 
 
+def test_stopped_between_inputs(tmp_path, monkeypatch, capsys):
+    "The network of one input is kept when it is trained; what a killed process had begun is begun again."
+    MMSN.from_config(toy_config(), toy_cohort(tmp_path/'cohort', 120)).save_pretrained(tmp_path/'encoder')
+    words = [*OPTIONS[1:], 'protocols=[supervised,robustness]', f'data.cohort={tmp_path/"cohort"}']
+    evaluate(tmp_path/'encoder', words, tmp_path/'whole', page=False)
+    train = beside.NETWORKS['supervised']
+    def killed(ev, name):
+        if name == 'ehr': raise KeyboardInterrupt
+        return train(ev, name)
+    with monkeypatch.context() as m:
+        m.setitem(beside.NETWORKS, 'supervised', killed)
+        with pytest.raises(KeyboardInterrupt): evaluate(tmp_path/'encoder', words, tmp_path/'report', page=False)
+    parts = tmp_path/'report-parts'
+    assert sorted(p.name for p in parts.iterdir() if p.is_dir()) == ['supervised-cxr', 'supervised-joint']
+    (parts/'.supervised-ehr.begun').mkdir()
+    capsys.readouterr()
+    monkeypatch.setattr(beside, 'halves', lambda: (1, 1))
+    evaluate(tmp_path/'encoder', words, tmp_path/'report', page=False)
+    assert capsys.readouterr().out.count('kept from an evaluation that was stopped') == 2 and not parts.exists()
+    assert contents(tmp_path/'report') == contents(tmp_path/'whole')
+
+
 def test_two_processes(tmp_path, monkeypatch, capsys):
     "A process that trains the networks meanwhile gives the same tables; one that dies costs nothing but time."
     MMSN.from_config(toy_config(), toy_cohort(tmp_path/'cohort', 120)).save_pretrained(tmp_path/'encoder')
