@@ -1,4 +1,4 @@
-"""The main job, start to report, on synthetic patients: one command, ten to twenty minutes on two cores.
+"""The main job, start to report, on synthetic patients: one command, about ten minutes on two cores.
 
 `mmsn-demo` does what a study does, in the same steps and with the code of the same commands: *prepare* writes patients with a known truth as MIMIC files and reads them back as a cohort (`mmsn.prepare`), *train* pretrains on their images and charts without labels (`mmsn.train`), *evaluate* measures the frozen encoder beside its baselines and writes the report (`mmsn.evaluate`). It invents nothing of its own, so that what it shows is what you get on your data."""
 
@@ -85,7 +85,7 @@ def demo(
 def _parser():
     p = Parser(
         'mmsn-demo', description='Synthetic patients -> cohort -> pre-training -> evaluation -> report, '
-                                 'ten to twenty minutes on two cores.')
+                                 'about ten minutes on two cores.')
     p.add_argument('overrides', nargs='*', metavar='key=value',
                    help='changes to the config, as for mmsn-train: optim.epochs=30')
     p.add_argument('--quick', action='store_true', help=f'a look at all stages in under two minutes: {QUICK["patients"]} '
