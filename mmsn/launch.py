@@ -28,7 +28,6 @@ import numpy as np
 import psutil
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 

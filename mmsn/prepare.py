@@ -564,7 +564,9 @@ def main(
     if verify and words.get('shards'):
         raise InputError('--verify reads a finished cohort: give it to mmsn-prepare merge, which compares the shards '
                          'too')
-    if slurm: return queue_shards(argv, 'mmsn.prepare', slurm, words['shards'], words['out'], say)
+    if slurm:
+        queue_shards(argv, 'mmsn.prepare', slurm, words['shards'], words['out'], say)
+        return say(f'when all of them have ended: mmsn-prepare merge {words["out"]} COHORT')
     prepare(**words, say=say)
     if verify: _verify(words['out'], False, say)
 

@@ -239,7 +239,7 @@ def test_an_array_of_jobs(made, tmp_path, capfd, monkeypatch):
     "A job for each shard, here by processes of this machine: what they leave is merged to the cohort of one preparation."
     pytest.importorskip('submitit')
     monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)
-    main(['mimic', str(tmp_path/'in'), *made[1], '--shards', '2', 'slurm.cluster=local'])
+    assert main(['mimic', str(tmp_path/'in'), *made[1], '--shards', '2', 'slurm.cluster=local']) is None     # a script exits with what its main returns
     assert '2 jobs' in capfd.readouterr().out and sorted(p.name for p in tmp_path.iterdir()) == ['in', 'in.slurm']
     main(['merge', str(tmp_path/'in'), str(tmp_path/'merged')])
     main(['mimic', str(tmp_path/'whole'), *made[1]])
@@ -449,7 +449,7 @@ def test_embeddings_in_shards(tmp_path, monkeypatch, capsys):
     assert 'SLURM_ARRAY_TASK_ID: this is shard 3 of 4' in capsys.readouterr().out
     if find_spec('submitit'):
         monkeypatch.delenv('SLURM_ARRAY_TASK_ID')
-        encode(['encoder', 'cohort', 'queued.parquet', '--batch-size', '8', '--shards', '2', 'slurm.cluster=local'])
+        assert encode(['encoder', 'cohort', 'queued.parquet', '--batch-size', '8', '--shards', '2', 'slurm.cluster=local']) is None
         queued = [pd.read_parquet(f'queued.{k}-of-2.parquet') for k in range(2)]
         assert pd.concat(queued, ignore_index=True).equals(pd.read_parquet('new.parquet'))
         monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '3')

@@ -10,7 +10,6 @@ __all__ = ['NETWORKS', 'AHEAD', 'halves', 'corrupted', 'corrupted_scratch', 'ord
 # %% ../../nbs/82e_evaluate.beside.ipynb #70685424
 import json, os, subprocess, sys, time
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from .predictions import Predictions
 from .robustness import CORRUPTIONS, robustness
 from .steps import Steps
 from .task import too_few
+from ..options import InputError
 from ..threads import cores
 
 # %% ../../nbs/82e_evaluate.beside.ipynb #5542c481
@@ -70,7 +70,9 @@ def _from_scratch(ev, name):
     scores = network_scores(net, read, ev.task.rows[at])
     few = too_few(ev.task.labels[(ev.task.split == 'train') & has_any])
     ev.predictions.setdefault('scratch', {})[name] = Predictions.of(ev.task, scores, at).without(few)
-    if 'robustness' in ev.options.protocols and name in ev.own: return dict(robustness=corrupted_scratch(ev, name))
+    if 'robustness' in ev.options.protocols and name in ev.own:
+        try: return dict(robustness=corrupted_scratch(ev, name))
+        except InputError: return     # robustness comes to it itself, and says so
 
 NETWORKS = dict(supervised=_from_scratch, finetune=_from_pretrained)     # (evaluation, input) -> tables, or None
 

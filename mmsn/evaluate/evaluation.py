@@ -43,7 +43,7 @@ from .beside import NETWORKS, corrupted, corrupted_scratch, order, two_processes
 from .steps import Steps, plan_of
 from .robustness import CORRUPTIONS, missing, retrieval
 from .text import shares_space, zero_shot
-from .task import asked_task, make_draws, Task, too_few
+from .task import asked_task, make_draws, Task
 from .trees import fit_booster
 from ..model import MMSN, is_mmsn_encoder
 from ..arguments import check_kind, check_overrides
